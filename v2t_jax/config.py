@@ -1,0 +1,272 @@
+"""The configuration of everything, as plain dataclasses: one schema for recipes, command line and checkpoints.
+
+A recipe is a Python file with `get_config() -> Config`; every field can be overridden on the command line. Values are
+checked where they are built: a config that exists is a config that can run.
+"""
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from v2t_jax.errors import InputError
+
+Dtype = Literal["float32", "bfloat16"]
+Stage = Literal["inverter", "corrector"]
+STAGES: tuple[Stage, ...] = ("inverter", "corrector")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5 encoder-decoder. The defaults are t5-small's (v1.0)."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    feed_forward: Literal["relu", "gated-gelu"] = "relu"
+    """relu is v1.0, gated-gelu is v1.1"""
+    tie_word_embeddings: bool = True
+    """True is v1.0: the head is the scaled token embedding"""
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dropout_rate: float = 0.1
+    dtype: Dtype = "float32"
+    """of the arithmetic; parameters, softmax and logits are float32"""
+    remat: Literal["none", "full", "dots"] = "none"
+    """what the backward pass recomputes of a layer: nothing, all of it, all but matrix products"""
+    scan_unroll: int = 1
+    """layers laid out per iteration of the layer scan"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "d_model",
+            "d_kv",
+            "d_ff",
+            "num_heads",
+            "num_encoder_layers",
+            "num_decoder_layers",
+        ):
+            _require(getattr(self, name) > 0, f"t5.{name} is {getattr(self, name)}; it must be at least 1.")
+        _require(0 <= self.dropout_rate < 1, f"t5.dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
+        _require(
+            self.relative_attention_num_buckets >= 4
+            and self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
+            "t5.relative_attention_num_buckets must be at least 4, relative_attention_max_distance above half of it.",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What inverter and corrector share. Symbols as in upstream's paper: R pseudo-tokens, L tokens."""
+
+    t5: T5Config = field(default_factory=T5Config)
+    embedding_width: int = 768
+    """E, the width of the vectors to invert; training takes it from the embedder"""
+    num_pseudo_tokens: int = 16
+    """R: pseudo-tokens that an embedding is projected to"""
+    max_length: int = 32
+    """L: tokens of a text, its end token included"""
+    projection_dropout: float = 0.1
+    """inside the inverter's projection only, as in the original"""
+    standardise: bool = False
+    """option: inputs as (e - mean) / std with statistics of the training texts; off is the original's maths"""
+    bag_of_words: bool = False
+    """option: adds a linear term e A E^T to the logits; off is the original's maths"""
+    share_vocabulary: bool = True
+    """tokens are the embedder's own word-pieces, so that hypotheses are re-embedded without leaving the device"""
+
+    def __post_init__(self) -> None:
+        _require(self.num_pseudo_tokens > 0, "model.num_pseudo_tokens must be at least 1.")
+        _require(self.max_length >= 2, "model.max_length must be at least 2: one token and the end token.")
+        _require(self.embedding_width > 0, "model.embedding_width must be at least 1.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    """at its peak"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up; linear and cosine end at zero"""
+    warmup_steps: int = 1000
+    weight_decay: float = 0.01
+    """on matrices only"""
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0
+    """global gradient norm; 0 does not clip"""
+    accumulate_steps: int = 1
+    """micro-batches a parameter update"""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate must be above 0.")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative.")
+        _require(self.accumulate_steps >= 1, "optimizer.accumulate_steps must be at least 1.")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm must not be negative; 0 switches clipping off.")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training run: of the inverter, or of the corrector."""
+
+    num_steps: int = 1000
+    batch_size: int = 128
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, "num_steps must be at least 1.")
+        _require(self.batch_size >= 1, "batch_size must be at least 1.")
+        _require(
+            self.batch_size % self.optimizer.accumulate_steps == 0,
+            f"batch_size {self.batch_size} can't be cut into {self.optimizer.accumulate_steps} micro-batches: "
+            "make it a multiple of optimizer.accumulate_steps.",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[str, ...] = ("wordnet",)
+    """wordnet (packaged), or paths of .txt, .txt.gz, .jsonl, .parquet files, or tfds:NAME:FIELD"""
+    held_out: str = "wordnet"
+    """source whose held-out split is evaluated on"""
+    vocabulary_size: int = 0
+    """commonest word-pieces of the sources to keep; 0 keeps the embedder's whole vocabulary"""
+    span_share: float = 0.0
+    """share of texts cut to a random contiguous span, for variety"""
+    bucket_lengths: tuple[int, ...] = ()
+    """batch lengths (tokens, end token included); empty pads all to model.max_length"""
+
+    def __post_init__(self) -> None:
+        _require(len(self.sources) > 0, "data.sources is empty: name at least one source of text.")
+        _require(0 <= self.span_share <= 1, "data.span_share must lie between 0 and 1.")
+        _require(self.vocabulary_size >= 0, "data.vocabulary_size must not be negative; 0 keeps all.")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation with generation, during training and at its end."""
+
+    every_steps: int = 1000
+    """0 evaluates at the end only"""
+    num_examples: int = 100
+    num_steps: tuple[int, ...] = (0, 1, 8)
+    """correction steps of the final evaluation"""
+    sequence_beam_width: tuple[int, ...] = (1, 4)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A recipe: `v2t train configs/NAME.py --workdir DIR` runs its stages one after the other."""
+
+    name: str = "unnamed"
+    embedder: str = "all-MiniLM-L6-v2"
+    """a name that `v2t env` lists, or a sentence-transformers folder"""
+    embedder_dtype: Dtype = "float32"
+    """of the embedder's arithmetic inside the training step"""
+    stages: tuple[Stage, ...] = STAGES
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    initial_embedding: Literal["random", "embedder"] = "random"
+    """embedder: token embeddings start from the embedder's own word embeddings, centred and rescaled"""
+    initial_embedding_std: float = 0.02
+    corrector_from_inverter: bool = False
+    """start the corrector's T5 from the trained inverter's, where the original starts it from pretrained T5"""
+    data: DataConfig = field(default_factory=DataConfig)
+    inverter: StageConfig = field(default_factory=StageConfig)
+    corrector: StageConfig = field(default_factory=StageConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every_steps: int = 20
+
+    def __post_init__(self) -> None:
+        _require(len(self.stages) > 0, "stages is empty: name inverter, corrector or both.")
+
+
+def load_recipe(path: str) -> Config:
+    """The config of a recipe file (`get_config() -> Config`).
+
+    Raises:
+        InputError: no such file, or it has no working `get_config`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"There is no recipe at {path}; give the path of a file such as configs/tiny.py.")
+    spec = importlib.util.spec_from_file_location("v2t_jax_recipe", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is not a Python file; a recipe is a .py file that defines get_config().")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, TypeError) as error:
+        raise InputError(f"The recipe {path} doesn't run: {error}.") from error
+    get_config = getattr(module, "get_config", None)
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, Config):
+        raise InputError(f"The recipe {path} must define get_config() that returns a v2t_jax.config.Config.")
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(schema: type, values: dict[str, Any], where: str = "config") -> Any:
+    """The inverse of `to_dict`: builds dataclass `schema`, refusing fields it doesn't have.
+
+    Raises:
+        InputError: an unknown field, a missing one without default, or a value of the wrong kind.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be an object with fields, not {type(values).__name__}.")
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise InputError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(fields)}.")
+    built = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(kind, value, f"{where}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif kind in (int, float, bool, str) and not _fits(value, kind):
+            raise InputError(f"{where}.{name} is {value!r}; it must be of type {kind.__name__}.")  # type: ignore
+        built[name] = value
+    return schema(**built)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)

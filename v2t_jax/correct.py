@@ -1,0 +1,396 @@
+"""The correction loop: guess a text, embed the guess, let a corrector look at the difference, repeat.
+
+After Morris et al. 2023, "Text Embeddings Reveal (Almost) As Much As Text", section 3. The loop knows nothing
+about networks: it takes three callables, each with the weights as its first argument, so that weights are
+arguments of the compiled program and never constants in it:
+
+    hypothesize(params, e [B, E], k)                              -> ids [B, k, L], score [B, k]
+    propose(params, e [rows, E], ids [rows, L], emb [rows, E], k) -> ids [rows, k, L], score [rows, k]
+    embed(params, ids [rows, L])                                  -> [rows, E]
+
+`hypothesize` makes the first guesses (the inverter: greedy for k = 1, else beam search), `propose` the
+corrector's candidates for rows = B * W hypotheses, `embed` is the embedder under attack. All three must be
+deterministic.
+
+Shapes: B batch, L tokens, E embedding width, W sequence beam, K candidates a hypothesis, N steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from v2t_jax.errors import InputError
+
+PAD_ID, EOS_ID = 0, 1  # every model vocabulary of this package is numbered so
+
+Params = Any  # any pytree of arrays
+Hypothesize = Callable[[Params, Array, int], tuple[Array, Array]]
+Propose = Callable[[Params, Array, Array, Array, int], tuple[Array, Array]]
+Embed = Callable[[Params, Array], Array]
+
+
+@dataclass(frozen=True)
+class CorrectionSettings:
+    """How the loop searches.
+
+    Attributes:
+        sequence_beam_width: W, hypotheses kept for each item between steps.
+        num_candidates: K, candidates for each hypothesis; None means W. In mode "upstream" at least W.
+        mode: "best" keeps parents in the pool, hence the best hypothesis ever seen, and stops finished rows.
+            "upstream" is the original's selection: only the last step's candidates count, no row stops.
+        tolerance: in mode "best" a row whose cosine reaches 1 - tolerance is frozen. An error of relative
+            size r in a vector costs r^2 / 2 of cosine, so embedding the same text again in float32, or a
+            target stored as float16, stays within 1e-6, rounding included; different texts lie much further
+            off. An embedder computing in bfloat16 may need 1e-4.
+        patience: in mode "best" a row also stops after this many steps without a better cosine; 0 = never.
+        scan_chunk: steps in one call of the compiled program; in between the host reports and may stop.
+    """
+
+    sequence_beam_width: int = 4
+    num_candidates: int | None = None
+    mode: Literal["best", "upstream"] = "best"
+    tolerance: float = 1e-5
+    patience: int = 0
+    scan_chunk: int = 4
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("best", "upstream"):
+            raise InputError(f'mode is {self.mode!r}: choose "best" or "upstream".')
+        least = {"sequence_beam_width": 1, "num_candidates": 1, "patience": 0, "scan_chunk": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"{name} is {value}: give at least {minimum}.")
+        if not 0 <= self.tolerance < 1:
+            raise InputError(f"tolerance is {self.tolerance}: give a number from 0 to below 1, such as 1e-5.")
+        if self.mode == "upstream" and self.patience:
+            raise InputError('patience works in mode "best" only: leave it 0 in mode "upstream".')
+
+    @property
+    def candidates(self) -> int:
+        """K with the defaults filled in."""
+        k = self.num_candidates or self.sequence_beam_width
+        return max(k, self.sequence_beam_width) if self.mode == "upstream" else k
+
+
+class Correction(NamedTuple):
+    """What the loop found; numpy arrays.
+
+    In mode "best" the answer is the hypothesis of highest cosine ever seen and the trace shows the best so
+    far after each step (index 0: the first guess). In mode "upstream" both show the hypothesis selected at
+    that step.
+    """
+
+    ids: np.ndarray  # [B, L] int32
+    cosine: np.ndarray  # [B] float32, of the embedded ids and the target
+    step: np.ndarray  # [B] int32, the step at which ids was found
+    trace_ids: np.ndarray  # [B, N + 1, L] int32; steps that early exit spared repeat the last one run
+    trace_cosine: np.ndarray  # [B, N + 1] float32
+    steps_run: int  # steps executed, at most N
+
+
+class _Beam(NamedTuple):
+    """State of each item. Slots are ranked; one with cosine -inf only fills the shape and has no children."""
+
+    ids: Array  # [B, W, L] int32, pad after eos
+    emb: Array  # [B, W, E] float32
+    cosine: Array  # [B, W] float32
+    step: Array  # [B] int32, when slot 0 was found
+    stale: Array  # [B] int32, steps since slot 0 got better
+    done: Array  # [B] bool
+
+
+_Seen = tuple[Array, Array, Array, Array]
+
+
+def _seen(beam: _Beam, ran: Array) -> _Seen:
+    """What the host sees of a step: slot 0's ids [B, L] and cosine [B], done [B], whether the step ran []."""
+    return beam.ids[:, 0], beam.cosine[:, 0], beam.done, ran
+
+
+def cosine_similarity(a: Array, b: Array) -> Array:
+    """Cosine over the last axis in float32; -inf where it is not a number: such a candidate never wins."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    # Multiply and add, not a matmul: accelerators round matmul inputs, and here differences of 1e-6 decide.
+    norms = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
+    cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
+    return jnp.where(jnp.isnan(cosine), -jnp.inf, jnp.clip(cosine, -1.0, 1.0))
+
+
+def _pad_after_eos(ids: Array) -> Array:
+    """Makes equal texts equal arrays, whatever a callable leaves behind eos."""
+    is_eos = (ids == EOS_ID).astype(jnp.int32)
+    return jnp.where(jnp.cumsum(is_eos, axis=-1) - is_eos > 0, PAD_ID, ids).astype(jnp.int32)
+
+
+def _keep_distinct(ids: Array, emb: Array, cosine: Array, score: Array, width: int) -> tuple[Array, Array, Array]:
+    """The best distinct hypotheses of each pool.
+
+    Args:
+        ids, emb, cosine: the pool, [B, P, L], [B, P, E], [B, P].
+        score: [B, P] float32; -inf or NaN: absent. Of equal ids the first present counts; ties: first in front.
+        width: W, how many to keep, at most P.
+
+    Returns:
+        ids, emb, cosine of the kept, best first; with none left, slot 0 again at cosine -inf.
+    """
+    present = score > -jnp.inf
+    equal = jnp.all(ids[:, :, None, :] == ids[:, None, :, :], axis=-1)  # [B, P, P]
+    earlier = jnp.tri(ids.shape[1], k=-1, dtype=bool)[None]
+    duplicate = jnp.any(equal & earlier & present[:, None, :], axis=-1)
+    top, index = lax.top_k(jnp.where(present & ~duplicate, score, -jnp.inf), width)
+    filler = (top == -jnp.inf) & (jnp.arange(width) > 0)[None]
+    index = jnp.where(filler, index[:, :1], index)
+    ids, emb = (jnp.take_along_axis(x, index[:, :, None], axis=1) for x in (ids, emb))
+    return ids, emb, jnp.where(filler, -jnp.inf, jnp.take_along_axis(cosine, index, axis=1))
+
+
+def _check_embeddings(e: np.ndarray | Array) -> None:
+    if e.ndim != 2 or e.shape[0] == 0:
+        raise InputError(f"The embeddings have shape {e.shape}: give [texts, width] with at least one row.")
+
+
+class CorrectionLoop:
+    """The loop over fixed callables and settings, compiled once for each shape of the embeddings.
+
+    Two programs: `start` (first guesses, embedded and ranked) and `advance` (a scan over `scan_chunk` steps;
+    a step is skipped when `num_steps` is reached or every row is done). `num_steps` is an argument of the
+    program, so one compile serves every N, every set of weights and every batch of the same shape.
+    """
+
+    def __init__(self, hypothesize: Hypothesize, propose: Propose, embed: Embed, settings: CorrectionSettings) -> None:
+        self.settings = settings
+        self._hypothesize, self._propose, self._embed = hypothesize, propose, embed
+        self._start = jax.jit(self._start_program)
+        self._advance = jax.jit(self._advance_program, donate_argnames="beam")
+
+    def __call__(
+        self,
+        params: Params,
+        e: np.ndarray | Array,
+        num_steps: int,
+        on_step: Callable[[int, float, int], None] | None = None,
+    ) -> Correction:
+        """Recovers the texts behind e.
+
+        Args:
+            params: weights, handed to the three callables as they are.
+            e: target embeddings [B, E].
+            num_steps: N, correction steps; 0 returns the best first guess (for W = 1 and in mode "upstream"
+                the inverter's greedy one).
+            on_step: called as on_step(step, mean cosine, rows done) for the first guesses (step 0) and then
+                after every chunk of steps.
+
+        Raises:
+            InputError: e is not [B, E] with at least one row, or num_steps is negative.
+        """
+        _check_embeddings(e)
+        if num_steps < 0:
+            raise InputError(f"num_steps is {num_steps}: give 0 or more.")
+        e = jnp.asarray(e, jnp.float32)
+        beam, seen = self._start(params, e)
+        ids, cosine, done, _ = jax.device_get(seen)
+        trace_ids, trace_cosine, steps_run = [ids], [cosine], 0
+        if on_step is not None:
+            on_step(0, float(cosine.mean()), int(done.sum()))
+        while steps_run < num_steps and not done.all():
+            beam, seen = self._advance(params, e, beam, np.int32(steps_run), np.int32(num_steps))
+            ids, cosine, done, ran = jax.device_get(seen)
+            count, done = int(ran.sum()), done[-1]  # the steps that ran come first in a chunk
+            trace_ids.extend(ids[:count])
+            trace_cosine.extend(cosine[:count])
+            steps_run += count
+            if on_step is not None:
+                on_step(steps_run, float(cosine[-1].mean()), int(done.sum()))
+        spared = num_steps - steps_run
+        trace_ids += trace_ids[-1:] * spared
+        trace_cosine += trace_cosine[-1:] * spared
+        return Correction(
+            ids=np.array(trace_ids[-1]),
+            cosine=np.array(trace_cosine[-1]),
+            step=np.array(beam.step),
+            trace_ids=np.stack(trace_ids, axis=1),
+            trace_cosine=np.stack(trace_cosine, axis=1),
+            steps_run=steps_run,
+        )
+
+    def _start_program(self, params: Params, e: Array) -> tuple[_Beam, _Seen]:
+        """First guesses, embedded and ranked."""
+        width, upstream = self.settings.sequence_beam_width, self.settings.mode == "upstream"
+        ids, _ = self._hypothesize(params, e, 1 if upstream else width)
+        ids = _pad_after_eos(ids)
+        emb, cosine = self._embed_pool(params, e, ids)
+        if upstream:
+            # The original starts from one hypothesis. Copies of it keep the shapes static; being duplicates
+            # they become fillers, whose children do not count.
+            ids, emb, cosine = (jnp.repeat(x, width, axis=1) for x in (ids, emb, cosine))
+        ids, emb, cosine = _keep_distinct(ids, emb, cosine, cosine, width)
+        zero = jnp.zeros(e.shape[0], jnp.int32)
+        done = jnp.zeros(e.shape[0], bool) if upstream else cosine[:, 0] >= 1 - self.settings.tolerance
+        beam = _Beam(ids, emb, cosine, step=zero, stale=zero, done=done)
+        return beam, _seen(beam, jnp.array(True))
+
+    def _advance_program(
+        self, params: Params, e: Array, beam: _Beam, first_step: Array, num_steps: Array
+    ) -> tuple[_Beam, _Seen]:
+        """Up to `scan_chunk` steps, and what the host sees of each."""
+
+        def body(beam: _Beam, offset: Array) -> tuple[_Beam, _Seen]:
+            step = first_step + offset + 1
+            run = (step <= num_steps) & ~jnp.all(beam.done)
+            beam = lax.cond(run, lambda b: self._step(params, e, b, step), lambda b: b, beam)
+            return beam, _seen(beam, run)
+
+        return lax.scan(body, beam, jnp.arange(self.settings.scan_chunk, dtype=jnp.int32))
+
+    def _step(self, params: Params, e: Array, beam: _Beam, step: Array) -> _Beam:
+        """One round of correction of every item."""
+        settings = self.settings
+        batch, width, length = beam.ids.shape
+        ids, log_prob = self._propose(
+            params,
+            jnp.repeat(e, width, axis=0),
+            beam.ids.reshape(batch * width, length),
+            beam.emb.reshape(batch * width, -1),
+            settings.candidates,
+        )
+        ids = _pad_after_eos(ids.reshape(batch, -1, length))
+        emb, cosine = self._embed_pool(params, e, ids)
+        # A filler repeats slot 0 and, but for rounding, its children. Without those, the first pool in mode
+        # "upstream" is exactly the children of the one hypothesis.
+        childless = jnp.repeat(beam.cosine == -jnp.inf, settings.candidates, axis=1)
+        cosine = jnp.where(childless, -jnp.inf, cosine)
+        if settings.mode == "upstream":
+            score = cosine
+            if width == 1:  # the original without a sequence beam: the corrector's own score, no re-ranking
+                score = log_prob.reshape(batch, -1).astype(jnp.float32)
+            ids, emb, cosine = _keep_distinct(ids, emb, cosine, score, width)
+            return _Beam(ids, emb, cosine, jnp.full_like(beam.step, step), beam.stale, beam.done)
+        # Parents come first in the pool: a candidate that repeats one is the duplicate, and among ties the
+        # parent stays. So slot 0 never gets worse: it is the best hypothesis ever seen, since `step`.
+        ids = jnp.concatenate([beam.ids, ids], axis=1)
+        emb = jnp.concatenate([beam.emb, emb], axis=1)
+        cosine = jnp.concatenate([beam.cosine, cosine], axis=1)
+        ids, emb, cosine = _keep_distinct(ids, emb, cosine, cosine, width)
+        better = cosine[:, 0] > beam.cosine[:, 0]
+        stale = jnp.where(better, 0, beam.stale + 1)
+        # The callables are deterministic: a beam that comes out as it went in will do so for ever.
+        done = jnp.all(ids == beam.ids, axis=(1, 2)) | (cosine[:, 0] >= 1 - settings.tolerance)
+        if settings.patience:
+            done |= stale >= settings.patience
+        moved = _Beam(ids, emb, cosine, jnp.where(better, step, beam.step), stale, done)
+
+        def unless_done(old: Array, new: Array) -> Array:
+            return jnp.where(beam.done.reshape((batch,) + (1,) * (old.ndim - 1)), old, new)
+
+        return jax.tree.map(unless_done, beam, moved)
+
+    def _embed_pool(self, params: Params, e: Array, ids: Array) -> tuple[Array, Array]:
+        """Embeds ids [B, P, L]: embeddings [B, P, E] and their cosines to e [B, P], float32."""
+        batch, pool, length = ids.shape
+        emb = self._embed(params, ids.reshape(batch * pool, length))
+        emb = emb.astype(jnp.float32).reshape(batch, pool, -1)
+        return emb, cosine_similarity(emb, e[:, None, :])
+
+
+def correct_in_batches(
+    loop: CorrectionLoop,
+    params: Params,
+    e: np.ndarray,
+    num_steps: int,
+    batch_size: int,
+    on_progress: Callable[[int, float], None] | None = None,
+) -> Correction:
+    """Runs the loop over e in batches that fit memory; the result does not depend on the split.
+
+    Every batch has the same shape (the last is filled up by repeating a row), so there is one compile.
+
+    Args:
+        loop: the loop.
+        params: its weights.
+        e: target embeddings [T, E], any number of rows from 1.
+        num_steps: N.
+        batch_size: rows of a batch; e with fewer rows is one batch of its own size.
+        on_progress: called as on_progress(texts done, mean cosine of the current batch) whenever the loop
+            reports. A batch at step s of N counts for its share s / N.
+
+    Returns:
+        One Correction for all rows; steps_run is the largest of any batch.
+
+    Raises:
+        InputError: batch_size is under 1, or as `CorrectionLoop.__call__`.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: give at least 1.")
+    _check_embeddings(e)
+    total = len(e)
+    size = min(batch_size, total)
+    parts = []
+    for first in range(0, total, size):
+        batch = np.asarray(e[first : first + size])
+        rows = len(batch)
+        batch = np.concatenate([batch, np.repeat(batch[-1:], size - rows, axis=0)])
+
+        def on_step(step: int, cosine: float, _: int, first: int = first, rows: int = rows) -> None:
+            if on_progress is not None:
+                on_progress(first + rows * step // max(num_steps, 1), cosine)
+
+        parts.append(loop(params, batch, num_steps, on_step))
+        if on_progress is not None:
+            on_progress(first + rows, float(parts[-1].cosine[:rows].mean()))
+    *arrays, steps_run = zip(*parts, strict=True)
+    # Only the end of the last batch is filling.
+    return Correction._make([*(np.concatenate(batches)[:total] for batches in arrays), max(steps_run)])
+
+
+def host_bridge(
+    host_fn: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], embedder_length: int
+) -> Callable[[Array], tuple[Array, Array]]:
+    """The way to an embedder with another vocabulary, from inside the compiled loop: ids -> text -> its ids.
+
+    Args:
+        host_fn: model ids [rows, L] int32 -> (embedder ids [rows, M], mask [rows, M]), numpy in and out. It
+            gets a whole batch at once, must depend on nothing but its argument, and must not call jax: on a
+            CPU the device waits for it, and a computation started in it may wait for that device.
+        embedder_length: M, the fixed length of what host_fn returns.
+
+    Returns:
+        A function of ids [rows, L] for use under jit, giving int32 ids and mask [rows, M].
+    """
+
+    def on_host(ids: Array) -> tuple[np.ndarray, np.ndarray]:
+        embedder_ids, mask = host_fn(np.asarray(ids, np.int32))
+        return np.asarray(embedder_ids, np.int32), np.asarray(mask, np.int32)
+
+    def bridge(ids: Array) -> tuple[Array, Array]:
+        shape = jax.ShapeDtypeStruct((ids.shape[0], embedder_length), jnp.int32)
+        return jax.pure_callback(on_host, (shape, shape), ids)
+
+    return bridge
+
+
+def host_embedder(host_fn: Callable[[np.ndarray], np.ndarray], width: int) -> Callable[[Array], Array]:
+    """The way to a black-box embedder (an API, another framework) from inside the compiled loop.
+
+    Args:
+        host_fn: model ids [rows, L] int32 -> embeddings [rows, E]; the rules of `host_bridge` hold.
+        width: E.
+
+    Returns:
+        A function of ids [rows, L] for use under jit, giving float32 [rows, E].
+    """
+
+    def on_host(ids: Array) -> np.ndarray:
+        return np.asarray(host_fn(np.asarray(ids, np.int32)), np.float32)
+
+    def embed(ids: Array) -> Array:
+        return jax.pure_callback(on_host, jax.ShapeDtypeStruct((ids.shape[0], width), jnp.float32), ids)
+
+    return embed

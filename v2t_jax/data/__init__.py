@@ -1,0 +1,1 @@
+"""Text in, batches of token ids out: `sources` (reading, splitting), `tokenize`, `pipeline` (batching)."""

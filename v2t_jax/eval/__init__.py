@@ -1,0 +1,1 @@
+"""How good recovered texts are: metrics, and their evaluation over steps and beam widths."""

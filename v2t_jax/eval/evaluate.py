@@ -1,0 +1,134 @@
+"""Scores of a model over correction steps and beam widths, as a table and a plot."""
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from v2t_jax.data.sources import read_texts
+from v2t_jax.errors import InputError
+from v2t_jax.eval.metrics import score, text_scores
+from v2t_jax.invert import BATCH_SIZE, Recovered, invert_strings
+from v2t_jax.pretrained import Inverter
+
+
+def evaluation_texts(
+    inverter: Inverter, split: str = "held_out", limit: int | None = None, source: str = "wordnet"
+) -> list[str]:
+    """Texts of a split that are short enough for the model, in the source's order, in the tokenizer's normal form."""
+    if split not in ("held_out", "train"):
+        raise InputError(f"There is no split {split!r}; choose held_out or train.")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; give at least 1.")
+    texts = read_texts(source, "held_out" if split == "held_out" else "train")
+    longest = inverter.config.max_length
+    short = [text for text, ids in zip(texts, inverter.vocabulary.encode(texts), strict=True) if 0 < len(ids) < longest]
+    return inverter.vocabulary.normalise(short[:limit], longest)
+
+
+def evaluate(
+    inverter: Inverter,
+    texts: list[str],
+    num_steps: Sequence[int] = (0, 1, 8),
+    sequence_beam_width: Sequence[int] = (1, 4),
+    split: str = "held_out",
+) -> dict[str, Any]:
+    """Recovers `texts` from their embeddings at every number of steps and beam width.
+
+    One run to the largest number of steps serves all: the state after fewer steps is in its trace. So the speed is
+    measured on that run alone, compilation excluded, and stated in its row; other rows hold null.
+
+    Returns:
+        {"model", "split", "n", "rows": [...]}: see `report`.
+    """
+    if not texts:
+        raise InputError("There are no texts to evaluate on.")
+    if not num_steps or min(num_steps) < 0 or not sequence_beam_width or min(sequence_beam_width) < 1:
+        raise InputError("num_steps must be 0 or more, and sequence_beam_width 1 or more.")
+    rows: list[dict[str, Any]] = []
+    most = max(num_steps)
+    for width in sorted(set(sequence_beam_width)):
+        invert_strings(
+            inverter, texts[:1], num_steps=most, sequence_beam_width=width, batch_size=BATCH_SIZE
+        )  # compiles
+        started = time.perf_counter()
+        found = invert_strings(inverter, texts, num_steps=most, sequence_beam_width=width, batch_size=BATCH_SIZE)
+        speed = len(texts) / (time.perf_counter() - started)
+        rows += report(inverter, found, num_steps, width, split)["rows"]
+        rows[-1]["texts_per_second"] = round(speed, 3)
+    return {"model": inverter.name, "split": split, "n": len(texts), "rows": rows}
+
+
+def report(
+    inverter: Inverter, found: list[Recovered], num_steps: Iterable[int], sequence_beam_width: int, split: str
+) -> dict[str, Any]:
+    """Scores of recovered texts after each of `num_steps`, from their traces.
+
+    Returns:
+        {"model", "split", "n", "rows": [{"num_steps", "sequence_beam_width", "bleu", "token_f1", "exact_match", "cosine",
+        each with "..._sem", its standard error, and "texts_per_second"}]}
+    """
+    rows = [_row(found, step, sequence_beam_width) for step in sorted(set(num_steps))]
+    return {"model": inverter.name, "split": split, "n": len(found), "rows": rows}
+
+
+def _row(found: list[Recovered], step: int, width: int) -> dict[str, Any]:
+    scores = text_scores([f.trace[step].text for f in found], [str(f.reference) for f in found])
+    scores["cosine"] = score([f.trace[step].cosine for f in found])
+    row: dict[str, Any] = {"num_steps": step, "sequence_beam_width": width}
+    for name, value in scores.items():
+        row |= {name: round(value.mean, 4), f"{name}_sem": round(value.sem, 4)}
+    return row | {"texts_per_second": None}
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The report as a table for people."""
+    result = Table(title=f"{report['model']}: {report['n']} texts of {report['split']}")
+    for column in ("steps", "beam", "BLEU", "token F1", "exact match", "cosine", "texts/s"):
+        result.add_column(column, justify="right")
+    for row in report["rows"]:
+        speed = row["texts_per_second"]
+        result.add_row(
+            str(row["num_steps"]),
+            str(row["sequence_beam_width"]),
+            f"{row['bleu']:.1f} ± {row['bleu_sem']:.1f}",
+            f"{row['token_f1']:.3f} ± {row['token_f1_sem']:.3f}",
+            f"{row['exact_match']:.1%} ± {row['exact_match_sem']:.1%}",
+            f"{row['cosine']:.4f} ± {row['cosine_sem']:.4f}",
+            "" if speed is None else f"{speed:.2f}",
+        )
+    return result
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Cosine and BLEU against correction steps, a line a beam width, with standard errors; PNG.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, name, label in zip(axes, ("cosine", "bleu"), ("cosine to the target", "BLEU"), strict=True):
+        for width in sorted({row["sequence_beam_width"] for row in report["rows"]}):
+            rows = [row for row in report["rows"] if row["sequence_beam_width"] == width]
+            steps = np.array([row["num_steps"] for row in rows])
+            means, errors = (np.array([row[key] for row in rows]) for key in (name, f"{name}_sem"))
+            axis.errorbar(steps, means, errors, marker="o", capsize=3, label=f"sequence beam {width}")
+        axis.set(xlabel="correction steps", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"{report['model']}, {report['n']} texts of {report['split']}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+    except OSError as error:
+        raise InputError(f"The plot can't be written to {file} ({error.strerror}); give another place.") from error
+    finally:
+        plt.close(figure)

@@ -1,0 +1,1 @@
+"""Other libraries' weights and folders, read into ours and, where it is useful, written back."""

@@ -1,0 +1,161 @@
+"""T5 between Hugging Face's key names and ours, both directions, by one table.
+
+Ours differ in three ways: layers of a stack are stacked on a leading axis, linear weights are [in, out] where torch has
+[out, in], and a tied embedding is stored once.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from v2t_jax.config import T5Config
+from v2t_jax.errors import InputError
+from v2t_jax.models import t5
+from v2t_jax.models.layers import Params
+
+# One layer of a stack: (Hugging Face's key within the block, our path within the layer).
+_SELF_ATTENTION = tuple((f"layer.0.SelfAttention.{m}", f"self_attention/{m}") for m in "qkvo")
+_CROSS_ATTENTION = tuple((f"layer.1.EncDecAttention.{m}", f"cross_attention/{m}") for m in "qkvo")
+_FEED_FORWARD = {"relu": ("wi", "wo"), "gated-gelu": ("wi_0", "wi_1", "wo")}
+# The token embedding under its other names: copies that a checkpoint may hold, and that must equal `shared.weight`.
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# The oldest T5 checkpoints hold it, and no implementation reads it: cross-attention has no position bias.
+_IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+
+class _Entry(NamedTuple):
+    theirs: str
+    ours: tuple[str, ...]
+    layer: int | None  # index on our leading axis, None where there is no such axis
+    transposed: bool
+
+
+def _entries(config: T5Config) -> Iterator[_Entry]:
+    """Every tensor of a T5 of this configuration."""
+    yield _Entry("shared.weight", ("token_embedding",), None, False)
+    if not config.tie_word_embeddings:
+        yield _Entry("lm_head.weight", ("lm_head",), None, True)
+    for stack, num_layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        cross = _CROSS_ATTENTION if stack == "decoder" else ()
+        last = 1 + bool(cross)  # sub-layers: self-attention, (cross-attention,) feed-forward
+        linear = _SELF_ATTENTION + cross
+        linear += tuple(
+            (f"layer.{last}.DenseReluDense.{m}", f"feed_forward/{m}") for m in _FEED_FORWARD[config.feed_forward]
+        )
+        norms = ["self_attention_norm", *(["cross_attention_norm"] if cross else []), "feed_forward_norm"]
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        yield _Entry(bias, (stack, "relative_bias"), None, False)
+        yield _Entry(f"{stack}.final_layer_norm.weight", (stack, "final_norm", "scale"), None, False)
+        for i in range(num_layers):
+            block = f"{stack}.block.{i}"
+            for theirs, ours in linear:
+                yield _Entry(f"{block}.{theirs}.weight", (stack, "layers", *ours.split("/")), i, True)
+            for j, norm in enumerate(norms):
+                yield _Entry(f"{block}.layer.{j}.layer_norm.weight", (stack, "layers", norm, "scale"), i, False)
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def t5_from_huggingface(state: dict[str, np.ndarray], config: T5Config) -> Params:
+    """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`.
+
+    A tied head (`lm_head.weight`) and the stacks' copies of the embedding may be there or not; if they are, they must
+    equal `shared.weight`.
+
+    Args:
+        state: arrays of any floating dtype under Hugging Face's names, as a safetensors file holds them.
+        config: see `t5_config_from_huggingface`.
+
+    Raises:
+        InputError: a key is missing, unknown, of a shape that `config` doesn't mean, or a copy that differs.
+    """
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), t5.abstract_params(config))
+    used = set(_IGNORED)
+    for entry in _entries(config):
+        target = _at(params, entry.ours)
+        if entry.layer is not None:
+            target = target[entry.layer]
+        if entry.transposed:
+            target = target.T
+        if entry.theirs not in state:
+            raise InputError(
+                f"The T5 weights lack {entry.theirs!r}; the file is incomplete or its config describes another model."
+            )
+        value = state[entry.theirs]
+        if value.shape != target.shape:
+            raise InputError(f"T5 weight {entry.theirs!r} has shape {value.shape}; its config means {target.shape}.")
+        target[...] = value
+        used.add(entry.theirs)
+    for key in (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else [])):
+        if key in state:
+            if not np.array_equal(state[key], state["shared.weight"]):
+                raise InputError(
+                    f"T5 weight {key!r} differs from 'shared.weight', of which it should be a copy; "
+                    "for an untied head the config must say tie_word_embeddings = false."
+                )
+            used.add(key)
+    unknown = sorted(set(state) - used)
+    if unknown:
+        raise InputError(f"The T5 weights hold the unknown key {unknown[0]!r}; its config describes another model.")
+    return params
+
+
+def t5_to_huggingface(params: Params, config: T5Config) -> dict[str, np.ndarray]:
+    """The inverse: contiguous float32 arrays under Hugging Face's names, without copies of a tied embedding."""
+    state = {}
+    for entry in _entries(config):
+        value = np.asarray(_at(params, entry.ours), np.float32)
+        if entry.layer is not None:
+            value = value[entry.layer]
+        # Contiguous, because safetensors writes a transposed view's memory as it lies.
+        state[entry.theirs] = np.ascontiguousarray(value.T if entry.transposed else value)
+    return state
+
+
+def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
+    """Sizes from a Hugging Face `config.json` of model_type t5; what old files leave out has T5 v1.0's value.
+
+    Raises:
+        InputError: another architecture, a missing size, or a feed-forward layer that isn't supported.
+    """
+    if config.get("model_type", "t5") != "t5":
+        raise InputError(f"The config is of model_type {config['model_type']!r}, not 't5'.")
+    sizes = (
+        "vocab_size",
+        "d_model",
+        "d_kv",
+        "d_ff",
+        "num_heads",
+        "num_layers",
+        "relative_attention_num_buckets",
+    )
+    for name in sizes:
+        if name not in config:
+            raise InputError(f"The T5 config lacks {name!r}; it must be the config.json beside the weights.")
+    feed_forward = config.get("feed_forward_proj", "relu")
+    if feed_forward not in _FEED_FORWARD:
+        raise InputError(
+            f"The T5 config asks for the feed-forward {feed_forward!r}; supported are {', '.join(_FEED_FORWARD)}."
+        )
+    num_decoder_layers = config.get("num_decoder_layers")
+    return T5Config(
+        vocab_size=config["vocab_size"],
+        d_model=config["d_model"],
+        d_kv=config["d_kv"],
+        d_ff=config["d_ff"],
+        num_heads=config["num_heads"],
+        num_encoder_layers=config["num_layers"],
+        num_decoder_layers=config["num_layers"] if num_decoder_layers is None else num_decoder_layers,
+        feed_forward=feed_forward,
+        tie_word_embeddings=config.get("tie_word_embeddings", True),
+        relative_attention_num_buckets=config["relative_attention_num_buckets"],
+        relative_attention_max_distance=config.get("relative_attention_max_distance", 128),
+        layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
+        dropout_rate=config.get("dropout_rate", 0.1),
+    )

@@ -1,0 +1,258 @@
+"""A trained inverter as one object, and as a folder.
+
+    DIR/config.json               sizes, embedder (name and hash of its weights), hashes of the files beside it
+    DIR/{inverter,corrector}.safetensors    parameters, flat names joined by "/"; large tables as int8 rows with scales
+    DIR/pieces.safetensors        model id -> embedder word-piece
+    DIR/README.md                 model card
+
+Nothing is unpickled; every file's sha256 is checked before it is used.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from v2t_jax import progress
+from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
+from v2t_jax.correct import CorrectionLoop, CorrectionSettings
+from v2t_jax.data.tokenize import Vocabulary
+from v2t_jax.decode.beam import beam_search
+from v2t_jax.decode.sample import greedy
+from v2t_jax.decode.state import Decoded, Special
+from v2t_jax.errors import InputError
+from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.models import corrector, inverter
+from v2t_jax.models.embedder import Embedder, EmbedderConfig, PieceMap, embed_pieces
+from v2t_jax.models.layers import Params
+
+FORMAT_VERSION = 1
+PACKAGED = Path(__file__).parent / "assets" / "models"
+SPECIAL = Special(start=0, eos=1, pad=0)
+
+
+@dataclasses.dataclass
+class Inverter:
+    """Networks, embedder and vocabulary that belong together: what `v2t_jax.load` returns."""
+
+    name: str
+    config: ModelConfig
+    params: dict[Stage, Params]  # "inverter" always, "corrector" where there is one
+    embedder: Embedder
+    vocabulary: Vocabulary
+
+    def __post_init__(self) -> None:
+        self._loops: dict[CorrectionSettings, CorrectionLoop] = {}
+
+    @property
+    def has_corrector(self) -> bool:
+        return "corrector" in self.params
+
+    def loop_params(self) -> dict[str, Any]:
+        """The weights that a correction loop's programs take as arguments."""
+        return {
+            **self.params,
+            "embedder": self.embedder.params,
+            "pieces": jnp.asarray(self.vocabulary.pieces),
+        }
+
+    def correction_loop(
+        self,
+        sequence_beam_width: int = 4,
+        mode: Literal["best", "upstream"] = "best",
+        num_candidates: int | None = None,
+        patience: int = 0,
+    ) -> CorrectionLoop:
+        """The compiled loop for these settings, made once."""
+        settings = CorrectionSettings(
+            sequence_beam_width=sequence_beam_width,
+            mode=mode,
+            num_candidates=num_candidates,
+            patience=patience,
+            scan_chunk=1 if self.config.max_length > 64 else 2,
+        )
+        if settings not in self._loops:
+            piece_map = PieceMap.of(self.embedder)
+            self._loops[settings] = CorrectionLoop(
+                functools.partial(_hypothesize, self.config),
+                functools.partial(_propose, self.config),
+                functools.partial(_embed, self.embedder.config, piece_map),
+                settings,
+            )
+        return self._loops[settings]
+
+    def save(self, folder: Path, record: dict[str, Any], quantise: bool = False, card: str = "") -> None:
+        """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
+
+        Raises:
+            InputError: the folder can't be written.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            for stage, params in self.params.items():
+                save_file(_flatten(params, quantise), building / f"{stage}.safetensors")
+            save_file({"pieces": self.vocabulary.pieces}, building / "pieces.safetensors")
+            files = {file.name: _sha256(file) for file in sorted(building.glob("*.safetensors"))}
+            config = {
+                "format_version": FORMAT_VERSION,
+                "name": self.name,
+                "embedder": {"name": self.embedder.name, "weights_sha256": self.embedder.weights_sha256},
+                "model": to_dict(self.config),
+                "files": files,
+                "record": record,
+            }
+            (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (building / "README.md").write_text(card or f"# {self.name}\n\nNot evaluated yet.\n")
+            if folder.exists():
+                shutil.rmtree(folder)
+            building.chmod(0o755)
+            building.rename(folder)
+        except OSError as error:
+            raise InputError(
+                f"The model can't be written to {folder} ({error.strerror}); free space or give another folder."
+            ) from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def load(name: str = "minilm-wordnet") -> Inverter:
+    """A model by packaged name or folder, with its embedder.
+
+    Raises:
+        InputError: no such model, a file is missing, altered or truncated, or the embedder isn't the one it was trained on.
+    """
+    folder = Path(name) if Path(name).is_dir() else PACKAGED / name
+    if not folder.is_dir():
+        packaged = ", ".join(sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())) or "none"
+        raise InputError(f"There is no model {name!r}: give a model folder, or a packaged name ({packaged}).")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not a model folder: it has no config.json.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder}/config.json is damaged ({error}); fetch the model again.") from error
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{folder}/config.json is not of model format {FORMAT_VERSION}; fetch the model again.")
+    for field in ("name", "embedder", "model", "files"):
+        if field not in config:
+            raise InputError(f"{folder}/config.json lacks the field {field!r}; fetch the model again.")
+    model = from_dict(ModelConfig, config["model"], "model")
+    with progress.stage(f"loading the model {config['name']}"):
+        tensors = {}
+        for file, sha256 in config["files"].items():
+            path = folder / Path(file).name
+            if not path.is_file():
+                raise InputError(f"{path} is missing; fetch the model again.")
+            if _sha256(path) != sha256:
+                raise InputError(
+                    f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
+                )
+            try:
+                tensors[path.stem] = load_file(path)
+            except SafetensorError as error:
+                raise InputError(f"{path} is not a safetensors file ({error}); fetch the model again.") from error
+        networks: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
+        params: dict[Stage, Params] = {
+            stage: _unflatten(
+                tensors[stage],
+                jax.eval_shape(functools.partial(network.init, model), jax.random.key(0)),
+                stage,
+            )
+            for stage, network in networks.items()
+            if stage in tensors
+        }
+        if "inverter" not in params or "pieces" not in tensors:
+            raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; fetch the model again.")
+    embedder = load_embedder(config["embedder"]["name"])
+    if embedder.weights_sha256 != config["embedder"]["weights_sha256"]:
+        raise InputError(
+            f"The model {config['name']} was trained on other weights of {embedder.name} than those installed."
+        )
+    vocabulary = Vocabulary(embedder.tokenizer, tensors["pieces"]["pieces"])
+    return Inverter(config["name"], model, params, embedder, vocabulary)
+
+
+def _decode(tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k: int) -> tuple[jax.Array, jax.Array]:
+    """k sequences a row, ids [rows, k, L], and their mean log-probabilities [rows, k]."""
+    if k == 1:
+        single = greedy(tokens_to_logits, cache, batch_size=rows, max_length=config.max_length, special=SPECIAL)
+        found = Decoded(single.ids[:, None], single.log_probs[:, None])
+    else:
+        found, _ = beam_search(
+            tokens_to_logits,
+            cache,
+            batch_size=rows,
+            num_beams=k,
+            num_return=k,
+            max_length=config.max_length,
+            special=SPECIAL,
+        )
+    lengths = jnp.maximum(jnp.sum(found.ids != SPECIAL.pad, axis=-1), 1)
+    return found.ids, found.log_probs / lengths
+
+
+def _hypothesize(config: ModelConfig, params: Any, e: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    tokens_to_logits, cache = inverter.start_decoding(config, params["inverter"], e, k)
+    return _decode(tokens_to_logits, cache, config, e.shape[0], k)
+
+
+def _propose(
+    config: ModelConfig, params: Any, e: jax.Array, ids: jax.Array, embedding: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    tokens_to_logits, cache = corrector.start_decoding(config, params["corrector"], e, ids, embedding, k)
+    return _decode(tokens_to_logits, cache, config, e.shape[0], k)
+
+
+def _embed(config: EmbedderConfig, piece_map: PieceMap, params: Any, ids: jax.Array) -> jax.Array:
+    return embed_pieces(config, piece_map, params["embedder"], params["pieces"], ids)
+
+
+def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
+    """Nested parameters -> flat names. Quantised matrices are int8, one scale per output column (rows of tables)."""
+    flat: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, array = "/".join(str(key.key) for key in path), np.asarray(leaf, np.float32)
+        if not quantise or array.ndim < 2 or array.size < 4096:
+            flat[name] = array
+            continue
+        axis = -1 if name.endswith("token_embedding") else -2
+        scale = np.maximum(np.abs(array).max(axis=axis, keepdims=True), 1e-12) / 127
+        flat[name] = np.round(array / scale).astype(np.int8)
+        flat[f"{name}.scale"] = scale
+    return flat
+
+
+def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
+    """The inverse of `_flatten`, float32, checked against the shapes of `like`."""
+    names = set()
+
+    def leaf(path: tuple[Any, ...], shape: Any) -> jax.Array:
+        name = "/".join(str(key.key) for key in path)
+        names.update((name, f"{name}.scale"))
+        if name not in flat:
+            raise InputError(f"The {stage} lacks the parameter {name!r}; fetch the model again.")
+        array = flat[name].astype(np.float32) * flat.get(f"{name}.scale", np.float32(1))
+        if array.shape != shape.shape:
+            raise InputError(f"The {stage}'s {name!r} has shape {array.shape}; config.json means {shape.shape}.")
+        return jnp.asarray(array)
+
+    params = jax.tree_util.tree_map_with_path(leaf, like)
+    unknown = sorted(set(flat) - names)
+    if unknown:
+        raise InputError(f"The {stage} holds the unknown parameter {unknown[0]!r}; fetch the model again.")
+    return params
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

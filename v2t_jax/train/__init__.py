@@ -1,0 +1,1 @@
+"""Training of inverter and corrector: state, optimiser, step, checkpoints, and the loop around them."""

@@ -1,0 +1,51 @@
+"""Checkpoints of a training state, by Orbax."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from v2t_jax import progress
+from v2t_jax.config import CheckpointConfig
+from v2t_jax.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints in a folder; saving goes on in the background while training does."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self._folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves once a step; a step that is there already is left alone."""
+        if step != self._manager.latest_step():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: Any) -> Any:
+        """The newest readable state, with the shapes and shardings of `like` (arrays or shapes with shardings).
+
+        Raises:
+            InputError: there are checkpoints but none can be read.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        reasons = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            except (ValueError, OSError, KeyError) as error:  # truncated or altered on disk
+                reasons.append(str(error).splitlines()[0])
+                progress.note(f"checkpoint {step} in {self._folder} can't be read; trying the one before")
+        raise InputError(f"No checkpoint in {self._folder} can be read ({reasons[0]}); start in a new --workdir.")
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        with contextlib.suppress(RuntimeError):
+            self._manager.close()

@@ -1,0 +1,342 @@
+"""Training from top to bottom: a recipe and a work directory in, a model folder out.
+
+workdir/config.json                    the recipe as it ran; another recipe is refused here
+workdir/{inverter,corrector}/log.jsonl      a line every `log_every_steps`
+workdir/{inverter,corrector}/samples.jsonl  held-out texts recovered along the way
+workdir/{inverter,corrector}/checkpoints/   Orbax; a stage goes on where it stopped
+workdir/model/                         the finished model, for `v2t_jax.load`
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v2t_jax import progress
+from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, to_dict
+from v2t_jax.data.pipeline import Batches, TokenStore, tokenize
+from v2t_jax.data.sources import read_texts
+from v2t_jax.data.tokenize import Vocabulary, frequent_pieces
+from v2t_jax.errors import InputError
+from v2t_jax.eval.metrics import text_scores
+from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
+from v2t_jax.models.layers import Params
+from v2t_jax.pretrained import Inverter
+from v2t_jax.sharding import make_mesh
+from v2t_jax.train.checkpoint import Checkpoints
+from v2t_jax.train.optim import make_optimizer
+from v2t_jax.train.step import (
+    NETWORKS,
+    Frozen,
+    TrainState,
+    greedy_hypotheses,
+    make_loss,
+    make_step,
+    shard_step,
+)
+
+STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
+
+
+class TrainingStopped(Exception):
+    """The run was interrupted and has saved itself; the same command goes on."""
+
+
+@dataclasses.dataclass
+class Setup:
+    """What both stages work with."""
+
+    config: Config
+    model: ModelConfig  # with the embedder's width and the vocabulary's size filled in
+    embedder: Embedder
+    vocabulary: Vocabulary
+    stores: list[TokenStore]
+    held_out: list[str]  # normalised, short enough for the model
+
+    @property
+    def pieces(self) -> jax.Array:
+        return jnp.asarray(self.vocabulary.pieces)
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Ids [n, L] -> embeddings [n, E] by the path that training uses."""
+        embed = jax.jit(embed_pieces, static_argnums=(0, 1))
+        piece_map = PieceMap.of(self.embedder)
+        parts = [
+            embed(self.embedder.config, piece_map, self.embedder.params, self.pieces, ids[i : i + 256])
+            for i in range(0, len(ids), 256)
+        ]
+        return np.concatenate([np.asarray(part) for part in parts])
+
+
+def train(config: Config, workdir: Path) -> Path:
+    """Runs the recipe's stages, each from its newest checkpoint if there is one.
+
+    Returns:
+        The folder of the finished model.
+    Raises:
+        InputError: a setting or a source is wrong, or `workdir` holds another recipe's run.
+        TrainingStopped: SIGINT or SIGTERM came; everything is saved.
+    """
+    claim_workdir(config, workdir)
+    setup = prepare(config)
+    params: dict[Stage, Params] = {}
+    with stop_signals() as stopped:
+        for stage in config.stages:
+            if stage == "corrector" and "inverter" not in params:
+                raise InputError(
+                    "The corrector needs an inverter for its hypotheses: put inverter before it in stages."
+                )
+            params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
+    inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary)
+    folder = workdir / "model"
+    inverter.save(folder, record={"recipe": to_dict(config)})
+    return folder
+
+
+def claim_workdir(config: Config, workdir: Path) -> None:
+    """Writes the config to a new work directory, or checks that the one there is the same.
+
+    `num_steps` may grow: that is how a finished run is continued.
+    """
+    file = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            before, now = json.loads(file.read_text()), json.loads(json.dumps(to_dict(config)))
+            changed = sorted(key for key in now if now[key] != before.get(key))
+            if changed:
+                raise InputError(
+                    f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
+                    "give a new --workdir, or the config in its config.json."
+                )
+        file.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"The work directory {workdir} can't be written ({error.strerror}); give another.") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is damaged ({error}); give a new --workdir.") from error
+
+
+def prepare(config: Config) -> Setup:
+    """Loads the embedder, reads and tokenises the text, settles vocabulary and widths."""
+    if not config.model.share_vocabulary:
+        raise InputError("Training with a vocabulary of its own isn't supported yet: leave model.share_vocabulary on.")
+    embedder = load_embedder(config.embedder, config.embedder_dtype)
+    with progress.stage("reading the text"):
+        held_out = read_texts(config.data.held_out, "held_out")
+        texts = [read_texts(source, "train", avoid=held_out) for source in config.data.sources]
+    with progress.stage("tokenising the text"):
+        vocabulary = Vocabulary.full(embedder.tokenizer)
+        if config.data.vocabulary_size:
+            ids = (vocabulary.pieces[row[row >= 0]] for part in texts for row in vocabulary.encode(part))
+            kept = frequent_pieces(ids, embedder.tokenizer, config.data.vocabulary_size)
+            vocabulary = Vocabulary.of_pieces(embedder.tokenizer, kept)
+        stores = [tokenize(part, vocabulary) for part in texts]
+        fits = [len(row) < config.model.max_length for row in vocabulary.encode(held_out)]
+        short = [text for text, ok in zip(held_out, fits, strict=True) if ok]
+    t5 = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
+    model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
+    return Setup(config, model, embedder, vocabulary, stores, vocabulary.normalise(short, model.max_length))
+
+
+def initial_params(setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Batches) -> Params:
+    """Random parameters, with the recipe's options laid over them."""
+    config, model = setup.config, setup.model
+    key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
+    params = NETWORKS[stage].init(model, key)
+    if config.initial_embedding == "embedder":
+        words = setup.embedder.params["encoder"]["word_embedding"][setup.pieces]
+        if words.shape[1] != model.t5.d_model:
+            raise InputError(
+                f"initial_embedding=embedder needs model.t5.d_model={words.shape[1]}, the embedder's width; "
+                f"it is {model.t5.d_model}."
+            )
+        words = words - words.mean(axis=0, keepdims=True)
+        params["t5"]["token_embedding"] = words * (config.initial_embedding_std / words.std())
+        # Small embeddings under a tied head scaled by 1/sqrt(D) would start with logits near zero.
+        params["t5"]["decoder"]["final_norm"]["scale"] *= model.t5.d_model**0.5
+    if model.standardise:
+        rows = []
+        while sum(map(len, rows)) < STATISTICS_TEXTS:
+            batch = batches(len(rows))
+            rows.append(np.pad(batch, ((0, 0), (0, model.max_length - batch.shape[1]))))
+        e = setup.embed(np.concatenate(rows)[:STATISTICS_TEXTS])
+        std = e.std(axis=0)
+        # Some embedders have constant dimensions: there the deviation is only rounding.
+        params["statistics"] = {
+            "mean": jnp.asarray(e.mean(axis=0)),
+            "std": jnp.asarray(np.maximum(std, 0.1 * std.mean())),
+        }
+    if stage == "corrector" and config.corrector_from_inverter:
+        source = trained["inverter"]
+        params["t5"] = jax.tree.map(jnp.copy, source["t5"])
+        params["projection_target"] = jax.tree.map(jnp.copy, source["projection"])
+        for name in ("statistics", "bag_of_words"):
+            if name in source:
+                params[name] = jax.tree.map(jnp.copy, source[name])
+    return params
+
+
+def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, Params], stopped: "StopFlag") -> Params:
+    """Trains one network to its recipe's number of steps and returns its parameters."""
+    config, model = setup.config, setup.model
+    settings: StageConfig = getattr(config, stage)
+    batches = Batches(
+        setup.stores,
+        batch_size=settings.batch_size,
+        max_length=model.max_length,
+        span_share=config.data.span_share,
+        bucket_lengths=config.data.bucket_lengths or (model.max_length,),
+        seed=config.seed,
+    )
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(settings.optimizer, settings.num_steps)
+    loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder))
+    step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed)
+    params = initial_params(setup, stage, trained, batches)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    step_fn, shardings = shard_step(step_fn, mesh, state, stage)
+    state = jax.device_put(state, shardings)
+    frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if stage == "corrector" else None)
+
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+    if checkpoints.latest() is not None:
+        state = checkpoints.restore(state)
+        progress.note(f"{stage}: going on from step {int(state.step)}")
+    step, last = int(state.step), settings.num_steps
+    recent = {"loss": math.nan}
+    since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
+    compiled: set[int] = set()
+
+    def save(state: TrainState) -> None:
+        checkpoints.save(step, state)
+
+    with (
+        progress.bar(last, f"training the {stage}", unit="steps", start=step) as update,
+        Log(folder / "log.jsonl") as log,
+    ):
+        while step < last:
+            ids = batches(step)
+            if ids.shape[1] not in compiled:
+                compiled.add(ids.shape[1])
+                with progress.stage(f"compiling the step for {ids.shape[1]} tokens"):
+                    state, metrics = jax.block_until_ready(step_fn(state, frozen, ids))
+                since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
+            else:
+                state, metrics = step_fn(state, frozen, ids)
+            step += 1
+            texts, positions = texts + len(ids), positions + ids.size
+            tokens += float((ids != 0).sum())
+            logging = step % config.log_every_steps == 0 or step == last
+            saving = step % config.checkpoint.every_steps == 0 or step == last
+            if logging or saving or stopped:
+                loss = float(metrics.loss)
+                if not math.isfinite(loss):
+                    checkpoints.close()
+                    raise InputError(
+                        f"The {stage}'s loss is {loss} at step {step}; the checkpoint of step {checkpoints.latest()} is "
+                        "untouched: lower the learning rate or clip the gradient, in a new --workdir."
+                    )
+            if logging and texts:
+                seconds = max(time.perf_counter() - since, 1e-9)
+                recent = {
+                    "step": step,
+                    "loss": round(loss, 4),
+                    "token_accuracy": round(float(metrics.token_accuracy), 4),
+                    "gradient_norm": round(float(metrics.gradient_norm), 4),
+                    "sequences_per_second": round(texts / seconds, 1),
+                    "tokens_per_second": round(tokens / seconds, 1),
+                    "padding_share": round(1 - tokens / positions, 4),
+                }
+                log.write(recent)
+                since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
+            update(step, loss=recent["loss"], accuracy=recent.get("token_accuracy", 0.0))
+            if saving:
+                save(state)
+            every = config.evaluation.every_steps
+            if (every and step % every == 0) or step == last:
+                with progress.stage(f"recovering held-out texts at step {step}"):
+                    log.write({"step": step} | evaluate_stage(setup, stage, state.params, trained, folder, step))
+                since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
+            if stopped:
+                save(state)
+                checkpoints.close()
+                raise TrainingStopped(
+                    f"stopped at step {step} of the {stage}; everything is saved: run the same command to resume"
+                )
+    checkpoints.close()
+    return state.params
+
+
+def evaluate_stage(
+    setup: Setup, stage: Stage, params: Params, trained: dict[Stage, Params], folder: Path, step: int
+) -> dict[str, float]:
+    """Recovers held-out texts with the parameters as they are: greedily, with one correction step for the corrector."""
+    references = setup.held_out[: setup.config.evaluation.num_examples]
+    networks = dict(trained) | {stage: params}
+    inverter = Inverter(setup.config.name, setup.model, networks, setup.embedder, setup.vocabulary)
+    e = setup.embedder.embed(references)
+    ids = np.asarray(jax.jit(greedy_hypotheses, static_argnums=0)(setup.model, networks["inverter"], e))
+    if stage == "corrector":
+        loop = inverter.correction_loop(sequence_beam_width=1, mode="upstream")
+        ids = loop(inverter.loop_params(), e, 1).ids
+    predictions = setup.vocabulary.decode(ids)
+    scores = text_scores(predictions, references)
+    with Log(folder / "samples.jsonl") as samples:
+        for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
+            samples.write({"step": step, "reference": reference, "recovered": prediction})
+    return {f"held_out_{name}": round(value.mean, 4) for name, value in scores.items()}
+
+
+class Log:
+    """Appends JSON lines, each on disk when written."""
+
+    def __init__(self, file: Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+class StopFlag:
+    """True once SIGINT or SIGTERM has come; a second signal ends the process the ordinary way."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def __bool__(self) -> bool:
+        return self._set
+
+    def set(self, signum: int, _: Any) -> None:
+        self._set = True
+        progress.note("stopping after this step; everything will be saved")
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Turns SIGINT and SIGTERM into a flag while training runs."""
+    flag = StopFlag()
+    before = {signum: signal.signal(signum, flag.set) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

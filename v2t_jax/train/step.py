@@ -1,0 +1,145 @@
+"""The training step: texts' ids in, new state and metrics out; one jitted, sharded program.
+
+The frozen embedder runs inside it, and for the corrector so do the inverter's greedy hypotheses: nothing is cached on
+disk, and every span and every epoch has its own embeddings.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from v2t_jax.config import ModelConfig, Stage
+from v2t_jax.decode.sample import greedy
+from v2t_jax.decode.state import Special
+from v2t_jax.models import corrector, inverter
+from v2t_jax.models.embedder import EmbedderConfig, PieceMap, embed_pieces
+from v2t_jax.models.layers import Params
+from v2t_jax.sharding import RULES, batch_sharding, param_specs, replicated, state_shardings
+
+SPECIAL = Special(start=0, eos=1, pad=0)
+NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on: the data position and the dropout keys are functions of `step`."""
+
+    step: jax.Array  # [] int32, parameter updates made
+    params: Params
+    optimizer: Any
+
+
+class Frozen(NamedTuple):
+    """Weights that training reads but doesn't change."""
+
+    embedder: Params
+    pieces: jax.Array  # [V] int32, model id -> embedder id
+    inverter: Params | None  # makes the corrector's hypotheses
+
+
+class Metrics(NamedTuple):
+    """Scalars of one step, float32."""
+
+    loss: jax.Array  # mean cross entropy over tokens that aren't padding, nats
+    token_accuracy: jax.Array
+    gradient_norm: jax.Array  # before clipping
+    tokens: jax.Array  # tokens that aren't padding
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, correct tokens, tokens; padding doesn't count."""
+    weights = (labels != SPECIAL.pad).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return jnp.sum(losses * weights), jnp.sum(correct * weights), jnp.sum(weights)
+
+
+def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array) -> jax.Array:
+    """The inverter's greedy outputs, ids [B, L]."""
+    tokens_to_logits, cache = inverter.start_decoding(config, params, e)
+    decoded = greedy(tokens_to_logits, cache, batch_size=e.shape[0], max_length=config.max_length, special=SPECIAL)
+    return decoded.ids
+
+
+def make_loss(
+    stage: Stage, model: ModelConfig, embedder: EmbedderConfig, piece_map: PieceMap
+) -> Callable[[Params, Frozen, jax.Array, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """`loss(params, frozen, ids [B, L], dropout_key) -> (summed loss, (correct tokens, tokens))`"""
+
+    def embed(frozen: Frozen, ids: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(embed_pieces(embedder, piece_map, frozen.embedder, frozen.pieces, ids))
+
+    def inverter_loss(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array | None) -> Any:
+        loss, correct, tokens = cross_entropy(inverter.logits(model, params, embed(frozen, ids), ids, key), ids)
+        return loss, (correct, tokens)
+
+    def corrector_loss(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array | None) -> Any:
+        e = embed(frozen, ids)
+        hypothesis = greedy_hypotheses(model, frozen.inverter, e)
+        logits = corrector.logits(model, params, e, hypothesis, embed(frozen, hypothesis), ids, key)
+        loss, correct, tokens = cross_entropy(logits, ids)
+        return loss, (correct, tokens)
+
+    return inverter_loss if stage == "inverter" else corrector_loss
+
+
+def make_step(
+    loss_fn: Callable, optimizer: optax.GradientTransformation, accumulate_steps: int, seed: int
+) -> Callable[[TrainState, Frozen, jax.Array], tuple[TrainState, Metrics]]:
+    """`step(state, frozen, ids [B, L]) -> (state, metrics)`; gradients of `accumulate_steps` micro-batches are summed."""
+
+    def gradients(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array) -> Any:
+        (loss, (correct, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, ids, key)
+        return grads, (loss, correct, tokens)
+
+    def step(state: TrainState, frozen: Frozen, ids: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if accumulate_steps == 1:
+            grads, sums = gradients(state.params, frozen, ids, key)
+        else:
+            micro = ids.reshape(accumulate_steps, -1, ids.shape[1])
+            keys = jax.random.split(key, accumulate_steps)
+            zeros = jax.tree.map(jnp.zeros_like, state.params), (jnp.float32(0),) * 3
+
+            def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, gradients(state.params, frozen, *part)), None
+
+            (grads, sums), _ = jax.lax.scan(add, zeros, (micro, keys))
+        loss, correct, tokens = sums
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = Metrics(loss / tokens, correct / tokens, optax.global_norm(grads), tokens)
+        return TrainState(state.step + 1, params, optimizer_state), metrics
+
+    return step
+
+
+def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[Callable, Any]:
+    """Jits `step` over `mesh`: batches cut over (data, fsdp), parameters by their table, frozen weights replicated.
+
+    Args:
+        state: a TrainState, of arrays or of shapes.
+    Returns:
+        the compiled-on-first-use step (the old state's memory is given up), and the state's shardings.
+    """
+    specs = param_specs(state.params, NETWORKS[stage].PARAM_AXES)
+    shardings = state_shardings(mesh, state, specs)
+
+    @functools.wraps(step)
+    def under_rules(*args: Any) -> Any:
+        with mesh, nn.logical_axis_rules(RULES):
+            return step(*args)
+
+    jitted = jax.jit(
+        under_rules,
+        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return jitted, shardings
