@@ -50,12 +50,12 @@ def get_config() -> Config:
             bucket_lengths=(6, 9, 11, 13, 15, 17),
         ),
         inverter=StageConfig(
-            num_steps=3000,
+            num_steps=2300,
             batch_size=64,
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=100, b2=0.98),
         ),
         corrector=StageConfig(
-            num_steps=1300,
+            num_steps=500,
             batch_size=64,
             optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=50, b2=0.98),
         ),

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from v2t_jax.errors import InputError
 
@@ -114,6 +114,8 @@ class OptimizerConfig:
         _require(self.learning_rate > 0, "optimizer.learning_rate must be above 0.")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative.")
         _require(self.accumulate_steps >= 1, "optimizer.accumulate_steps must be at least 1.")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative.")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1 and b2 must lie in [0, 1).")
         _require(self.clip_norm >= 0, "optimizer.clip_norm must not be negative; 0 switches clipping off.")
 
 
@@ -174,11 +176,24 @@ class EvalConfig:
     """correction steps of the final evaluation"""
     sequence_beam_width: tuple[int, ...] = (1, 4)
 
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, "evaluation.every_steps must not be negative; 0 evaluates at the end only.")
+        _require(self.num_examples >= 1, "evaluation.num_examples must be at least 1.")
+        _require(min(self.num_steps, default=0) >= 0, "evaluation.num_steps must hold no negative number of steps.")
+        _require(
+            min(self.sequence_beam_width, default=1) >= 1,
+            "evaluation.sequence_beam_width must be 1 or more throughout.",
+        )
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "checkpoint.every_steps must be at least 1.")
+        _require(self.keep >= 1, "checkpoint.keep must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -208,6 +223,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages is empty: name inverter, corrector or both.")
+        _require(self.log_every_steps >= 1, "log_every_steps must be at least 1.")
+        _require(self.initial_embedding_std > 0, "initial_embedding_std must be above 0.")
 
 
 def load_recipe(path: str) -> Config:
@@ -256,15 +273,20 @@ def from_dict(schema: type, values: dict[str, Any], where: str = "config") -> An
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             value = from_dict(kind, value, f"{where}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif kind in (int, float, bool, str) and not _fits(value, kind):
-            raise InputError(f"{where}.{name} is {value!r}; it must be of type {kind.__name__}.")  # type: ignore
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            if not _fits(value, kind):
+                allowed = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind)
+                raise InputError(f"{where}.{name} is {value!r}; it must be {allowed.replace('typing.', '')}.")
         built[name] = value
     return schema(**built)
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:  # all of this schema's are tuple[kind, ...]
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:

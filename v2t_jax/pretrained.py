@@ -97,8 +97,11 @@ class Inverter:
         Raises:
             InputError: the folder can't be written.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        except OSError as error:
+            raise InputError(f"{folder} can't be written ({error.strerror}); give another folder.") from error
         try:
             for stage, params in self.params.items():
                 save_file(_flatten(params, quantise), building / f"{stage}.safetensors")
@@ -147,6 +150,16 @@ def load(name: str = "minilm-wordnet") -> Inverter:
     for field in ("name", "embedder", "model", "files"):
         if field not in config:
             raise InputError(f"{folder}/config.json lacks the field {field!r}; fetch the model again.")
+    embedder_record = config["embedder"]
+    if (
+        not isinstance(config["name"], str)
+        or not isinstance(config["files"], dict)
+        or not isinstance(embedder_record, dict)
+        or not all(isinstance(embedder_record.get(key), str) for key in ("name", "weights_sha256"))
+    ):
+        raise InputError(
+            f"{folder}/config.json has a field name, embedder or files of another form; fetch the model again."
+        )
     model = from_dict(ModelConfig, config["model"], "model")
     with progress.stage(f"loading the model {config['name']}"):
         tensors = {}
@@ -174,8 +187,8 @@ def load(name: str = "minilm-wordnet") -> Inverter:
         }
         if "inverter" not in params or "pieces" not in tensors:
             raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; fetch the model again.")
-    embedder = load_embedder(config["embedder"]["name"])
-    if embedder.weights_sha256 != config["embedder"]["weights_sha256"]:
+    embedder = load_embedder(embedder_record["name"])
+    if embedder.weights_sha256 != embedder_record["weights_sha256"]:
         raise InputError(
             f"The model {config['name']} was trained on other weights of {embedder.name} than those installed."
         )

@@ -85,6 +85,9 @@ def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
 
     Optimisers keep trees of the parameters' own paths (Adam's moments) among others; so a leaf is recognised by the
     end of its path and its shape having as many axes.
+
+    Raises:
+        InputError: an array's axis isn't a multiple of the mesh axis that cuts it.
     """
     by_path = {
         tuple(str(key.key) for key in path): spec
@@ -96,6 +99,12 @@ def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
         for start in range(len(keys)):
             spec = by_path.get(keys[start:])
             if spec is not None and leaf.ndim >= len(spec):
+                for size, axis in zip(leaf.shape, spec, strict=False):
+                    if axis and size % mesh.shape[axis]:
+                        raise InputError(
+                            f"{'/'.join(keys[start:])} has an axis of {size}, which mesh.{axis}={mesh.shape[axis]} "
+                            "doesn't divide; change that size (for a vocabulary: data.vocabulary_size) or the mesh."
+                        )
                 return NamedSharding(mesh, spec)
         return NamedSharding(mesh, PartitionSpec())
 

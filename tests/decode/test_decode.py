@@ -187,7 +187,7 @@ def test_beam_search_is_the_loop_of_its_definition(
     eos_bias: float,
 ) -> None:
     tables = make_tables(seed, items=4, length=7, vocab=12, eos_bias=eos_bias)
-    options = {"penalty": penalty, "early": early, "min_length": min_length, "ngram": ngram}
+    options: dict[str, Any] = {"penalty": penalty, "early": early, "min_length": min_length, "ngram": ngram}
     ids, log_probs, scores = run_beam(tables, beams=beams, num_return=beams, **options)
     for item, table in enumerate(tables):
         expected = reference_beam(table, beams, **options)
@@ -253,7 +253,7 @@ def test_it_stops_when_every_row_has_finished() -> None:
     tables[:, 2, ..., SPECIAL.eos] = 50.0
     calls: list[int] = []
     model = counted(toy(jnp.asarray(tables)), calls)
-    limits = {"batch_size": 3, "max_length": 20, "special": SPECIAL}
+    limits: dict[str, Any] = {"batch_size": 3, "max_length": 20, "special": SPECIAL}
     jax.block_until_ready(jax.jit(lambda cache: greedy(model, cache, **limits))(make_cache(3, 1, 20)))
     jax.effects_barrier()
     assert sorted(calls) == [0, 1, 2]
@@ -286,6 +286,7 @@ def test_memory_does_not_grow_with_the_logits_of_all_steps(beams: int) -> None:
 
     compiled = jax.jit(search).lower(jnp.zeros(items * beams)).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 5 * items * beams * vocab * 4
 
 

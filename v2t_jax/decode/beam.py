@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax.decode.logits import ban_tokens
+from v2t_jax.decode.logits import ban_tokens, log_softmax_at
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Cache, Decoded, Special, TokensToLogits, check_arguments, count_tokens
 from v2t_jax.errors import InputError
@@ -27,7 +27,7 @@ DEAD = -1e9  # the score of an empty slot and of a beam that must not go on: fin
 
 
 class _Loop(NamedTuple):
-    index: jax.Array  # [] tokens generated so far
+    position: jax.Array  # [] tokens generated so far
     tokens: jax.Array  # [B, K, 1 + L] running hypotheses: start id, generated tokens, pads
     log_probs: jax.Array  # [B, K] theirs, best first
     done_tokens: jax.Array  # [B, K, 1 + L] finished slots
@@ -105,16 +105,16 @@ def beam_search(
         wanted = loop.improvable
         if early_stopping is True:
             wanted &= ~jnp.all(loop.done, axis=1)
-        return (loop.index < max_length) & jnp.any(wanted)
+        return (loop.position < max_length) & jnp.any(wanted)
 
     def step(loop: _Loop) -> _Loop:
-        last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.index, axis=2, keepdims=False)
-        logits, new_cache = tokens_to_logits(last.reshape(rows), loop.cache, loop.index)
+        last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.position, axis=2, keepdims=False)
+        logits, new_cache = tokens_to_logits(last.reshape(rows), loop.cache, loop.position)
         logits = logits.astype(jnp.float32)
         allowed = ban_tokens(
             logits,
             loop.tokens.reshape(rows, -1),
-            loop.index,
+            loop.position,
             eos=special.eos,
             min_length=min_length,
             no_repeat_ngram=no_repeat_ngram,
@@ -124,20 +124,22 @@ def beam_search(
         # lowest id.
         width = min(2 * num_beams, logits.shape[-1])
         best_logits, best_ids = jax.lax.top_k(allowed, width)
-        log_p = best_logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        log_p = jnp.where(jnp.isneginf(best_logits), -jnp.inf, log_softmax_at(logits, best_ids))
         totals = log_p.reshape(batch_size, num_beams, width) + loop.log_probs[:, :, None]
         grown_log_probs, flat = jax.lax.top_k(totals.reshape(batch_size, -1), 2 * num_beams)
         parents = flat // width
         chosen = _take(best_ids.reshape(batch_size, -1), flat)
-        grown_tokens = jax.lax.dynamic_update_index_in_dim(_take(loop.tokens, parents), chosen, loop.index + 1, axis=2)
-        ends = (chosen == special.eos) | (loop.index + 1 == max_length)
+        grown_tokens = jax.lax.dynamic_update_index_in_dim(
+            _take(loop.tokens, parents), chosen, loop.position + 1, axis=2
+        )
+        ends = (chosen == special.eos) | (loop.position + 1 == max_length)
 
         running_log_probs, running = jax.lax.top_k(jnp.where(ends, grown_log_probs + DEAD, grown_log_probs), num_beams)
 
         enters = ends & (jnp.arange(2 * num_beams)[None, :] < num_beams) & loop.improvable[:, None]
         if early_stopping is True:
             enters &= ~jnp.all(loop.done, axis=1, keepdims=True)
-        penalty = penalties[loop.index]
+        penalty = penalties[loop.position]
         grown_scores = jnp.where(enters, grown_log_probs / penalty, -jnp.inf)
         done_scores, kept = jax.lax.top_k(jnp.concatenate([loop.done_scores, grown_scores], axis=1), num_beams)
         done = _take(jnp.concatenate([loop.done, enters], axis=1), kept)
@@ -147,7 +149,7 @@ def beam_search(
         horizon = penalties[-1] if early_stopping == "never" and length_penalty > 0 else penalty
         worst = jnp.where(jnp.all(done, axis=1), done_scores[:, -1], DEAD)
         return _Loop(
-            index=loop.index + 1,
+            position=loop.position + 1,
             tokens=_take(grown_tokens, running),
             log_probs=running_log_probs,
             done_tokens=_take(jnp.concatenate([loop.done_tokens, grown_tokens], axis=1), kept),
@@ -165,7 +167,7 @@ def beam_search(
         unfinished,
         step,
         _Loop(
-            index=jnp.int32(0),
+            position=jnp.int32(0),
             tokens=tokens,
             log_probs=empty.at[:, 0].set(0.0),  # all beams start alike: only the first may grow, or all would stay so
             done_tokens=tokens,

@@ -78,6 +78,17 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
     return jnp.where(logits < cutoff, -jnp.inf, logits)
 
 
+def log_softmax_at(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """log p [rows, N] of the tokens `ids` [rows, N] under `logits` [rows, V].
+
+    A whole log-softmax would be another array of V columns. The maximum is taken off first: `logit - logsumexp`
+    would lose the digits of a log p near 0 when logits are large.
+    """
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = jnp.take_along_axis(logits, ids, axis=-1) - best
+    return shifted - jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
+
+
 def first_argmax(logits: jax.Array) -> jax.Array:
     """Index [rows] int32 of each row's largest logit, the first of several.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from v2t_jax.decode.logits import ban_tokens, first_argmax, keep_top_k, keep_top_p
+from v2t_jax.decode.logits import ban_tokens, first_argmax, keep_top_k, keep_top_p, log_softmax_at
 from v2t_jax.decode.state import Cache, Decoded, Special, TokensToLogits, check_arguments
 from v2t_jax.errors import InputError
 
@@ -14,7 +14,7 @@ Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (allowed logits [B, V], 
 
 
 class _Loop(NamedTuple):
-    index: jax.Array  # [] tokens generated so far
+    position: jax.Array  # [] tokens generated so far
     tokens: jax.Array  # [B, 1 + L] start id, generated tokens, pads
     log_probs: jax.Array  # [B]
     finished: jax.Array  # [B] an end of sequence was generated
@@ -131,28 +131,26 @@ def _decode(
     tokens = jnp.full((batch_size, 1 + max_length), special.pad, jnp.int32).at[:, 0].set(special.start)
 
     def unfinished(loop: _Loop) -> jax.Array:
-        return (loop.index < max_length) & ~jnp.all(loop.finished)
+        return (loop.position < max_length) & ~jnp.all(loop.finished)
 
     def step(loop: _Loop) -> _Loop:
-        last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.index, axis=1, keepdims=False)
-        logits, new_cache = tokens_to_logits(last, loop.cache, loop.index)
+        last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.position, axis=1, keepdims=False)
+        logits, new_cache = tokens_to_logits(last, loop.cache, loop.position)
         logits = logits.astype(jnp.float32)
         allowed = ban_tokens(
             logits,
             loop.tokens,
-            loop.index,
+            loop.position,
             eos=special.eos,
             min_length=min_length,
             no_repeat_ngram=no_repeat_ngram,
         )
-        chosen = choose(allowed, loop.index)
-        # log p of the chosen token only: a whole log-softmax would be another [B, V] array.
-        picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-        log_p = picked - jax.nn.logsumexp(logits, axis=-1)
+        chosen = choose(allowed, loop.position)
+        log_p = log_softmax_at(logits, chosen[:, None])[:, 0]
         chosen = jnp.where(loop.finished, special.pad, chosen)
         return _Loop(
-            index=loop.index + 1,
-            tokens=jax.lax.dynamic_update_index_in_dim(loop.tokens, chosen, loop.index + 1, axis=1),
+            position=loop.position + 1,
+            tokens=jax.lax.dynamic_update_index_in_dim(loop.tokens, chosen, loop.position + 1, axis=1),
             log_probs=loop.log_probs + jnp.where(loop.finished, 0.0, log_p),
             finished=loop.finished | (chosen == special.eos),
             cache=new_cache,
@@ -162,7 +160,7 @@ def _decode(
         unfinished,
         step,
         _Loop(
-            index=jnp.int32(0),
+            position=jnp.int32(0),
             tokens=tokens,
             log_probs=jnp.zeros(batch_size, jnp.float32),
             finished=jnp.zeros(batch_size, bool),

@@ -43,7 +43,9 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(encoder|decoder)/layers/feed_forward/wo", ("layers", "mlp", "embed")),
 )
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # a layer: self-attention keys and values, each [rows, L, H, K]
+# A layer: self-attention keys [rows, H, K, L] and values [rows, H, L, K]. These axes are as the products of one query
+# want them: in any other order XLA copies the whole cache at every token.
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 class EncoderLayer(nn.Module):
@@ -105,14 +107,14 @@ class DecoderLayer(nn.Module):
         return nn.with_logical_constraint(x + dropout(h, rate, keys[5]), ("batch", None, None))
 
     def cross_key_value(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, S, D] -> two of [B, S, H, K], computed once a sequence and shared by its beams."""
-        return self.cross_attention.key_value(encoded)
+        """[B, S, D] -> keys [B, H, K, S] and values [B, H, S, K], once a sequence and shared by its beams."""
+        return _for_one_query(*self.cross_attention.key_value(encoded))
 
     def step(
         self,
         x: jax.Array,  # [rows, 1, D]
-        cache: tuple[jax.Array, jax.Array],  # two of [rows, L, H, K]
-        cross: tuple[jax.Array, jax.Array],  # two of [B, S, H, K]
+        cache: tuple[jax.Array, jax.Array],  # [rows, H, K, L] and [rows, H, L, K]
+        cross: tuple[jax.Array, jax.Array],  # [B, H, K, S] and [B, H, S, K]
         bias: jax.Array,  # [1, H, 1, L], future positions masked
         cross_bias: jax.Array,  # [B, 1, 1, S]
         index: jax.Array,
@@ -120,17 +122,29 @@ class DecoderLayer(nn.Module):
         """One token a row. rows = B * beams, item-major."""
         rows, batch = x.shape[0], cross[0].shape[0]
         h = self.self_attention_norm(x)
-        key, value = self.self_attention.key_value(h)
-        key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, index, axis=1)
-        value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, index, axis=1)
-        x = x + self.self_attention.out(attend(self.self_attention.query(h), key, value, bias))
+        key, value = _for_one_query(*self.self_attention.key_value(h))
+        key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, index, axis=3)
+        value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, index, axis=2)
+        x = x + self.self_attention.out(_attend_cached(self.self_attention.query(h), key, value, bias))
         # The beams of a sequence take the place of the query axis, so its cross keys are never repeated.
         query = self.cross_attention.query(self.cross_attention_norm(x))
         query = query.reshape(batch, rows // batch, *query.shape[2:])
-        h = attend(query, *cross, cross_bias).reshape(rows, 1, *query.shape[2:])
+        h = _attend_cached(query, *cross, cross_bias).reshape(rows, 1, *query.shape[2:])
         x = x + self.cross_attention.out(h)
         x = x + self.feed_forward(self.feed_forward_norm(x), None)
         return x, (key, value)
+
+
+def _for_one_query(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two of [B, S, H, K] -> [B, H, K, S] and [B, H, S, K]: see `Cache`."""
+    return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
+
+
+def _attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+    """`attend` for query [B, Q, H, K], key [B, H, K, S], value [B, H, S, K]; -> [B, Q, H, K]"""
+    scores = jnp.einsum("bqhk,bhks->bhqs", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqs,bhsk->bqhk", weights, value)
 
 
 def init(config: T5Config, key: jax.Array) -> Params:
@@ -296,6 +310,19 @@ def shift_right(labels: jax.Array, start_id: int = 0) -> jax.Array:
     return jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
 
 
+def unstack_decoder(params: Params) -> Params:
+    """The same parameters with a list of the decoder's layers, for `encode` and `start_decoding` only.
+
+    `start_decoding` does this itself where needed, but then it copies the decoder's weights at every call. Whoever
+    decodes often does it once and keeps the result.
+    """
+    stack = params["decoder"]
+    if isinstance(stack["layers"], list):
+        return params
+    num_layers = jax.tree.leaves(stack["layers"])[0].shape[0]
+    return {**params, "decoder": {**stack, "layers": [_layer_of(stack, i) for i in range(num_layers)]}}
+
+
 def start_decoding(
     config: T5Config,
     params: Params,
@@ -310,6 +337,7 @@ def start_decoding(
 
     Args:
         encoded: [B, S, D]; mask: [B, S].
+        params: as `init` makes them, or `unstack_decoder` of those.
         max_length: tokens that will be generated at most (L).
         hidden_offset: [B, D], added to the decoder's last hidden state before the head (the inverter's bag of words).
     Returns:
@@ -317,16 +345,20 @@ def start_decoding(
         empty self-attention cache. Cross-attention keys are computed here, once a sequence.
     """
     dtype = jnp.dtype(config.dtype)
-    # Cast once, outside the token loop, and unstack: inside it every layer is its own array.
+    # Unstack and cast once, outside the token loop: inside it every layer is its own array.
+    params = unstack_decoder(params)
     params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
     stack = params["decoder"]
     layer = DecoderLayer(config)
-    layer_params = [_layer_of(stack, i) for i in range(config.num_decoder_layers)]
+    layer_params = stack["layers"]
     cross = [_run(layer, p, encoded.astype(dtype), method="cross_key_value") for p in layer_params]
     bias_table = position_bias(config, stack["relative_bias"].astype(jnp.float32), max_length, bidirectional=False)
     cross_bias = mask_bias(mask)
     rows = encoded.shape[0] * num_beams
-    empty = jnp.zeros((rows, max_length, config.num_heads, config.d_kv), dtype)
+    empty = (
+        jnp.zeros((rows, config.num_heads, config.d_kv, max_length), dtype),
+        jnp.zeros((rows, config.num_heads, max_length, config.d_kv), dtype),
+    )
     if hidden_offset is not None:
         hidden_offset = jnp.repeat(hidden_offset, num_beams, axis=0)
 
@@ -342,7 +374,7 @@ def start_decoding(
             hidden = hidden + hidden_offset.astype(hidden.dtype)
         return logits(config, params, hidden), tuple(entries)
 
-    return tokens_to_logits, tuple((empty, empty) for _ in range(config.num_decoder_layers))
+    return tokens_to_logits, tuple(empty for _ in range(config.num_decoder_layers))
 
 
 def _final_norm(config: T5Config, stack: Params, x: jax.Array) -> jax.Array:

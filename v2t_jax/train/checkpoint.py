@@ -1,6 +1,7 @@
 """Checkpoints of a training state, by Orbax."""
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,26 @@ class Checkpoints:
             InputError: there are checkpoints but none can be read.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        reasons = []
+        reasons: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except (ValueError, OSError, KeyError) as error:  # truncated or altered on disk
-                reasons.append(str(error).splitlines()[0])
+                reasons[step] = (str(error).splitlines() or [type(error).__name__])[0]
                 progress.note(f"checkpoint {step} in {self._folder} can't be read; trying the one before")
-        raise InputError(f"No checkpoint in {self._folder} can be read ({reasons[0]}); start in a new --workdir.")
+            else:
+                self._set_aside(list(reasons))
+                return state
+        raise InputError(
+            f"No checkpoint in {self._folder} can be read ({next(iter(reasons.values()))}); start in a new --workdir."
+        )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames unreadable checkpoints: while they count, none of an earlier step can be saved."""
+        for step in steps:
+            (self._folder / str(step)).rename(self._folder / f"unreadable-{step}-{time.time_ns()}")
+        if steps:
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -32,7 +32,7 @@ from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import Inverter
-from v2t_jax.sharding import make_mesh
+from v2t_jax.sharding import make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
@@ -104,22 +104,22 @@ def train(config: Config, workdir: Path) -> Path:
 
 
 def claim_workdir(config: Config, workdir: Path) -> None:
-    """Writes the config to a new work directory, or checks that the one there is the same.
-
-    `num_steps` may grow: that is how a finished run is continued.
-    """
+    """Writes the config to a new work directory, or checks that the one there is the same."""
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if file.exists():
             before, now = json.loads(file.read_text()), json.loads(json.dumps(to_dict(config)))
-            changed = sorted(key for key in now if now[key] != before.get(key))
+            if not isinstance(before, dict):
+                raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
+            changed = sorted(key for key in now | before if now.get(key) != before.get(key))
             if changed:
                 raise InputError(
                     f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
                     "give a new --workdir, or the config in its config.json."
                 )
-        file.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        else:
+            file.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"The work directory {workdir} can't be written ({error.strerror}); give another.") from error
     except json.JSONDecodeError as error:
@@ -131,6 +131,11 @@ def prepare(config: Config) -> Setup:
     if not config.model.share_vocabulary:
         raise InputError("Training with a vocabulary of its own isn't supported yet: leave model.share_vocabulary on.")
     embedder = load_embedder(config.embedder, config.embedder_dtype)
+    room = embedder.config.max_length - len(PieceMap.of(embedder).before)
+    if config.model.max_length > room:
+        raise InputError(
+            f"model.max_length is {config.model.max_length}, but {config.embedder} reads texts of {room} at most."
+        )
     with progress.stage("reading the text"):
         held_out = read_texts(config.data.held_out, "held_out")
         texts = [read_texts(source, "train", avoid=held_out) for source in config.data.sources]
@@ -143,9 +148,16 @@ def prepare(config: Config) -> Setup:
         stores = [tokenize(part, vocabulary) for part in texts]
         fits = [len(row) < config.model.max_length for row in vocabulary.encode(held_out)]
         short = [text for text, ok in zip(held_out, fits, strict=True) if ok]
+        # A text of unknown pieces alone comes back empty.
+        held_out = [text for text in vocabulary.normalise(short, config.model.max_length) if text.strip()]
+    if not held_out:
+        raise InputError(
+            f"No held-out text of {config.data.held_out} has fewer than model.max_length={config.model.max_length} "
+            "pieces: use more text or a larger max_length."
+        )
     t5 = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
-    return Setup(config, model, embedder, vocabulary, stores, vocabulary.normalise(short, model.max_length))
+    return Setup(config, model, embedder, vocabulary, stores, held_out)
 
 
 def initial_params(setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Batches) -> Params:
@@ -199,14 +211,22 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         seed=config.seed,
     )
     mesh = make_mesh(config.mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
+        raise InputError(
+            f"{stage}.batch_size={settings.batch_size} can't be cut into {settings.optimizer.accumulate_steps} "
+            f"micro-batches over {parts} devices: make it a multiple of their product."
+        )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
     loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder))
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed)
     params = initial_params(setup, stage, trained, batches)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     step_fn, shardings = shard_step(step_fn, mesh, state, stage)
-    state = jax.device_put(state, shardings)
+    # Copied, because the first step gives the state's memory up: two leaves may be one array.
+    state = jax.device_put(state, shardings, may_alias=False)
     frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if stage == "corrector" else None)
+    frozen = jax.device_put(frozen, replicated(mesh))
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
     if checkpoints.latest() is not None:
@@ -233,32 +253,39 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
                 since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
             else:
                 state, metrics = step_fn(state, frozen, ids)
+                texts, positions = texts + len(ids), positions + ids.size
+                tokens += float((ids != 0).sum())
             step += 1
-            texts, positions = texts + len(ids), positions + ids.size
-            tokens += float((ids != 0).sum())
             logging = step % config.log_every_steps == 0 or step == last
             saving = step % config.checkpoint.every_steps == 0 or step == last
             if logging or saving or stopped:
-                loss = float(metrics.loss)
-                if not math.isfinite(loss):
+                loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
+                # A finite loss with a gradient that isn't has just spoilt the parameters.
+                if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+                    kept = checkpoints.latest()
                     checkpoints.close()
                     raise InputError(
-                        f"The {stage}'s loss is {loss} at step {step}; the checkpoint of step {checkpoints.latest()} is "
-                        "untouched: lower the learning rate or clip the gradient, in a new --workdir."
+                        f"The {stage}'s loss is {loss} and its gradient's norm {gradient_norm} at step {step}; the "
+                        f"checkpoint of step {kept} is untouched: lower the learning rate or clip the gradient, in a "
+                        "new --workdir."
                     )
-            if logging and texts:
-                seconds = max(time.perf_counter() - since, 1e-9)
+            if logging:
                 recent = {
                     "step": step,
                     "loss": round(loss, 4),
                     "token_accuracy": round(float(metrics.token_accuracy), 4),
-                    "gradient_norm": round(float(metrics.gradient_norm), 4),
+                    "gradient_norm": round(gradient_norm, 4),
+                }
+            if logging and texts:  # none if nothing but a compilation has happened since the last line
+                seconds = max(time.perf_counter() - since, 1e-9)
+                recent |= {
                     "sequences_per_second": round(texts / seconds, 1),
                     "tokens_per_second": round(tokens / seconds, 1),
                     "padding_share": round(1 - tokens / positions, 4),
                 }
-                log.write(recent)
                 since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
+            if logging:
+                log.write(recent)
             update(step, loss=recent["loss"], accuracy=recent.get("token_accuracy", 0.0))
             if saving:
                 save(state)

@@ -26,16 +26,30 @@ def _is_matrix(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and str(path[-1].key) not in names, params)
 
 
+def _orthogonalised(params: Any) -> Any:
+    """Which weights Muon takes, and along which axes: matrices, stacked ones layer by layer.
+
+    Embeddings, the head and position tables are rows to look up, not maps: they are left to Adam, as is usual.
+    """
+    tables = ("token_embedding", "lm_head", "relative_bias")
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, is_matrix: axes if is_matrix and str(path[-1].key) not in tables else None,
+        _is_matrix(params),
+    )
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The recipe's optimiser; weight decay is scaled by the learning rate in all of them."""
     schedule = learning_rate(config, num_steps)
     if config.name == "adamw":
         core = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
     elif config.name == "adafactor":
-        core = optax.adafactor(
-            schedule,
-            weight_decay_rate=config.weight_decay or None,
-            weight_decay_mask=_is_matrix,
-            multiply_by_parameter_scale=False,
+        core = optax.chain(
+            optax.adafactor(multiply_by_parameter_scale=False),
+            # Its own weight decay isn't scaled by the learning rate: 0.01 would be one percent a step.
+            optax.add_decayed_weights(-config.weight_decay, _is_matrix),
+            optax.scale_by_schedule(schedule),
         )
     else:
         core = optax.contrib.muon(
@@ -44,6 +58,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             adam_b2=config.b2,
             weight_decay=config.weight_decay,
             weight_decay_mask=_is_matrix,
+            muon_weight_dimension_numbers=_orthogonalised,
         )
     if config.clip_norm == 0:
         return core

@@ -102,7 +102,8 @@ def make_step(
         if accumulate_steps == 1:
             grads, sums = gradients(state.params, frozen, ids, key)
         else:
-            micro = ids.reshape(accumulate_steps, -1, ids.shape[1])
+            # Every n-th row, not every n-th part: a device's rows stay on it when the batch is cut over devices.
+            micro = ids.reshape(-1, accumulate_steps, ids.shape[1]).swapaxes(0, 1)
             keys = jax.random.split(key, accumulate_steps)
             zeros = jax.tree.map(jnp.zeros_like, state.params), (jnp.float32(0),) * 3
 
@@ -131,15 +132,16 @@ def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[Ca
     specs = param_specs(state.params, NETWORKS[stage].PARAM_AXES)
     shardings = state_shardings(mesh, state, specs)
 
-    @functools.wraps(step)
-    def under_rules(*args: Any) -> Any:
-        with mesh, nn.logical_axis_rules(RULES):
-            return step(*args)
-
     jitted = jax.jit(
-        under_rules,
+        step,
         in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    return jitted, shardings
+
+    @functools.wraps(step)
+    def on_mesh(*args: Any) -> Any:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            return jitted(*args)
+
+    return on_mesh, shardings

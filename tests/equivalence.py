@@ -1,0 +1,251 @@
+"""How ours is compared with a case of torch outputs: from the committed files, or made live by tests/oracle.
+
+Tolerances: layers 1e-5, logits 1e-4 (both relative to the largest value where that is above 1), decoded tokens
+identical, scores 1e-4. All in float32.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v2t_jax.config import ModelConfig, T5Config
+from v2t_jax.decode.beam import beam_search
+from v2t_jax.decode.sample import greedy
+from v2t_jax.decode.state import Special
+from v2t_jax.interop.hf_bert import bert_from_huggingface
+from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
+from v2t_jax.models import bert, corrector, inverter, t5
+from v2t_jax.models.layers import AttentionProjections, FeedForward, Params, RMSNorm, attend
+
+Case = dict[str, np.ndarray]
+GOLDEN = Path(__file__).parent / "golden"
+SPECIAL = Special(start=0, eos=1, pad=0)
+LAYERS, LOGITS = 1e-5, 1e-4
+
+
+def load(name: str) -> Case:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def state_dict(case: Case, prefix: str = "") -> dict[str, np.ndarray]:
+    start = f"state/{prefix}"
+    return {name.removeprefix(start): value for name, value in case.items() if name.startswith(start)}
+
+
+def close(ours: Any, theirs: np.ndarray, tolerance: float, what: str) -> None:
+    ours = np.asarray(ours, np.float32)
+    assert ours.shape == theirs.shape, what
+    largest = max(1.0, float(np.abs(theirs).max()))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * largest, err_msg=what)
+
+
+def t5_of(case: Case, prefix: str = "") -> tuple[T5Config, Params]:
+    config = t5_config_from_huggingface(json.loads(str(case["config"])))
+    return config, jax.device_put(t5_from_huggingface(state_dict(case, prefix), config))
+
+
+def check_t5_layers(case: Case) -> None:
+    """Every layer of both first blocks, each fed what torch's was fed."""
+    config, params = t5_of(case)
+    c = config
+    first = {stack: jax.tree.map(lambda p: p[0], params[stack]["layers"]) for stack in ("encoder", "decoder")}
+    into = {name[6:-3]: value for name, value in case.items() if name.startswith("layer/") and name.endswith("_in")}
+    pad_bias = t5.mask_bias(jnp.asarray(case["mask"]))
+    source, target = case["ids"].shape[1], case["labels"].shape[1]
+    encoder_bias = t5.position_bias(c, params["encoder"]["relative_bias"], source, bidirectional=True) + pad_bias
+    decoder_bias = t5.position_bias(c, params["decoder"]["relative_bias"], target, bidirectional=False)
+
+    def attention(p: Params, x: jax.Array, keys_of: jax.Array, bias: jax.Array) -> jax.Array:
+        heads = AttentionProjections(c.d_model, c.num_heads, c.d_kv).bind({"params": p})
+        return heads.out(attend(heads.query(x), *heads.key_value(keys_of), bias))
+
+    norm, feed_forward = RMSNorm(c.layer_norm_epsilon), FeedForward(c.d_ff, c.feed_forward, 0.0)
+    ours = {
+        "encoder_norm": norm.apply({"params": first["encoder"]["self_attention_norm"]}, into["encoder_norm"]),
+        "encoder_attention": attention(
+            first["encoder"]["self_attention"], *[into["encoder_attention"]] * 2, encoder_bias
+        ),
+        "encoder_feed_forward": feed_forward.apply(
+            {"params": first["encoder"]["feed_forward"]}, into["encoder_feed_forward"], None
+        ),
+        "encoder_block": t5.EncoderLayer(c).apply(
+            {"params": first["encoder"]}, into["encoder_block"], encoder_bias, None
+        ),
+        "decoder_attention": attention(
+            first["decoder"]["self_attention"], *[into["decoder_attention"]] * 2, decoder_bias
+        ),
+        "cross_attention": attention(
+            first["decoder"]["cross_attention"], into["cross_attention"], case["encoded"], pad_bias
+        ),
+        "decoder_block": t5.DecoderLayer(c).apply(
+            {"params": first["decoder"]}, into["decoder_block"], case["encoded"], decoder_bias, pad_bias, None
+        ),
+    }
+    assert set(ours) == set(into)
+    for name, value in ours.items():
+        close(value, case[f"layer/{name}_out"], LAYERS, name)
+
+
+def check_t5_logits(case: Case) -> None:
+    config, params = t5_of(case)
+
+    @jax.jit
+    def run(params: Params, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        encoded = t5.encode(config, params, t5.embed_tokens(config, params, ids), mask)
+        hidden = t5.decode(config, params, t5.shift_right(labels), encoded, mask)
+        return encoded, t5.logits(config, params, hidden)
+
+    encoded, logits = run(params, case["ids"], case["mask"], case["labels"])
+    close(encoded, case["encoded"], LAYERS, "encoder output")
+    close(logits, case["logits"], LOGITS, "logits")
+
+
+def check_t5_decoding(case: Case) -> None:
+    config, params = t5_of(case)
+
+    def start(num_beams: int, length: int) -> tuple[Callable, t5.Cache]:
+        mask = jnp.asarray(case["mask"])
+        encoded = t5.encode(config, params, t5.embed_tokens(config, params, jnp.asarray(case["ids"])), mask)
+        return t5.start_decoding(config, params, encoded, mask, max_length=length, num_beams=num_beams)
+
+    check_decoding(case, start)
+
+
+def check_decoding(case: Case, start: Callable[[int, int], tuple[Callable, t5.Cache]]) -> None:
+    """`start(num_beams, max_length)` prepares decoding of the case's batch; all its settings are tried."""
+    tried = 0
+    for settings, ids, scores in decode_settings(case):
+        tried += 1
+        our_ids, our_scores = jax.jit(functools.partial(decode, start, len(case["labels"]), settings))()
+        np.testing.assert_array_equal(our_ids, ids, err_msg=str(settings))
+        close(our_scores, scores, LOGITS, f"scores with {settings}")
+    assert tried > 0
+
+
+def decode_settings(case: Case) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    for name in case:
+        if name.startswith("decode/") and name.endswith("/settings"):
+            stem = name.removesuffix("settings")
+            yield json.loads(str(case[name])), case[f"{stem}ids"], case[f"{stem}scores"]
+
+
+def decode(start: Callable, batch_size: int, settings: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    num_beams = settings.get("num_beams", 1)
+    tokens_to_logits, cache = start(num_beams, settings["max_length"])
+    if "num_beams" in settings:
+        decoded, scores = beam_search(
+            tokens_to_logits, cache, batch_size=batch_size, num_return=num_beams, special=SPECIAL, **settings
+        )
+        return decoded.ids, scores
+    decoded = greedy(tokens_to_logits, cache, batch_size=batch_size, special=SPECIAL, **settings)
+    return decoded.ids, decoded.log_probs
+
+
+def check_bert(case: Case) -> None:
+    json_config = json.loads(str(case["config"]))
+    config = bert.from_huggingface(json_config)
+    config = bert.BertConfig(**{**config.__dict__, "pooler": True})
+    params = bert_from_huggingface(state_dict(case), config)
+    hidden = jax.jit(functools.partial(bert.encode, config))(params, case["ids"], case["mask"])
+    kept = case["mask"][:, :, None] != 0  # what stands at padding is nobody's business
+    close(np.where(kept, hidden, 0), np.where(kept, case["hidden"], 0), LAYERS, "hidden states")
+    close(bert.pool_first_token(params, hidden), case["pooled"], LAYERS, "pooled")
+
+
+def model_config(case: Case) -> ModelConfig:
+    t5_config = t5_config_from_huggingface(json.loads(str(case["config"])))
+    settings, _, _ = next(decode_settings(case))
+    return ModelConfig(
+        t5=t5_config,
+        embedding_width=case["e"].shape[1],
+        num_pseudo_tokens=int(case["num_pseudo_tokens"]),
+        max_length=settings["max_length"],
+    )
+
+
+def projection_of(case: Case, name: str) -> Params:
+    state = {key: value.astype(np.float32) for key, value in state_dict(case, f"{name}.").items()}
+    return {
+        "hidden": {"kernel": state["0.weight"].T, "bias": state["0.bias"]},
+        "output": {"kernel": state["3.weight"].T, "bias": state["3.bias"]},
+    }
+
+
+def inverter_of(case: Case) -> tuple[ModelConfig, Params]:
+    _, t5_params = t5_of(case, "encoder_decoder.")
+    return model_config(case), {"t5": t5_params, "projection": projection_of(case, "embedding_transform")}
+
+
+def corrector_of(case: Case) -> tuple[ModelConfig, Params]:
+    _, t5_params = t5_of(case, "encoder_decoder.")
+    norm = state_dict(case, "layernorm.")
+    return model_config(case), {
+        "t5": t5_params,
+        "projection_target": projection_of(case, "embedding_transform_1"),
+        "projection_difference": projection_of(case, "embedding_transform_2"),
+        "projection_hypothesis": projection_of(case, "embedding_transform_3"),
+        "input_norm": {"scale": norm["weight"].astype(np.float32), "bias": norm["bias"].astype(np.float32)},
+    }
+
+
+def check_inverter(case: Case) -> None:
+    _check_network(case, inverter, *inverter_of(case), [case["e"]])
+
+
+def check_corrector(case: Case) -> None:
+    inputs = [case["e"], case["hypothesis"], case["hypothesis_embedding"]]
+    _check_network(case, corrector, *corrector_of(case), inputs)
+
+
+def _check_network(case: Case, network: Any, config: ModelConfig, params: Params, inputs: list[np.ndarray]) -> None:
+    arrays = [jnp.asarray(a) for a in inputs]
+    assert jax.tree.structure(params) == jax.tree.structure(
+        jax.eval_shape(functools.partial(network.init, config), jax.random.key(0))
+    )
+    encoded, _, offset = jax.jit(functools.partial(network.encode, config))(params, *arrays)
+    assert offset is None
+    close(encoded, case["encoded"], LAYERS, "encoder output")
+    logits = jax.jit(functools.partial(network.logits, config))(params, *arrays, jnp.asarray(case["labels"]))
+    close(logits, case["logits"], LOGITS, "logits")
+    check_decoding(case, lambda beams, length: network.start_decoding(config, params, *arrays, num_beams=beams))
+
+
+def check_relative_buckets(case: Case) -> None:
+    tried = 0
+    for name, buckets in case.items():
+        if name.startswith("buckets/"):
+            num_buckets, max_distance, both_ways = map(int, name.split("/")[1:])
+            ours = t5.relative_buckets(case["distances"], bool(both_ways), num_buckets, max_distance)
+            np.testing.assert_array_equal(ours, buckets, err_msg=name)
+            tried += 1
+    assert tried > 0
+
+
+def check_minilm(case: Case) -> None:
+    """Real weights: cosine within 1e-5 of 1, values within 1e-4 of sentence-transformers'."""
+    from v2t_jax.interop.sentence_transformers import load_embedder
+
+    embedder = load_embedder("all-MiniLM-L6-v2")
+    ours = embedder.embed([str(text) for text in case["sentences"]])
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, case["embeddings"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1.0, rtol=0, atol=1e-5)
+    np.testing.assert_allclose((ours * case["embeddings"]).sum(axis=1), 1.0, rtol=0, atol=1e-5)
+
+
+CHECKS: dict[str, tuple[Callable[[Case], None], ...]] = {
+    "t5_v1_0": (check_t5_layers, check_t5_logits, check_t5_decoding),
+    "t5_v1_1": (check_t5_layers, check_t5_logits, check_t5_decoding),
+    "bert": (check_bert,),
+    "inverter": (check_inverter,),
+    "corrector": (check_corrector,),
+    "relative_buckets": (check_relative_buckets,),
+    "minilm": (check_minilm,),
+}

@@ -1,0 +1,111 @@
+"""The key table between Hugging Face's T5 and ours, both directions, and what it refuses."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from tests.equivalence import Case, load, state_dict, t5_of
+from v2t_jax.config import T5Config
+from v2t_jax.errors import InputError
+from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
+from v2t_jax.models import t5
+from v2t_jax.models.layers import Params
+
+TINY = T5Config(vocab_size=11, d_model=6, d_kv=4, d_ff=5, num_heads=2, num_encoder_layers=2, num_decoder_layers=1)
+V1_1 = dataclasses.replace(TINY, feed_forward="gated-gelu", tie_word_embeddings=False)
+
+
+def make(config: T5Config) -> Params:
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), t5.abstract_params(config))
+
+
+@pytest.mark.parametrize("config", [TINY, V1_1], ids=["v1.0", "v1.1"])
+def test_there_and_back_changes_nothing(config: T5Config) -> None:
+    params = make(config)
+    state = t5_to_huggingface(params, config)
+    assert all(value.flags.c_contiguous and value.dtype == np.float32 for value in state.values())
+    jax.tree.map(np.testing.assert_array_equal, t5_from_huggingface(state, config), params)
+
+
+@pytest.mark.parametrize("name", ["t5_v1_0", "t5_v1_1"])
+def test_back_and_there_gives_torch_its_own_keys(name: str) -> None:
+    case: Case = load(name)
+    config, params = t5_of(case)
+    state, theirs = t5_to_huggingface(params, config), state_dict(case)
+    assert set(state) == set(theirs)
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(state[key], value.astype(np.float32), err_msg=key)
+
+
+def test_copies_of_a_tied_embedding_and_dead_keys_are_accepted() -> None:
+    state = t5_to_huggingface(make(TINY), TINY)
+    for key in ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        state[key] = state["shared.weight"]
+    state["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((32, 2), np.float32)
+    t5_from_huggingface(state, TINY)
+
+
+QUERY = "encoder.block.1.layer.0.SelfAttention.q.weight"
+
+
+def _without(state: Case) -> None:
+    del state[QUERY]
+
+
+def _with_unknown(state: Case) -> None:
+    state["decoder.block.1.layer.0.layer_norm.weight"] = np.ones(6, np.float32)
+
+
+def _transposed(state: Case) -> None:
+    state[QUERY] = state[QUERY].T
+
+
+def _untied(state: Case) -> None:
+    state["lm_head.weight"] = state["shared.weight"] + 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_without, f"lack '{QUERY}'"),
+        (_with_unknown, "unknown key 'decoder.block.1.layer.0.layer_norm.weight'"),
+        (_transposed, rf"'{QUERY}' has shape \(6, 8\); its config means \(8, 6\)"),
+        (_untied, "'lm_head.weight' differs from 'shared.weight'"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_refuses_and_names_the_key(spoil: Callable[[Case], None], words: str) -> None:
+    state = t5_to_huggingface(make(TINY), TINY)
+    spoil(state)
+    with pytest.raises(InputError, match=words):
+        t5_from_huggingface(state, TINY)
+
+
+def test_reads_published_configs() -> None:
+    v1_1 = t5_config_from_huggingface(json.loads(str(load("t5_v1_1")["config"])))
+    assert (v1_1.feed_forward, v1_1.tie_word_embeddings) == ("gated-gelu", False)
+    assert (v1_1.num_encoder_layers, v1_1.num_decoder_layers) == (2, 1)
+    # t5-small's, from the time before there was a v1.1
+    t5_small = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_heads": 8, "num_layers": 6}
+    t5_small |= {"relative_attention_num_buckets": 32, "model_type": "t5"}
+    assert t5_config_from_huggingface(t5_small) == T5Config()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert'"),
+        ({"d_model": None}, "lacks 'd_model'"),
+        ({"feed_forward_proj": "gated-silu"}, "feed-forward 'gated-silu'"),
+    ],
+)
+def test_refuses_a_config_of_something_else(change: dict, words: str) -> None:
+    config = {**json.loads(str(load("t5_v1_0")["config"])), **change}
+    config = {name: value for name, value in config.items() if value is not None}
+    with pytest.raises(InputError, match=words):
+        t5_config_from_huggingface(config)

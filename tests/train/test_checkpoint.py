@@ -1,0 +1,94 @@
+"""Checkpoints give back what was saved, whatever has happened to the state or to the newest one since."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v2t_jax.config import CheckpointConfig
+from v2t_jax.errors import InputError
+from v2t_jax.train.checkpoint import Checkpoints
+
+CONFIG = CheckpointConfig(every_steps=1, keep=2)
+
+
+def state(value):
+    return {"step": jnp.int32(value), "weights": jnp.full((256, 256), float(value))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of the steps 1, 2 and 3, of which the newest two are kept."""
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step))
+    checkpoints.close()
+    return tmp_path
+
+
+def restored(folder):
+    checkpoints = Checkpoints(folder, CONFIG)
+    found = checkpoints.restore(state(0))
+    return checkpoints, int(found["step"]), np.asarray(found["weights"])
+
+
+def damage(folder, step):
+    """Truncates every file of a checkpoint's arrays."""
+    files = [file for file in (folder / str(step)).rglob("*") if file.is_file() and file.stat().st_size]
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert files
+
+
+def test_saved_values_outlive_the_state_they_came_from(tmp_path):
+    """The step gives its state's memory up while it is still being written."""
+    update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    checkpoints, current = Checkpoints(tmp_path, CheckpointConfig(every_steps=1, keep=20)), state(0)
+    for step in range(10):
+        checkpoints.save(step, current)
+        for _ in range(20):
+            current = update(current)
+    for step in range(10):
+        saved = checkpoints._manager.restore(step)
+        assert int(saved["step"]) == 20 * step
+        np.testing.assert_array_equal(saved["weights"], np.full((256, 256), 20.0 * step))
+    checkpoints.close()
+
+
+def test_the_newest_is_restored_and_old_ones_go(folder):
+    checkpoints, step, weights = restored(folder)
+    assert (checkpoints.latest(), step) == (3, 3) and (weights == 3).all()
+    assert not (folder / "1").exists()
+    checkpoints.close()
+
+
+def test_a_truncated_checkpoint_is_set_aside(folder):
+    damage(folder, 3)
+    checkpoints, step, weights = restored(folder)
+    assert step == 2 and (weights == 2).all()
+    # Training goes on from 2, and its new step 3 is kept in place of the damaged one.
+    assert checkpoints.latest() == 2
+    checkpoints.save(3, state(30))
+    checkpoints.close()
+    checkpoints, step, _ = restored(folder)
+    assert (checkpoints.latest(), step) == (3, 30)
+    assert len(list(folder.glob("unreadable-3-*"))) == 1
+    checkpoints.close()
+
+
+def test_no_readable_checkpoint(folder):
+    for step in (2, 3):
+        damage(folder, step)
+    checkpoints = Checkpoints(folder, CONFIG)
+    with pytest.raises(InputError, match="No checkpoint .* can be read .* new --workdir"):
+        checkpoints.restore(state(0))
+    checkpoints.close()
+
+
+def test_a_step_that_is_there_is_left_alone(folder):
+    checkpoints = Checkpoints(folder, CONFIG)
+    checkpoints.save(3, state(99))
+    checkpoints.close()
+    checkpoints, _, weights = restored(folder)
+    assert (weights == 3).all()
+    checkpoints.close()

@@ -1,0 +1,218 @@
+"""Whole runs: they learn, end in a model folder, go on exactly where they stopped, and say what is wrong."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_run import make_recipe
+
+import v2t_jax
+from v2t_jax.config import MeshConfig, StageConfig, to_dict
+from v2t_jax.errors import InputError
+from v2t_jax.train import loop
+from v2t_jax.train.checkpoint import Checkpoints
+from v2t_jax.train.loop import TrainingStopped, train
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """The work directory of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    assert train(recipe, workdir) == workdir / "model"
+    return workdir
+
+
+def log(workdir, stage):
+    return [json.loads(line) for line in (workdir / stage / "log.jsonl").read_text().splitlines()]
+
+
+def inverter_only(recipe, **changes):
+    return dataclasses.replace(recipe, stages=("inverter",), **changes)
+
+
+@pytest.mark.parametrize("stage", ["inverter", "corrector"])
+def test_the_loss_falls(finished, stage):
+    lines = [line for line in log(finished, stage) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(5, lines[-1]["step"] + 1, 5))
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+    assert all(0 < line["tokens_per_second"] < 1e7 and 0 <= line["padding_share"] < 1 for line in lines[1:])
+
+
+def test_the_model_folder_gives_what_the_run_gave(finished, recipe):
+    model = v2t_jax.load(str(finished / "model"))
+    assert model.has_corrector and model.name == "test" and model.config.t5.vocab_size == 60
+    # The last checkpoint holds the same parameters, to the bit.
+    saved = Checkpoints(finished / "corrector" / "checkpoints", recipe.checkpoint)
+    setup = loop.prepare(recipe)
+    optimizer = loop.make_optimizer(recipe.corrector.optimizer, recipe.corrector.num_steps)
+    params = jax.tree.map(jnp.zeros_like, model.params["corrector"])
+    state = saved.restore(loop.TrainState(jnp.int32(0), params, optimizer.init(params)))
+    saved.close()
+    assert int(state.step) == recipe.corrector.num_steps
+    jax.tree.map(np.testing.assert_array_equal, state.params, model.params["corrector"])
+    # And so the folder recovers the texts that the run's last evaluation did.
+    e = model.embedder.embed(setup.held_out[: recipe.evaluation.num_examples])
+    ids = model.correction_loop(sequence_beam_width=1, mode="upstream")(model.loop_params(), e, 1).ids
+    samples = [json.loads(line) for line in (finished / "corrector" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["recovered"] for sample in samples] == model.vocabulary.decode(ids)
+
+
+def test_statistics_are_those_of_the_texts_and_are_not_trained(finished):
+    model = v2t_jax.load(str(finished / "model"))
+    e = model.embedder.embed(loop.read_texts(model_record(finished)["data"]["sources"][0], "train"))
+    for params in model.params.values():
+        # Spans of the texts are in them too, so they are near, not equal.
+        np.testing.assert_allclose(params["statistics"]["mean"], e.mean(0), atol=0.1)
+        np.testing.assert_allclose(params["statistics"]["std"], e.std(0), rtol=0.5)
+    for ours, theirs in zip(*(jax.tree.leaves(p["statistics"]) for p in model.params.values()), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def model_record(workdir):
+    return json.loads((workdir / "model" / "config.json").read_text())["record"]["recipe"]
+
+
+def test_resuming_changes_nothing(finished, recipe, tmp_path, monkeypatch):
+    """Stopped by SIGTERM in both stages, between checkpoints, and started again: the same weights to the bit."""
+    stops = [23, 60 + 7]
+    calls = 0
+    shard = loop.shard_step
+
+    def interrupting(*args):
+        step_fn, shardings = shard(*args)
+
+        def step(*args):
+            nonlocal calls
+            calls += 1
+            if calls in stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step_fn(*args)
+
+        return step, shardings
+
+    monkeypatch.setattr(loop, "shard_step", interrupting)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(TrainingStopped, match="step 23 of the inverter"):
+        train(recipe, tmp_path)
+    with pytest.raises(TrainingStopped, match="step 7 of the corrector"):
+        train(recipe, tmp_path)
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    train(recipe, tmp_path)
+    assert calls == recipe.inverter.num_steps + recipe.corrector.num_steps  # no step was made twice
+    for stage in recipe.stages:
+        ours, theirs = (load_file(w / "model" / f"{stage}.safetensors") for w in (tmp_path, finished))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {name}")
+    # The finished run, started once more, only writes the model again.
+    train(recipe, tmp_path)
+    assert calls == recipe.inverter.num_steps + recipe.corrector.num_steps
+
+
+def test_every_array_may_be_cut(recipe, tmp_path):
+    """Both stages and their evaluation on a mesh that cuts batches, widths and vocabulary."""
+    short = {stage: dataclasses.replace(getattr(recipe, stage), num_steps=2, batch_size=8) for stage in recipe.stages}
+    config = dataclasses.replace(recipe, mesh=MeshConfig(2, 2, 2), corrector_from_inverter=True, **short)
+    model = v2t_jax.load(str(train(config, tmp_path)))
+    assert model.has_corrector
+
+
+@pytest.mark.parametrize("field", ["loss", "gradient_norm"])
+def test_nan_stops_and_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, field):
+    original = loop.make_step
+
+    def breaking(*args):
+        step_fn = original(*args)
+
+        def step(state, frozen, ids):
+            after, metrics = step_fn(state, frozen, ids)
+            bad = jnp.where(state.step >= 6, jnp.nan, getattr(metrics, field))
+            return after, metrics._replace(**{field: bad})
+
+        return step
+
+    monkeypatch.setattr(loop, "make_step", breaking)
+    checkpoint = dataclasses.replace(recipe.checkpoint, every_steps=4)
+    config = inverter_only(recipe, checkpoint=checkpoint, log_every_steps=1)
+    with pytest.raises(InputError, match="nan.* at step 7; the checkpoint of step 4 is untouched"):
+        train(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "inverter" / "checkpoints", checkpoint)
+    assert checkpoints.latest() == 4
+    checkpoints.close()
+    assert not (tmp_path / "model").exists()
+
+
+def test_another_config_is_refused(finished, recipe):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(InputError, match=r"another config \(it differs in seed\)"):
+        train(dataclasses.replace(recipe, seed=1), finished)
+    longer = dataclasses.replace(recipe.inverter, num_steps=100)
+    with pytest.raises(InputError, match=r"differs in inverter"):
+        train(dataclasses.replace(recipe, inverter=longer), finished)
+    assert (finished / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_a_damaged_work_directory(recipe, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="is damaged"):
+        train(recipe, tmp_path)
+
+
+def test_a_work_directory_that_is_a_file(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="can't be written"):
+        train(recipe, tmp_path / "file" / "workdir")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ("corrector",)}, "put inverter before it"),
+        ({"embedder": "no-such-embedder"}, "There is no embedder"),
+        ({"model": {"share_vocabulary": False}}, "share_vocabulary"),
+        ({"model": {"max_length": 32}}, "reads texts of 31 at most"),
+        ({"model": {"max_length": 3}}, "No held-out text"),
+        ({"inverter": StageConfig(num_steps=2, batch_size=12)}, "over 8 devices"),
+        ({"mesh": MeshConfig(3, 1, 1)}, "doesn't fit 8 devices"),
+        ({"initial_embedding": "embedder", "model": {"t5": {"d_model": 24}}}, "needs model.t5.d_model=16"),
+        ({"mesh": MeshConfig(1, 1, 8)}, "which mesh.model=8 doesn't divide"),
+        ({"data": {"held_out": "none.txt"}}, "There is no file"),
+    ],
+)
+def test_settings_that_cannot_run(recipe, tmp_path, changes, message):
+    def merge(config, changes):
+        nested = {
+            name: merge(getattr(config, name), value) if isinstance(value, dict) else value
+            for name, value in changes.items()
+        }
+        return dataclasses.replace(config, **nested)
+
+    with pytest.raises(InputError, match=message):
+        train(merge(recipe, changes), tmp_path)
+
+
+def test_the_recipe_is_kept_with_the_run_and_the_model(finished, recipe):
+    expected = json.loads(json.dumps(to_dict(recipe)))
+    assert json.loads((finished / "config.json").read_text()) == expected
+    assert model_record(finished) == expected
+
+
+def test_a_held_out_text_of_unknown_pieces_alone_is_left_out(tmp_path, monkeypatch):
+    config = make_recipe(tmp_path)
+    read = loop.read_texts
+    monkeypatch.setattr(loop, "read_texts", lambda source, split, **kw: ["zyx", *read(source, split, **kw)])
+    held_out = loop.prepare(config).held_out
+    assert held_out and all(text.strip() and "zyx" not in text for text in held_out)

@@ -1,0 +1,167 @@
+"""One step: what its loss counts, and that micro-batches and devices change nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_run import make_embedder, make_texts
+
+from v2t_jax.config import MeshConfig, ModelConfig, T5Config
+from v2t_jax.data.tokenize import Vocabulary
+from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.models import corrector, inverter
+from v2t_jax.models.embedder import PieceMap, embed_pieces
+from v2t_jax.sharding import make_mesh, replicated
+from v2t_jax.train.step import Frozen, TrainState, cross_entropy, make_loss, make_step, shard_step
+
+T5 = T5Config(
+    vocab_size=60,
+    d_model=16,
+    d_kv=8,
+    d_ff=32,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dropout_rate=0.0,
+)
+MODEL = ModelConfig(
+    t5=T5,
+    embedding_width=16,
+    num_pseudo_tokens=2,
+    max_length=8,
+    projection_dropout=0.0,
+    standardise=True,
+    bag_of_words=True,
+)
+NETWORKS = {"inverter": inverter, "corrector": corrector}
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    return load_embedder(str(make_embedder(tmp_path_factory.mktemp("step") / "embedder")))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(embedder):
+    return Vocabulary.full(embedder.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ids(vocabulary):
+    """32 texts, [32, 8]."""
+    rows = vocabulary.encode(make_texts(32))
+    return np.stack([np.pad(row, (0, 8 - len(row))) + np.eye(8, dtype=np.int32)[len(row)] for row in rows])
+
+
+@pytest.fixture
+def frozen(embedder, vocabulary):
+    return Frozen(embedder.params, jnp.asarray(vocabulary.pieces), inverter.init(MODEL, jax.random.key(5)))
+
+
+def loss_of(stage, embedder, model=MODEL):
+    return make_loss(stage, model, embedder.config, PieceMap.of(embedder))
+
+
+def new_state(stage, optimizer):
+    params = jax.jit(functools.partial(NETWORKS[stage].init, MODEL))(jax.random.key(1))
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+@pytest.mark.parametrize("prefix", ["", "the cat sees "])
+def test_on_device_embeddings_are_the_embedders(embedder, vocabulary, prefix):
+    """The shared vocabulary is what re-embeds hypotheses without leaving the device."""
+    prefixed = dataclasses.replace(embedder, config=dataclasses.replace(embedder.config, prefix=prefix))
+    rng = np.random.default_rng(0)
+    texts = [*make_texts(20, seed=3), "cat", "the dogs and birds"]
+    rows = vocabulary.encode(texts)
+    garbage = rng.integers(2, 60, (len(rows), 10)).astype(np.int32)  # what follows the end doesn't count
+    for row, kept in zip(garbage, rows, strict=True):
+        row[: len(kept)] = kept
+        row[len(kept)] = 1
+    got = embed_pieces(
+        prefixed.config,
+        PieceMap.of(prefixed),
+        prefixed.params,
+        jnp.asarray(vocabulary.pieces),
+        jnp.asarray(garbage),
+    )
+    expected = prefixed.embed(vocabulary.decode(garbage))
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    np.testing.assert_allclose(got, prefixed.embed(texts), atol=2e-6)
+
+
+def test_cross_entropy_by_hand():
+    logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1e-9, 0.5, 0.5]]]))
+    loss, correct, tokens = cross_entropy(logits, jnp.asarray([[1, 2, 0]]))
+    assert float(loss) == pytest.approx(-np.log(0.25) - np.log(0.8), rel=1e-5)
+    assert (float(correct), float(tokens)) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("stage", ["inverter", "corrector"])
+def test_padding_does_not_count(stage, embedder, ids, frozen):
+    loss_fn = jax.jit(loss_of(stage, embedder))
+    params = new_state(stage, optax.sgd(0.1)).params
+    loss, (correct, tokens) = loss_fn(params, frozen, ids, None)
+    wide, (wide_correct, wide_tokens) = loss_fn(params, frozen, np.pad(ids, ((0, 0), (0, 5))), None)
+    assert float(tokens) == float(wide_tokens) == (ids != 0).sum()
+    assert float(correct) == float(wide_correct)
+    assert float(loss) == pytest.approx(float(wide), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["inverter", "corrector"])
+def test_accumulating_changes_nothing(stage, embedder, ids, frozen):
+    optimizer, loss_fn = optax.sgd(0.1), loss_of(stage, embedder)
+    whole, parts = (
+        jax.jit(make_step(loss_fn, optimizer, n, 0))(new_state(stage, optimizer), frozen, ids) for n in (1, 4)
+    )
+    for one, four in zip(whole[1], parts[1], strict=True):
+        assert float(one) == pytest.approx(float(four), rel=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), whole[0].params, parts[0].params)
+
+
+def test_statistics_and_frozen_weights_get_no_gradient(embedder, ids, frozen):
+    params = new_state("corrector", optax.sgd(0.1)).params
+    loss_fn = lambda p, f: loss_of("corrector", embedder)(p, f, ids, None)[0]  # noqa: E731
+    grads, frozen_grads = jax.jit(jax.grad(loss_fn, argnums=(0, 1), allow_int=True))(params, frozen)
+    assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads["statistics"]))
+    floats = [g for g in jax.tree.leaves(frozen_grads) if g.dtype == jnp.float32]
+    assert floats and all(not np.asarray(g).any() for g in floats)
+    for name in ("projection_target", "projection_difference", "projection_hypothesis", "input_norm", "bag_of_words"):
+        assert all(np.asarray(g).any() for g in jax.tree.leaves(grads[name])), name
+
+
+def run_on(devices, shape, stage, embedder, ids, frozen):
+    """Losses of five steps, and the parameters after them, on a mesh of this shape."""
+    model = dataclasses.replace(MODEL, projection_dropout=0.1)
+    mesh = make_mesh(MeshConfig(*shape), devices)
+    optimizer = optax.adamw(1e-3)
+    step = make_step(loss_of(stage, embedder, model), optimizer, 1, 0)
+    state = new_state(stage, optimizer)
+    step, shardings = shard_step(step, mesh, state, stage)
+    state, frozen = jax.device_put(state, shardings), jax.device_put(frozen, replicated(mesh))
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, frozen, ids)
+        losses.append(float(metrics.loss))
+    return losses, state
+
+
+@pytest.mark.parametrize("stage", ["inverter", "corrector"])
+def test_eight_devices_do_what_one_does(stage, embedder, ids, frozen):
+    expected, alone = run_on(jax.devices()[:1], (1, 1, 1), stage, embedder, ids, frozen)
+    assert expected[-1] < expected[0]
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        losses, state = run_on(jax.devices(), shape, stage, embedder, ids, frozen)
+        np.testing.assert_allclose(losses, expected, atol=1e-5, err_msg=str(shape))
+        kernel = state.params["t5"]["decoder"]["layers"]["feed_forward"]["wi"]
+        assert len(kernel.sharding.device_set) == 8
+        if shape == (2, 2, 2):
+            assert kernel.addressable_shards[0].data.shape == (2, 8, 16)  # fsdp cuts rows, model columns
+            moment = optax.tree_utils.tree_get(state.optimizer, "mu")
+            assert moment["t5"]["decoder"]["layers"]["feed_forward"]["wi"].sharding == kernel.sharding
+        table = state.params["t5"]["token_embedding"]
+        np.testing.assert_allclose(table, alone.params["t5"]["token_embedding"], atol=1e-4)

@@ -1,0 +1,100 @@
+"""Packages a trained model: int8 weights, scores on held-out texts, a plot, and a model card that states them.
+
+    python -m v2t_jax.eval.card --model runs/minilm_wordnet/model --output v2t_jax/assets/models/minilm-wordnet \\
+        --trained "35 minutes on 2 CPU cores" --plot docs/minilm-wordnet.png
+
+The card's figures come from the packaged weights themselves, loaded again after quantisation.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from v2t_jax import progress
+from v2t_jax.compile_cache import enable_compilation_cache
+from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot
+from v2t_jax.pretrained import load
+
+
+@dataclass(frozen=True)
+class Card:
+    """Package a trained model, with the scores that it reaches."""
+
+    model: str
+    """the model folder that training wrote"""
+    output: str
+    """the folder to write"""
+    trained: str
+    """hardware and time of the training, in words"""
+    plot: str
+    """where the plot of the scores goes, PNG"""
+    limit: int = 500
+    """held-out texts to evaluate on"""
+    num_steps: tuple[int, ...] = (0, 1, 2, 4, 8)
+    sequence_beam_width: tuple[int, ...] = (1, 4)
+
+    def run(self) -> None:
+        trained = load(self.model)
+        record = json.loads((Path(self.model) / "config.json").read_text())["record"] | {"trained": self.trained}
+        output = Path(self.output)
+        trained.save(output, record, quantise=True)
+        packaged = load(self.output)
+        texts = evaluation_texts(packaged, limit=self.limit)
+        report = evaluate(packaged, texts, self.num_steps, self.sequence_beam_width)
+        plot(report, Path(self.plot))
+        trained.save(output, record | {"evaluation": report}, quantise=True, card=_card(record, report))
+        print(score_table(report))
+
+
+def score_table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    lines = [
+        "| correction steps | sequence beam | BLEU | token F1 | exact match | cosine |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        bleu = f"{row['bleu']:.1f} ± {row['bleu_sem']:.1f}"
+        f1 = f"{row['token_f1']:.3f} ± {row['token_f1_sem']:.3f}"
+        exact = f"{row['exact_match']:.1%} ± {row['exact_match_sem']:.1%}"
+        cosine = f"{row['cosine']:.4f} ± {row['cosine_sem']:.4f}"
+        lines.append(f"| {row['num_steps']} | {row['sequence_beam_width']} | {bleu} | {f1} | {exact} | {cosine} |")
+    return "\n".join(lines)
+
+
+def _card(record: dict[str, Any], report: dict[str, Any]) -> str:
+    recipe = record["recipe"]
+    model, data, name = recipe["model"], recipe["data"], report["model"]
+    t5 = model["t5"]
+    layers = f"{t5['num_encoder_layers']} encoder and {t5['num_decoder_layers']} decoder layers"
+    sizes = {stage: (recipe[stage]["num_steps"], recipe[stage]["batch_size"]) for stage in recipe["stages"]}
+    stages = "; ".join(f"{stage} {steps} steps of {texts} texts" for stage, (steps, texts) in sizes.items())
+    return f"""# {name}
+
+Recovers text from embeddings of {recipe["embedder"]}: an inverter and a corrector (Morris et al. 2023).
+
+- **Takes** texts of up to {model["max_length"] - 1} word-pieces, lower case.
+- **Data:** training split of {", ".join(data["sources"])} (for wordnet: see WORDNET-NOTICE.txt);
+  the {data["vocabulary_size"]} commonest word-pieces; a share of {data["span_share"]} cut to random contiguous spans.
+- **Networks:** T5 v1.0 of width {t5["d_model"]}, {layers}; int8 weights with float32 scales.
+- **Recipe:** `configs/{name.replace("-", "_")}.py`: {stages}; all of it is in config.json under `record`.
+- **Trained:** {record["trained"]}.
+- **Not in the data:** the held-out split, and lines that share eight words in a row with it.
+
+Scores on the first {report["n"]} short enough texts of the {report["split"]} split, means with standard errors:
+
+{score_table(report)}
+
+BLEU is the mean over sentences (sacrebleu); *exact match* compares texts in the tokenizer's normal form (lower-case
+word-pieces, joined); cosine is of the recovered text's own embedding and the target.
+
+For examining data that you are entitled to examine; don't run it on other people's vectors.
+"""
+
+
+if __name__ == "__main__":
+    progress.enable()
+    enable_compilation_cache()
+    tyro.cli(Card).run()
