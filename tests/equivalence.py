@@ -110,20 +110,23 @@ def check_t5_logits(case: Case) -> None:
 def check_t5_decoding(case: Case) -> None:
     config, params = t5_of(case)
 
-    def start(num_beams: int, length: int) -> tuple[Callable, t5.Cache]:
-        mask = jnp.asarray(case["mask"])
-        encoded = t5.encode(config, params, t5.embed_tokens(config, params, jnp.asarray(case["ids"])), mask)
+    def start(
+        num_beams: int, length: int, params: Params, ids: jax.Array, mask: jax.Array
+    ) -> tuple[Callable, t5.Cache]:
+        encoded = t5.encode(config, params, t5.embed_tokens(config, params, ids), mask)
         return t5.start_decoding(config, params, encoded, mask, max_length=length, num_beams=num_beams)
 
-    check_decoding(case, start)
+    check_decoding(case, start, params, case["ids"], case["mask"])
 
 
-def check_decoding(case: Case, start: Callable[[int, int], tuple[Callable, t5.Cache]]) -> None:
-    """`start(num_beams, max_length)` prepares decoding of the case's batch; all its settings are tried."""
+def check_decoding(case: Case, start: Callable[..., tuple[Callable, t5.Cache]], *arguments: Any) -> None:
+    """`start(num_beams, max_length, *arguments)` prepares decoding of the case's batch; all its settings are tried."""
     tried = 0
     for settings, ids, scores in decode_settings(case):
         tried += 1
-        our_ids, our_scores = jax.jit(functools.partial(decode, start, len(case["labels"]), settings))()
+        # The arrays are arguments: as constants, the compiler would compute with them itself, slowly.
+        run = jax.jit(functools.partial(decode, start, len(case["labels"]), settings))
+        our_ids, our_scores = run(*arguments)
         np.testing.assert_array_equal(our_ids, ids, err_msg=str(settings))
         close(our_scores, scores, LOGITS, f"scores with {settings}")
     assert tried > 0
@@ -136,9 +139,9 @@ def decode_settings(case: Case) -> Iterator[tuple[dict[str, Any], np.ndarray, np
             yield json.loads(str(case[name])), case[f"{stem}ids"], case[f"{stem}scores"]
 
 
-def decode(start: Callable, batch_size: int, settings: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+def decode(start: Callable, batch_size: int, settings: dict[str, Any], *arguments: Any) -> tuple[jax.Array, jax.Array]:
     num_beams = settings.get("num_beams", 1)
-    tokens_to_logits, cache = start(num_beams, settings["max_length"])
+    tokens_to_logits, cache = start(num_beams, settings["max_length"], *arguments)
     if "num_beams" in settings:
         decoded, scores = beam_search(
             tokens_to_logits, cache, batch_size=batch_size, num_return=num_beams, special=SPECIAL, **settings
@@ -214,7 +217,12 @@ def _check_network(case: Case, network: Any, config: ModelConfig, params: Params
     close(encoded, case["encoded"], LAYERS, "encoder output")
     logits = jax.jit(functools.partial(network.logits, config))(params, *arrays, jnp.asarray(case["labels"]))
     close(logits, case["logits"], LOGITS, "logits")
-    check_decoding(case, lambda beams, length: network.start_decoding(config, params, *arrays, num_beams=beams))
+
+    def start(num_beams: int, length: int, params: Params, *arrays: jax.Array) -> tuple[Callable, t5.Cache]:
+        assert length == config.max_length
+        return network.start_decoding(config, params, *arrays, num_beams=num_beams)
+
+    check_decoding(case, start, params, *arrays)
 
 
 def check_relative_buckets(case: Case) -> None:

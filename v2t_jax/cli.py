@@ -1,13 +1,17 @@
 """v2t: recover text from embeddings, and train the models that do."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -19,6 +23,13 @@ from v2t_jax.errors import InputError
 PACKAGED_MODEL = "minilm-wordnet"
 # Enough work for one batch to be seen moving, and little enough for two minutes on a laptop's two cores.
 DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM = 24, 3, 8, 4
+# The documented fields of a row of `eval --json`; the table for people has the other standard errors too.
+JSON_ROW = (
+    *("num_steps", "sequence_beam_width", "bleu", "bleu_sem", "token_f1", "exact_match", "exact_match_sem"),
+    *("cosine", "texts_per_second"),
+)
+
+Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -43,14 +54,12 @@ class Invert:
     """print one JSON document and nothing else"""
 
     def run(self) -> None:
-        from v2t_jax.invert import check_vectors, invert_embeddings, invert_strings, read_vectors
+        from v2t_jax.invert import check_texts, invert_embeddings, invert_strings, read_vectors
         from v2t_jax.pretrained import load
 
         if bool(self.text) == (self.embeddings is not None):
             raise InputError("Give either --text TEXT or --embeddings FILE.npy.")
-        for i, text in enumerate(self.text):
-            if not text.strip():
-                raise InputError(f"Text {i + 1} of {len(self.text)} is empty; give it at least one word.")
+        check_texts(self.text)
         vectors = read_vectors(self.embeddings) if self.embeddings is not None else None
         inverter = load(self.model)
         options: dict[str, Any] = {
@@ -62,7 +71,7 @@ class Invert:
         if vectors is None:
             found = invert_strings(inverter, list(self.text), **options)
         else:
-            found = invert_embeddings(inverter, check_vectors(vectors, inverter.config.embedding_width), **options)
+            found = invert_embeddings(inverter, vectors, **options)
         if self.json:
             print(json.dumps([one.to_dict() for one in found], ensure_ascii=False, indent=1))
         else:
@@ -86,24 +95,38 @@ class Embed:
         import numpy as np
 
         from v2t_jax.interop.sentence_transformers import load_embedder
+        from v2t_jax.invert import check_texts
 
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; give at least 1.")
         try:
-            lines = Path(self.input).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{self.input} can't be read as text ({error}); give a UTF-8 file, a text a line."
-            ) from error
-        if not lines:
+            content = Path(self.input).read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise InputError(f"{self.input} can't be read ({error.strerror}); give a file, a text a line.") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.input} is not UTF-8 text ({error.reason}); convert it first.") from error
+        if not content.strip():
             raise InputError(f"{self.input} is empty; give a text a line.")
-        vectors = load_embedder(self.embedder).embed(lines, self.batch_size)
+        lines = content.removesuffix("\n").split("\n")  # splitlines() would also cut at form feeds and the like
+        check_texts(lines, "Line")
         output, part = Path(self.output), Path(f"{self.output}.part")
         try:
-            with part.open("wb") as file:  # a path would get .npy appended
-                np.save(file, vectors)
+            with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved
+                embedder = load_embedder(self.embedder)
+                longest = embedder.config.max_length
+                cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(lines))
+                if cut:
+                    progress.note(
+                        f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
+                    )
+                vectors = embedder.embed(lines, self.batch_size)
+                np.save(file, vectors)  # to a file, not a path: that would get .npy appended
             part.replace(output)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise InputError(f"{self.output} can't be written ({error.strerror}); give another place.") from error
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
         print(f"{len(lines)} vectors of width {vectors.shape[1]} -> {self.output}")
 
 
@@ -127,16 +150,27 @@ class Evaluate:
     """print one JSON document and nothing else"""
 
     def run(self) -> None:
-        from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot, table
+        from v2t_jax.eval.evaluate import (
+            check_grid,
+            check_plot_file,
+            evaluate,
+            evaluation_texts,
+            plot,
+            table,
+        )
         from v2t_jax.pretrained import load
 
+        check_grid(self.num_steps, self.sequence_beam_width)
+        if self.plot is not None:
+            check_plot_file(Path(self.plot))
         inverter = load(self.model)
         texts = evaluation_texts(inverter, self.split, self.limit, self.source)
         report = evaluate(inverter, texts, self.num_steps, self.sequence_beam_width, self.split)
-        if self.plot:
+        if self.plot is not None:
             plot(report, Path(self.plot))
         if self.json:
-            print(json.dumps(report, indent=1))
+            rows = [{name: row[name] for name in JSON_ROW} for row in report["rows"]]
+            print(json.dumps(report | {"rows": rows}, ensure_ascii=False, indent=1))
         else:
             Console().print(table(report))
 
@@ -151,11 +185,13 @@ class Demo:
     """where the plot goes"""
 
     def run(self) -> None:
-        from v2t_jax.eval.evaluate import evaluation_texts, plot, table
+        from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts, plot, table
         from v2t_jax.eval.evaluate import report as make_report
-        from v2t_jax.invert import invert_strings
+        from v2t_jax.invert import check_texts, invert_strings
         from v2t_jax.pretrained import load
 
+        check_texts([] if self.text is None else [self.text])
+        check_plot_file(Path(self.plot))
         inverter = load()
         texts = [self.text] if self.text is not None else evaluation_texts(inverter, limit=DEMO_TEXTS)
         found = invert_strings(inverter, texts, num_steps=DEMO_STEPS, sequence_beam_width=DEMO_BEAM)
@@ -163,7 +199,7 @@ class Demo:
         for i in best_first[:DEMO_SHOWN]:
             show_trace(found[i], f"text {i + 1} of {len(found)}")
         report = make_report(
-            inverter, found, range(DEMO_STEPS + 1), DEMO_BEAM, "your text" if self.text else "held_out"
+            inverter, found, range(DEMO_STEPS + 1), DEMO_BEAM, "held_out" if self.text is None else "your own"
         )
         Console().print(table(report))
         plot(report, Path(self.plot))
@@ -182,30 +218,37 @@ class Env:
 
         import jax
 
+        from v2t_jax.compile_cache import enable_compilation_cache
+        from v2t_jax.data.sources import WORDNET
         from v2t_jax.interop.sentence_transformers import KNOWN, locate
         from v2t_jax.pretrained import PACKAGED
 
         print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
-        names = "v2t_jax jax jaxlib flax optax orbax-checkpoint transformers tokenizers safetensors numpy sacrebleu tensorflow-datasets"
-        for name in names.split():
+        names = "v2t_jax jax jaxlib flax optax orbax-checkpoint transformers tokenizers safetensors numpy sacrebleu"
+        for name in (*names.split(), "tensorflow-datasets", "tyro", "rich"):
             try:
                 print(f"{name} {version(name)}")
             except PackageNotFoundError:
                 print(f"{name} is not installed")
-        print(f"devices: {', '.join(f'{d.platform} {d.device_kind}' for d in jax.devices())}")
+        try:
+            print(f"devices: {', '.join(f'{d.platform} {d.device_kind}' for d in jax.devices())}")
+        except RuntimeError as error:  # that JAX doesn't start is what the report is about
+            print(f"devices: none, JAX doesn't start: {error}")
+        print(f"compiled programs: {enable_compilation_cache() or 'not kept'}")
+        print(f"packaged text: wordnet, {WORDNET.stat().st_size / 1e6:.1f} MB" if WORDNET.is_file() else "no wordnet")
         models = sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
         print(f"packaged models: {', '.join(models) or 'none'}")
         os.environ["HF_HUB_OFFLINE"] = "1"  # say what is here; fetch nothing
         for name in KNOWN:
             try:
-                print(f"embedder {name}: {'installed' if locate(name) else ''}")
+                print(f"embedder {name}: {locate(name)}")
             except InputError as error:
                 print(f"embedder {name}: {error}")
 
 
 def show_trace(found: Any, title: str) -> None:
     """Prints a text's way from the first guess to the last, with what changed in each step set off."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{escape(title)}[/bold]")
     before: list[str] = []
     for step in found.trace:
@@ -214,8 +257,9 @@ def show_trace(found: Any, title: str) -> None:
             console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {_changed(before, words)}")
         before = words
     if found.reference is not None:
-        verdict = "[green]recovered exactly[/green]" if found.exact_match else "true text"
-        console.print(f"  {verdict:<24}  {escape(found.reference)}")
+        verdict = f"{'recovered exactly' if found.exact_match else 'true text':<22}"
+        style = "green" if found.exact_match else "bold"
+        console.print(f"  [{style}]{verdict}[/{style}]  {escape(found.reference)}")
 
 
 def _changed(before: list[str], after: list[str]) -> str:
@@ -233,54 +277,72 @@ def _changed(before: list[str], after: list[str]) -> str:
 def train(arguments: list[str]) -> None:
     """`v2t train RECIPE --workdir DIR [overrides]`: the recipe decides which options there are."""
     from v2t_jax.config import load_recipe
+
+    usage = "v2t train configs/NAME.py --workdir DIR [--FIELD VALUE ...]"
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: {usage}\n\nv2t train configs/NAME.py --help lists the recipe's fields and their values.")
+        return
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"The recipe comes first: {usage}.")
+    recipe = load_recipe(arguments[0])
+    # An empty name: the recipe's fields are options by their own paths, such as --inverter.num-steps.
+    fields: list[Any] = [("workdir", str), ("config", Annotated[type(recipe), tyro.conf.arg(name="")], recipe)]
+    schema = dataclasses.make_dataclass("Train", fields)
+    schema.__doc__ = f"Train {arguments[0]}. Run again with the same work directory, it goes on where it stopped."
+    prog = f"v2t train {arguments[0]}"
+    chosen: Any = parsed(lambda: tyro.cli(schema, args=arguments[1:], prog=prog))
+    start_jax()
     from v2t_jax.train.loop import TrainingStopped
     from v2t_jax.train.loop import train as run
 
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
-        print(
-            "usage: v2t train configs/NAME.py --workdir DIR [--FIELD VALUE ...]   (--help after the recipe lists fields)"
-        )
-        raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    recipe = load_recipe(arguments[0])
-    schema = dataclasses.make_dataclass(
-        "Train", [("workdir", str), ("config", tyro.conf.OmitArgPrefixes[type(recipe)], recipe)]
-    )
-    chosen = tyro.cli(schema, args=arguments[1:], prog=f"v2t train {arguments[0]}")
     try:
         folder = run(chosen.config, Path(chosen.workdir))
     except TrainingStopped as stopped:
-        print(str(stopped), file=sys.stderr)
-        return
+        print(f"v2t: {stopped}", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f'The model is in {folder}; try: v2t invert --model {folder} --text "..."')
 
 
-COMMANDS = {"invert": Invert, "embed": Embed, "eval": Evaluate, "demo": Demo, "env": Env}
-
-
-def main() -> None:
-    """The command line. A mistake of the user's ends in one sentence and exit status 2."""
-    from v2t_jax.compile_cache import enable_compilation_cache
-
-    progress.enable()
-    arguments = sys.argv[1:]
+def parsed(parse: Callable[[], Chosen]) -> Chosen:
+    """What `parse`, a call of tyro, returns; its boxed complaint becomes an `InputError` of one sentence."""
+    complaint = io.StringIO()
     try:
-        if arguments[:1] == ["train"]:
-            enable_compilation_cache()
-            train(arguments[1:])
-            return
-        command = tyro.extras.subcommand_cli_from_dict(
-            {**COMMANDS, "train": _TrainHelp}, args=arguments, prog="v2t", description=__doc__
-        )
+        with contextlib.redirect_stderr(complaint):
+            return parse()
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise InputError(_sentence(complaint.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """The gist of tyro's error box: its first part, the options it suggests, and where to read on."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line.endswith("──"):  # a rule, or the box's top with its title
+            parts.append([])
+        elif line:
+            parts[-1].append(line)
+    parts = [part for part in parts if part] or [["The command line can't be understood"]]
+    said = [" ".join(parts[0]).rstrip(".")]
+    for part in parts[1:]:
+        if part[0].startswith("Perhaps you meant"):
+            options = dict.fromkeys(match[0] for line in part if (match := re.match(r"--[\w.-]+", line)))
+            said.append(f"perhaps you meant {' or '.join([*options][:3])}")
+        elif part[0].startswith("For full helptext"):
+            said.append(re.sub(r"For full helptext, (run|see)", "for help run", " ".join(part)))
+        elif part[0].startswith("Available subcommands"):
+            said.append(" ".join(part).replace("Available subcommands", "there are").replace(":", ""))
+    return "; ".join(said) + "."
+
+
+def start_jax() -> None:
+    """Loads JAX, which takes a second or more, and lets it keep its compiled programs."""
+    with progress.stage("starting JAX"):
+        from v2t_jax.compile_cache import enable_compilation_cache
+
         enable_compilation_cache()
-        command.run()
-    except InputError as error:
-        print(f"v2t: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except BrokenPipeError:
-        raise SystemExit(0) from None
-    except KeyboardInterrupt:
-        print("v2t: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 @dataclass(frozen=True)
@@ -289,3 +351,36 @@ class _TrainHelp:
 
     def run(self) -> None:
         train([])
+
+
+COMMANDS: dict[str, Any] = {
+    **{"invert": Invert, "embed": Embed, "eval": Evaluate, "demo": Demo, "env": Env},
+    "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
+}
+
+
+def main() -> None:
+    """The command line. A mistake of the user's ends in one sentence and exit status 2."""
+    progress.enable()
+    arguments = sys.argv[1:]
+    try:
+        if arguments[:1] == ["train"]:
+            train(arguments[1:])
+            return
+        command = parsed(
+            lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="v2t", description=__doc__)
+        )
+        start_jax()
+        command.run()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"v2t: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # `v2t ... | head`: the reader has gone, so the rest goes nowhere, silently
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        print("v2t: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        progress.disable()

@@ -271,7 +271,7 @@ def from_dict(schema: type, values: dict[str, Any], where: str = "config") -> An
     built = {}
     for name, value in values.items():
         kind = fields[name].type
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             value = from_dict(kind, value, f"{where}.{name}")
         else:
             value = tuple(value) if isinstance(value, list) else value

@@ -1,10 +1,12 @@
 """Vectors or texts in, texts out: the public functions around a loaded `Inverter`."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax import progress
@@ -56,17 +58,22 @@ def check_vectors(vectors: Any, width: int) -> np.ndarray:
         raise InputError(
             f"The vectors are not a regular array ({error}); give one row of {width} numbers a vector."
         ) from error
-    if array.dtype == object or not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+    # JAX's test, not numpy's: it knows bfloat16.
+    if not (jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)):
         raise InputError(f"The vectors are of type {array.dtype}, not numbers; give a float array [n, {width}].")
-    if array.ndim == 1 and array.size:
+    if array.ndim in (1, 2) and len(array) == 0:
+        raise InputError(f"There are no vectors: the array has shape {array.shape}; give at least one row.")
+    if array.ndim == 1:
         array = array[None]
     if array.ndim != 2:
         raise InputError(f"The vectors have {array.ndim} dimensions; give an array [n, {width}], or [{width}] for one.")
-    if len(array) == 0:
-        raise InputError(f"There are no vectors: the array has shape {array.shape}; give at least one row.")
     if array.shape[1] != width:
-        raise InputError(f"The vectors are {array.shape[1]} wide, but this model inverts embeddings of width {width}.")
-    array = array.astype(np.float32)
+        raise InputError(
+            f"The vectors are {array.shape[1]} wide, but this model inverts embeddings of width {width}: "
+            "give vectors of the embedder that it was trained for."
+        )
+    with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused as such
+        array = array.astype(np.float32)
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():
         row = int(np.argmin(finite))
@@ -84,18 +91,41 @@ def read_vectors(path: str) -> Any:
     Raises:
         InputError: the file is missing, empty, or not a plain array.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"There is no file {path}; give a .npy file of vectors.")
+    file, advice = Path(path), "save the array of vectors with numpy.save"
     try:
-        array = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(
-            f"{path} is not a .npy file of plain numbers ({str(error).splitlines()[0]}); save one with numpy.save."
-        ) from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} is an archive of arrays; save the one array of vectors with numpy.save.")
-    return array
+        with file.open("rb") as content:
+            magic = content.read(len(np.lib.format.MAGIC_PREFIX))
+        if not magic:
+            raise InputError(f"{path} is empty; {advice}.")
+        if magic.startswith(b"PK"):
+            raise InputError(f"{path} is an archive, of arrays maybe; {advice}.")
+        if magic != np.lib.format.MAGIC_PREFIX:
+            raise InputError(f"{path} is not a .npy file; {advice}.")
+        # Mapped, not read: a header that promises more than the file holds is refused before memory is asked for.
+        return np.array(np.load(file, allow_pickle=False, mmap_mode="r"))
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}; give a .npy file of vectors.") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror or error}); {advice}.") from error
+    except InputError:
+        raise
+    except (ValueError, EOFError, OverflowError, TypeError) as error:
+        raise InputError(f"{path} is truncated, damaged or holds something else than numbers; {advice}.") from error
+
+
+def check_texts(texts: Sequence[str], what: str = "Text") -> None:
+    """Refuses texts that can't be embedded.
+
+    Raises:
+        InputError: a text is blank, or holds bytes that are no text.
+    """
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise InputError(f"{what} {i + 1} of {len(texts)} is empty; leave it out or give it words.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # bytes of another encoding come from a command line as lone surrogates
+            raise InputError(f"{what} {i + 1} of {len(texts)} is not valid Unicode; give it as UTF-8.") from None
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -117,68 +147,91 @@ def invert_embeddings(
     """Recovers the texts of embeddings.
 
     Args:
-        vectors: [n, E], or [E] for one.
+        vectors: [n, E], or [E] for one. Where the embedder's own vectors have length 1, these are brought to it, so
+            that rounded or rescaled ones do no harm.
         num_steps: N, correction steps; 0 gives the inverter's guess.
         sequence_beam_width: W, hypotheses kept between steps.
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
         patience: stop a vector after so many steps without improvement; 0 doesn't.
-        batch_size: vectors at a time; the result doesn't depend on it.
+        batch_size: vectors at a time, 32 by default; the result doesn't depend on it.
+
     Raises:
-        InputError: see `check_vectors`; or the model has no corrector and num_steps > 0.
+        InputError: see `check_vectors`; a setting is out of range; or num_steps > 0 and the model has no corrector.
     """
     e = check_vectors(vectors, inverter.config.embedding_width)
     if num_steps < 0:
         raise InputError(f"num_steps is {num_steps}; give 0 or more.")
     if num_steps and not inverter.has_corrector:
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1.")
+    if inverter.embedder.config.normalise:
+        e = e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True).astype(np.float32)
     loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
-    if batch_size is None:
-        batch_size = next((size for size in BATCH_SIZES if size >= len(e)), BATCH_SIZE)
-    with progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update:
+    most = batch_size or BATCH_SIZE
+    size = min(size for size in (*BATCH_SIZES, most) if min(len(e), most) <= size <= most)
+    filled = np.concatenate([e, np.repeat(e[-1:], max(size - len(e), 0), axis=0)])
+    with (
+        progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
+        ExitStack() as first,
+    ):
+        first.enter_context(progress.stage(f"compiling for {size} texts at a time, or fetching what was compiled"))
+        reports = 0
 
         def on_progress(done: int, cosine: float) -> None:
-            update(done, cosine=round(cosine, 4))
+            nonlocal reports
+            reports += 1
+            if reports == 2 or num_steps == 0:  # both programs, the first guess and the steps, have run once
+                first.close()
+            update(min(done, len(e)), cosine=round(cosine, 4))
 
-        found = correct_in_batches(loop, inverter.loop_params(), e, num_steps, batch_size, on_progress)
+        found = correct_in_batches(loop, inverter.loop_params(), filled, num_steps, size, on_progress)
+    trace_ids = found.trace_ids[: len(e)]
     # What is reported is embedded anew from its text, by the victim's own tokenizer: a sequence of pieces that the
     # tokenizer would never make of the text can't flatter.
-    n, steps = found.trace_ids.shape[:2]
-    texts = np.array(inverter.vocabulary.decode(found.trace_ids.reshape(n * steps, -1)), object)
-    known, where = np.unique(texts.astype(str), return_inverse=True)
-    embedded = np.zeros((len(known), e.shape[1]), np.float32)
-    full = np.array([bool(text.strip()) for text in known])
-    if full.any():
-        embedded[full] = inverter.embedder.embed(list(known[full]))
-    values = cosines(embedded[where], np.repeat(e, steps, axis=0)).reshape(n, steps)
-    texts = texts.reshape(n, steps)
-    return [_recovered(texts[i], values[i], mode) for i in range(n)]
+    n, steps = trace_ids.shape[:2]
+    texts = inverter.vocabulary.decode(trace_ids.reshape(n * steps, -1))
+    # A text of no words keeps the zero vector, hence cosine 0.
+    vectors_of = dict.fromkeys(texts, np.zeros(e.shape[1], np.float32))
+    full = [text for text in vectors_of if text.strip()]
+    if full:
+        vectors_of |= dict(zip(full, inverter.embedder.embed(full), strict=True))
+    embedded = np.stack([vectors_of[text] for text in texts])
+    values = cosines(embedded, np.repeat(e, steps, axis=0)).reshape(n, steps)
+    return [_recovered(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
 
 
-def _recovered(texts: np.ndarray, values: np.ndarray, mode: str) -> Recovered:
+def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> Recovered:
     best, trace = 0, []
     for step in range(len(texts)):
         # Rounding in the last place of a cosine is no improvement.
         if mode == "upstream" or values[step] > values[best] + 1e-6:
             best = step
-        trace.append(TraceStep(step, str(texts[best]), float(values[best])))
-    return Recovered(str(texts[best]), float(values[best]), best, tuple(trace))
+        trace.append(TraceStep(step, texts[best], float(values[best])))
+    return Recovered(texts[best], float(values[best]), best, tuple(trace))
 
 
 def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> list[Recovered]:
     """Embeds texts and recovers them from their embeddings; options as `invert_embeddings`.
 
     Texts are cut to what the model recovers at most, and compared in the tokenizer's normal form (word-pieces lose case
-    and spacing): `reference` is that form.
+    and spacing, and what the tokenizer doesn't know is left out): `reference` is that form.
+
+    Raises:
+        InputError: no texts, or one is blank or holds nothing that the tokenizer knows; or see `invert_embeddings`.
     """
-    references = inverter.vocabulary.normalise(texts, inverter.config.max_length)
+    if not texts:
+        raise InputError("There are no texts to recover; give at least one.")
+    check_texts(texts)
+    longest = inverter.config.max_length
+    references = inverter.vocabulary.normalise(texts, longest)
     for i, (text, reference) in enumerate(zip(texts, references, strict=True)):
         if not reference.strip():
-            raise InputError(f"Text {i + 1} of {len(texts)} is empty; give it at least one word.")
-        whole = inverter.vocabulary.normalise([text], 1_000_000)[0]
-        if whole != reference:
-            progress.note(
-                f"Text {i + 1} is cut to the {inverter.config.max_length - 1} word-pieces that the model takes: {reference!r}"
+            raise InputError(
+                f"Text {i + 1} of {len(texts)} holds nothing that the embedder's tokenizer knows; give it a word."
             )
+        if inverter.vocabulary.normalise([text], len(text.encode()) + 2)[0] != reference:
+            progress.note(f"Text {i + 1} is cut to the {longest - 1} word-pieces that the model takes: {reference!r}")
     found = invert_embeddings(inverter, inverter.embedder.embed(references), **options)
     return [
         Recovered(f.text, f.cosine, f.step, f.trace, reference, f.text == reference)

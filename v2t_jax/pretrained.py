@@ -32,7 +32,7 @@ from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Decoded, Special
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import load_embedder
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models import corrector, inverter, t5
 from v2t_jax.models.embedder import Embedder, EmbedderConfig, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
 
@@ -60,8 +60,11 @@ class Inverter:
 
     def loop_params(self) -> dict[str, Any]:
         """The weights that a correction loop's programs take as arguments."""
+        networks: dict[str, Any] = {
+            str(stage): {**params, "t5": t5.unstack_decoder(params["t5"])} for stage, params in self.params.items()
+        }
         return {
-            **self.params,
+            **networks,
             "embedder": self.embedder.params,
             "pieces": jnp.asarray(self.vocabulary.pieces),
         }
@@ -133,7 +136,8 @@ def load(name: str = "minilm-wordnet") -> Inverter:
     """A model by packaged name or folder, with its embedder.
 
     Raises:
-        InputError: no such model, a file is missing, altered or truncated, or the embedder isn't the one it was trained on.
+        InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
+            trained on.
     """
     folder = Path(name) if Path(name).is_dir() else PACKAGED / name
     if not folder.is_dir():
@@ -248,7 +252,7 @@ def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
 
 def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
     """The inverse of `_flatten`, float32, checked against the shapes of `like`."""
-    names = set()
+    names: set[str] = set()
 
     def leaf(path: tuple[Any, ...], shape: Any) -> jax.Array:
         name = "/".join(str(key.key) for key in path)

@@ -24,7 +24,7 @@ TINY = T5Config(
     d_kv=4,
     d_ff=32,
     num_heads=2,
-    num_encoder_layers=1,
+    num_encoder_layers=2,  # as many as the decoder has: `generate` makes its cache by this number
     num_decoder_layers=2,
     dropout_rate=0.0,
 )

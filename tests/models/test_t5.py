@@ -109,17 +109,19 @@ def test_bfloat16_is_close_and_gives_float32_logits(config: T5Config) -> None:
     assert 0 < error.mean() < 0.03 * float(jnp.std(exact))
 
 
+@functools.cache
+def loss_and_gradient(config: T5Config) -> Any:
+    params, *arrays = make(config)
+
+    def loss(params: Params) -> jax.Array:
+        return jnp.mean(jnp.square(run(config, params, *arrays, jax.random.key(2))))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str)
 def test_remat_and_unroll_change_no_value_and_no_gradient(change: dict[str, Any]) -> None:
-    params, *arrays = make(V1_0)
-
-    def loss(config: T5Config) -> Any:
-        def of(params: Params) -> jax.Array:
-            return jnp.mean(jnp.square(run(config, params, *arrays, jax.random.key(2))))
-
-        return jax.value_and_grad(of)(params)
-
-    jax.tree.map(same, loss(dataclasses.replace(V1_0, **change)), loss(V1_0))
+    jax.tree.map(same, loss_and_gradient(dataclasses.replace(V1_0, **change)), loss_and_gradient(V1_0))
 
 
 def test_dropout_needs_a_key_and_follows_it() -> None:

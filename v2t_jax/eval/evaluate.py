@@ -1,5 +1,6 @@
 """Scores of a model over correction steps and beam widths, as a table and a plot."""
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from v2t_jax import progress
 from v2t_jax.data.sources import read_texts
 from v2t_jax.errors import InputError
 from v2t_jax.eval.metrics import score, text_scores
@@ -23,10 +25,32 @@ def evaluation_texts(
         raise InputError(f"There is no split {split!r}; choose held_out or train.")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; give at least 1.")
-    texts = read_texts(source, "held_out" if split == "held_out" else "train")
     longest = inverter.config.max_length
-    short = [text for text, ids in zip(texts, inverter.vocabulary.encode(texts), strict=True) if 0 < len(ids) < longest]
-    return inverter.vocabulary.normalise(short[:limit], longest)
+    with progress.stage(f"reading the {split} texts of {source}"):
+        texts = read_texts(source, "held_out" if split == "held_out" else "train")
+        lengths = map(len, inverter.vocabulary.encode(texts))
+        short = [text for text, length in zip(texts, lengths, strict=True) if 0 < length < longest]
+        # A text may consist of nothing that the tokenizer knows.
+        found = [text for text in inverter.vocabulary.normalise(short, longest) if text.strip()][:limit]
+    if not found:
+        raise InputError(
+            f"No {split} text of {source} fits in the {longest - 1} word-pieces the model takes; give shorter ones."
+        )
+    return found
+
+
+def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int]) -> None:
+    """Refuses numbers of steps and beam widths that can't be evaluated.
+
+    Raises:
+        InputError: none, or one that is too small.
+    """
+    if not num_steps or min(num_steps) < 0:
+        raise InputError(f"num_steps is {tuple(num_steps)}; give one number or more, each at least 0.")
+    if not sequence_beam_width or min(sequence_beam_width) < 1:
+        raise InputError(
+            f"sequence_beam_width is {tuple(sequence_beam_width)}; give one number or more, each at least 1."
+        )
 
 
 def evaluate(
@@ -38,27 +62,33 @@ def evaluate(
 ) -> dict[str, Any]:
     """Recovers `texts` from their embeddings at every number of steps and beam width.
 
-    One run to the largest number of steps serves all: the state after fewer steps is in its trace. So the speed is
-    measured on that run alone, compilation excluded, and stated in its row; other rows hold null.
+    One run to the largest number of steps serves all: the state after fewer steps is in its trace. That run gives the
+    speed of its row; the speed of the others is measured on the first batch alone. Compilation is never counted.
 
     Returns:
         {"model", "split", "n", "rows": [...]}: see `report`.
+
+    Raises:
+        InputError: no texts, or see `check_grid` and `v2t_jax.invert.invert_embeddings`.
     """
     if not texts:
-        raise InputError("There are no texts to evaluate on.")
-    if not num_steps or min(num_steps) < 0 or not sequence_beam_width or min(sequence_beam_width) < 1:
-        raise InputError("num_steps must be 0 or more, and sequence_beam_width 1 or more.")
+        raise InputError("There are no texts to evaluate on; give a split that holds some.")
+    check_grid(num_steps, sequence_beam_width)
     rows: list[dict[str, Any]] = []
     most = max(num_steps)
     for width in sorted(set(sequence_beam_width)):
-        invert_strings(
-            inverter, texts[:1], num_steps=most, sequence_beam_width=width, batch_size=BATCH_SIZE
-        )  # compiles
-        started = time.perf_counter()
-        found = invert_strings(inverter, texts, num_steps=most, sequence_beam_width=width, batch_size=BATCH_SIZE)
-        speed = len(texts) / (time.perf_counter() - started)
-        rows += report(inverter, found, num_steps, width, split)["rows"]
-        rows[-1]["texts_per_second"] = round(speed, 3)
+
+        def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[Recovered], float]:
+            started = time.perf_counter()
+            found = invert_strings(inverter, texts, num_steps=steps, sequence_beam_width=width, batch_size=BATCH_SIZE)
+            return found, round(len(texts) / (time.perf_counter() - started), 3)
+
+        first = texts[:BATCH_SIZE]
+        timed(first, min(most, 1))  # compiles: the number of steps is no part of the program
+        found, speed = timed(texts, most)
+        for row in report(inverter, found, num_steps, width, split)["rows"]:
+            steps = row["num_steps"]
+            rows.append(row | {"texts_per_second": speed if steps == most else timed(first, steps)[1]})
     return {"model": inverter.name, "split": split, "n": len(texts), "rows": rows}
 
 
@@ -68,8 +98,8 @@ def report(
     """Scores of recovered texts after each of `num_steps`, from their traces.
 
     Returns:
-        {"model", "split", "n", "rows": [{"num_steps", "sequence_beam_width", "bleu", "token_f1", "exact_match", "cosine",
-        each with "..._sem", its standard error, and "texts_per_second"}]}
+        {"model", "split", "n", "rows": [{"num_steps", "sequence_beam_width", "texts_per_second" (None here), and
+        "bleu", "token_f1", "exact_match", "cosine", each with "..._sem", its standard error}]}
     """
     rows = [_row(found, step, sequence_beam_width) for step in sorted(set(num_steps))]
     return {"model": inverter.name, "split": split, "n": len(found), "rows": rows}
@@ -86,7 +116,11 @@ def _row(found: list[Recovered], step: int, width: int) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> Table:
     """The report as a table for people."""
-    result = Table(title=f"{report['model']}: {report['n']} texts of {report['split']}")
+    # "Exact" is meant after both texts went through the tokenizer: its case and spacing.
+    result = Table(
+        caption="BLEU and F1 of texts in the tokenizer's normal form; exact match means equal in that form.",
+        title=f"{report['model']}: {report['n']} texts of {report['split']}",
+    )
     for column in ("steps", "beam", "BLEU", "token F1", "exact match", "cosine", "texts/s"):
         result.add_column(column, justify="right")
     for row in report["rows"]:
@@ -103,6 +137,20 @@ def table(report: dict[str, Any]) -> Table:
     return result
 
 
+def check_plot_file(file: Path) -> None:
+    """Makes sure, before any work is done, that a plot can be written there.
+
+    Raises:
+        InputError: it can't.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The plot can't be written to {file} ({error.strerror}); give another place.") from error
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"The plot can't be written to {file}; give the name of a file that can be.")
+
+
 def plot(report: dict[str, Any], file: Path) -> None:
     """Cosine and BLEU against correction steps, a line a beam width, with standard errors; PNG.
 
@@ -114,6 +162,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    check_plot_file(file)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, name, label in zip(axes, ("cosine", "bleu"), ("cosine to the target", "BLEU"), strict=True):
         for width in sorted({row["sequence_beam_width"] for row in report["rows"]}):
@@ -126,8 +175,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     axes[0].legend()
     figure.suptitle(f"{report['model']}, {report['n']} texts of {report['split']}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=120, format="png")
     except OSError as error:
         raise InputError(f"The plot can't be written to {file} ({error.strerror}); give another place.") from error
     finally:

@@ -8,6 +8,7 @@ workdir/model/                         the finished model, for `v2t_jax.load`
 """
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -177,8 +178,8 @@ def initial_params(setup: Setup, stage: Stage, trained: dict[Stage, Params], bat
         # Small embeddings under a tied head scaled by 1/sqrt(D) would start with logits near zero.
         params["t5"]["decoder"]["final_norm"]["scale"] *= model.t5.d_model**0.5
     if model.standardise:
-        rows = []
-        while sum(map(len, rows)) < STATISTICS_TEXTS:
+        rows: list[np.ndarray] = []
+        while sum(len(row) for row in rows) < STATISTICS_TEXTS:
             batch = batches(len(rows))
             rows.append(np.pad(batch, ((0, 0), (0, model.max_length - batch.shape[1]))))
         e = setup.embed(np.concatenate(rows)[:STATISTICS_TEXTS])
@@ -223,8 +224,8 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     params = initial_params(setup, stage, trained, batches)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     step_fn, shardings = shard_step(step_fn, mesh, state, stage)
-    # Copied, because the first step gives the state's memory up: two leaves may be one array.
-    state = jax.device_put(state, shardings, may_alias=False)
+    # Copied by a program, because the first step gives the state's memory up, and two leaves may be one array.
+    state = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=shardings)(state)
     frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if stage == "corrector" else None)
     frozen = jax.device_put(frozen, replicated(mesh))
 

@@ -80,6 +80,8 @@ def make_loss(
 
     def corrector_loss(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array | None) -> Any:
         e = embed(frozen, ids)
+        if frozen.inverter is None:
+            raise ValueError("the corrector's loss needs an inverter")
         hypothesis = greedy_hypotheses(model, frozen.inverter, e)
         logits = corrector.logits(model, params, e, hypothesis, embed(frozen, hypothesis), ids, key)
         loss, correct, tokens = cross_entropy(logits, ids)
@@ -91,7 +93,7 @@ def make_loss(
 def make_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, accumulate_steps: int, seed: int
 ) -> Callable[[TrainState, Frozen, jax.Array], tuple[TrainState, Metrics]]:
-    """`step(state, frozen, ids [B, L]) -> (state, metrics)`; gradients of `accumulate_steps` micro-batches are summed."""
+    """`step(state, frozen, ids [B, L]) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches."""
 
     def gradients(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array) -> Any:
         (loss, (correct, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, ids, key)
@@ -115,7 +117,7 @@ def make_step(
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(loss / tokens, correct / tokens, optax.global_norm(grads), tokens)
+        metrics = Metrics(loss / tokens, correct / tokens, optax.tree.norm(grads), tokens)
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return step

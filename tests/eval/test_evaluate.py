@@ -1,0 +1,89 @@
+"""Evaluation over steps and beam widths, its table and its plot."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_model import make_model
+from tiny_run import make_texts
+
+from v2t_jax.errors import InputError
+from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot, table
+from v2t_jax.eval.metrics import text_scores
+from v2t_jax.invert import invert_strings
+from v2t_jax.pretrained import Inverter, load
+
+TEXTS = make_texts(5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Inverter:
+    return load(str(make_model(tmp_path_factory.mktemp("models"))))
+
+
+@pytest.fixture(scope="module")
+def report(model: Inverter) -> dict:
+    return evaluate(model, TEXTS, (3, 0, 1), (2, 1))
+
+
+def test_a_row_for_each_number_of_steps_and_width(report: dict) -> None:
+    assert {key: report[key] for key in ("model", "split", "n")} == {"model": "tiny", "split": "held_out", "n": 5}
+    grid = [(row["sequence_beam_width"], row["num_steps"]) for row in report["rows"]]
+    assert grid == [(width, steps) for width in (1, 2) for steps in (0, 1, 3)]
+    assert all(row["texts_per_second"] > 0 for row in report["rows"])
+
+
+def test_a_row_is_what_a_run_of_so_many_steps_scores(model: Inverter, report: dict) -> None:
+    row = next(row for row in report["rows"] if (row["sequence_beam_width"], row["num_steps"]) == (2, 1))
+    found = invert_strings(model, TEXTS, num_steps=1, sequence_beam_width=2)
+    scores = text_scores([one.text for one in found], [str(one.reference) for one in found])
+    assert row["bleu"] == pytest.approx(scores["bleu"].mean, abs=1e-4)
+    assert row["token_f1_sem"] == pytest.approx(scores["token_f1"].sem, abs=1e-4)
+    assert row["cosine"] == pytest.approx(sum(one.cosine for one in found) / 5, abs=2e-4)
+
+
+def test_cosine_never_falls_with_steps(report: dict) -> None:
+    for width in (1, 2):
+        cosines = [row["cosine"] for row in report["rows"] if row["sequence_beam_width"] == width]
+        assert cosines == sorted(cosines)
+
+
+def test_table_shows_every_row(report: dict) -> None:
+    console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115 (closed below)
+    console.print(table(report))
+    console.file.close()
+    shown = console.export_text()
+    assert "held_out" in shown and shown.count("±") == 4 * len(report["rows"])
+
+
+def test_plot_is_a_png_whatever_its_name(report: dict, tmp_path: Path) -> None:
+    for name in ("plot.png", "new/folder/plot", "plot.odd"):
+        plot(report, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n")
+    with pytest.raises(InputError, match="plot can't be written"):
+        plot(report, tmp_path)
+
+
+def test_texts_of_a_split_fit_the_model(model: Inverter, tmp_path: Path) -> None:
+    source = tmp_path / "texts.txt"
+    lines = [*make_texts(300), "the cat " * 20, "🙂 🙂"]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    train = evaluation_texts(model, "train", None, str(source))
+    held_out = evaluation_texts(model, "held_out", None, str(source))
+    assert held_out and set(train) | set(held_out) <= set(lines[:-2])
+    assert not set(train) & set(held_out)
+    assert evaluation_texts(model, "train", 3, str(source)) == train[:3]
+
+
+def test_what_cannot_be_evaluated_is_refused(model: Inverter, tmp_path: Path) -> None:
+    for steps, widths in (((), (1,)), ((-1,), (1,)), ((0,), ()), ((0,), (0,))):
+        with pytest.raises(InputError, match="give one number or more"):
+            evaluate(model, TEXTS, steps, widths)
+    with pytest.raises(InputError, match="no texts"):
+        evaluate(model, [])
+    with pytest.raises(InputError, match="no split 'test'"):
+        evaluation_texts(model, "test")
+    source = tmp_path / "long.txt"
+    source.write_text("the cat and the dog and the bird and the fish")
+    with pytest.raises(InputError, match="fits in the 7 word-pieces"):
+        evaluation_texts(model, "train", source=str(source))
