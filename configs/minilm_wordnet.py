@@ -55,7 +55,7 @@ def get_config() -> Config:
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=100, b2=0.98),
         ),
         corrector=StageConfig(
-            num_steps=500,
+            num_steps=360,
             batch_size=64,
             optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=50, b2=0.98),
         ),

@@ -1,5 +1,6 @@
 """Vectors and texts in, texts out: the public functions, and what they refuse."""
 
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from v2t_jax.invert import check_vectors, cosines, read_vectors
 from v2t_jax.pretrained import Inverter
 
 TEXTS = make_texts(9)
+# One shape for nearly all tests: a program is compiled once.
+recover = functools.partial(v2t.invert_embeddings, **{"sequence_beam_width": 2, "batch_size": 8})
+recover_texts = functools.partial(v2t.invert_strings, **{"sequence_beam_width": 2, "batch_size": 8})
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +36,22 @@ def vectors(model: Inverter) -> np.ndarray:
 
 
 def test_result_does_not_depend_on_the_batch_size(model: Inverter, vectors: np.ndarray) -> None:
-    whole = v2t.invert_embeddings(model, vectors, num_steps=2, sequence_beam_width=2)
+    whole = recover(model, vectors, num_steps=2)
     assert len(whole) == len(vectors)
-    for size in (1, 4):
-        found = v2t.invert_embeddings(model, vectors, num_steps=2, sequence_beam_width=2, batch_size=size)
+    for size in (1, 3):
+        found = recover(model, vectors, num_steps=2, batch_size=size)
         assert [one.text for one in found] == [one.text for one in whole]
 
 
 def test_few_texts_share_a_compiled_shape(model: Inverter, vectors: np.ndarray) -> None:
-    loop = model.correction_loop(3, "best")
+    loop = model.correction_loop(1, "best")
     for count in (2, 5, 8):
-        v2t.invert_embeddings(model, vectors[:count], num_steps=1, sequence_beam_width=3)
+        recover(model, vectors[:count], num_steps=1, sequence_beam_width=1, batch_size=None)
     assert loop._start._cache_size() == loop._advance._cache_size() == 1
 
 
 def test_the_trace_ends_in_the_answer(model: Inverter, vectors: np.ndarray) -> None:
-    for one in v2t.invert_embeddings(model, vectors[:3], num_steps=3, sequence_beam_width=2):
+    for one in recover(model, vectors[:3], num_steps=3):
         assert [step.step for step in one.trace] == [0, 1, 2, 3]
         assert (one.trace[-1].text, one.trace[-1].cosine) == (one.text, one.cosine)
         assert one.trace[one.step].text == one.text
@@ -57,15 +61,15 @@ def test_the_trace_ends_in_the_answer(model: Inverter, vectors: np.ndarray) -> N
 
 
 def test_cosines_are_of_the_texts_embedded_anew(model: Inverter, vectors: np.ndarray) -> None:
-    for one, target in zip(v2t.invert_embeddings(model, vectors[:3], num_steps=1), vectors, strict=False):
+    for one, target in zip(recover(model, vectors[:3], num_steps=1), vectors, strict=False):
         assert one.cosine == pytest.approx(float(model.embedder.embed([one.text])[0] @ target), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", jnp.bfloat16])
 def test_vectors_of_any_float_type(model: Inverter, vectors: np.ndarray, dtype: str) -> None:
     rounded = vectors[:2].astype(dtype)
-    found = v2t.invert_embeddings(model, rounded, num_steps=1)
-    expected = v2t.invert_embeddings(model, rounded.astype(np.float32), num_steps=1)
+    found = recover(model, rounded, num_steps=1)
+    expected = recover(model, rounded.astype(np.float32), num_steps=1)
     assert [one.text for one in found] == [one.text for one in expected]
 
 
@@ -74,26 +78,24 @@ def test_length_and_integers_make_no_difference_where_the_embedder_normalises(
 ) -> None:
     assert model.embedder.config.normalise
     quantised = np.round(127 * vectors[:2]).astype(np.int8)
-    found = v2t.invert_embeddings(model, quantised, num_steps=1)
-    expected = v2t.invert_embeddings(model, quantised / 127, num_steps=1)
+    found = recover(model, quantised, num_steps=1)
+    expected = recover(model, quantised / 127, num_steps=1)
     assert [one.text for one in found] == [one.text for one in expected]
     np.testing.assert_allclose([one.cosine for one in found], [one.cosine for one in expected], atol=1e-6)
 
 
 def test_one_vector_may_be_one_dimensional(model: Inverter, vectors: np.ndarray) -> None:
-    assert v2t.invert_embeddings(model, vectors[0], num_steps=0) == v2t.invert_embeddings(
-        model, vectors[:1], num_steps=0
-    )
-    assert len(v2t.invert_embeddings(model, vectors[0].tolist(), num_steps=0)) == 1
+    assert recover(model, vectors[0], num_steps=0) == v2t.invert_embeddings(model, vectors[:1], num_steps=0)
+    assert len(recover(model, vectors[0].tolist(), num_steps=0)) == 1
 
 
 def test_upstream_mode_reports_the_last_step(model: Inverter, vectors: np.ndarray) -> None:
-    for one in v2t.invert_embeddings(model, vectors[:2], num_steps=2, sequence_beam_width=2, mode="upstream"):
+    for one in recover(model, vectors[:2], num_steps=2, mode="upstream"):
         assert one.step == 2
 
 
 def test_known_texts_come_with_their_reference(model: Inverter) -> None:
-    (one,) = v2t.invert_strings(model, ["The RED  Cats"], num_steps=0)
+    (one,) = recover_texts(model, ["The RED  Cats"], num_steps=0)
     assert one.reference == "the red cats"
     assert one.exact_match == (one.text == "the red cats")
     assert set(one.to_dict()) == {"text", "cosine", "step", "trace", "reference", "exact_match"}
@@ -101,7 +103,7 @@ def test_known_texts_come_with_their_reference(model: Inverter) -> None:
 
 @pytest.mark.parametrize("text", ["the cat 🙂", "the\ncat\t", "cat [SEP] dog", "the cat é", "the 日本 cat", "the\0cat"])
 def test_odd_texts_are_recovered_from_what_the_tokenizer_knows(model: Inverter, text: str) -> None:
-    (one,) = v2t.invert_strings(model, [text], num_steps=0)
+    (one,) = recover_texts(model, [text], num_steps=0)
     assert one.reference and one.text is not None
 
 
@@ -120,7 +122,7 @@ def test_texts_that_are_refused(model: Inverter, texts: list[str], message: str)
 
 
 def test_long_texts_are_cut(model: Inverter) -> None:
-    (one,) = v2t.invert_strings(model, ["the cat " * 9], num_steps=0)
+    (one,) = recover_texts(model, ["the cat " * 9], num_steps=0)
     assert one.reference == ("the cat " * 9)[: 4 * (MAX_LENGTH - 1)].strip()
 
 
@@ -162,14 +164,14 @@ def test_vectors_that_are_refused(bad: object, message: str) -> None:
 )
 def test_settings_that_are_refused(model: Inverter, vectors: np.ndarray, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        v2t.invert_embeddings(model, vectors[:1], **options)
+        recover(model, vectors[:1], **options)
 
 
 def test_a_model_without_corrector_takes_no_steps(folder: Path, model: Inverter, vectors: np.ndarray) -> None:
     alone = v2t.load(str(make_model(folder, ("inverter",), "alone")))
     with pytest.raises(InputError, match="has no corrector"):
-        v2t.invert_embeddings(alone, vectors[:1], num_steps=1)
-    assert len(v2t.invert_embeddings(alone, vectors[:1], num_steps=0)) == 1
+        recover(alone, vectors[:1], num_steps=1)
+    assert len(recover(alone, vectors[:1], num_steps=0)) == 1
 
 
 def test_files_of_vectors(tmp_path: Path) -> None:

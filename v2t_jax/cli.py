@@ -317,21 +317,26 @@ def parsed(parse: Callable[[], Chosen]) -> Chosen:
 
 def _sentence(box: str) -> str:
     """The gist of tyro's error box: its first part, the options it suggests, and where to read on."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
-        if line.endswith("──"):  # a rule, or the box's top with its title
+        if line.endswith(("──", "---")):  # a rule, or the box's top with its title
             parts.append([])
         elif line:
             parts[-1].append(line)
-    parts = [part for part in parts if part] or [["The command line can't be understood"]]
-    said = [" ".join(parts[0]).rstrip(".")]
+    parts = [part for part in parts if part]
+    if "╭" not in box:  # drawn in ASCII, where stdout is no UTF-8: the title is a part of its own
+        parts = parts[1:]
+    parts = parts or [["The command line can't be understood"]]
+    gist = " ".join(parts[0]).rstrip(".")
+    gist = gist.replace("invalid literal for int() with base 10:", "it needs a whole number, not")
+    said = [gist.replace("could not convert string to float:", "it needs a number, not")]
     for part in parts[1:]:
         if part[0].startswith("Perhaps you meant"):
             options = dict.fromkeys(match[0] for line in part if (match := re.match(r"--[\w.-]+", line)))
             said.append(f"perhaps you meant {' or '.join([*options][:3])}")
         elif part[0].startswith("For full helptext"):
-            said.append(re.sub(r"For full helptext, (run|see)", "for help run", " ".join(part)))
+            said.append(re.sub(r"For full helptext, (run|see):?", "for help run", " ".join(part)))
         elif part[0].startswith("Available subcommands"):
             said.append(" ".join(part).replace("Available subcommands", "there are").replace(":", ""))
     return "; ".join(said) + "."

@@ -122,7 +122,9 @@ class Inverter:
             (building / "README.md").write_text(card or f"# {self.name}\n\nNot evaluated yet.\n")
             if folder.exists():
                 shutil.rmtree(folder)
-            building.chmod(0o755)
+            building.chmod(0o755)  # a temporary folder, and what safetensors writes, are their owner's alone
+            for file in building.iterdir():
+                file.chmod(0o644)
             building.rename(folder)
         except OSError as error:
             raise InputError(

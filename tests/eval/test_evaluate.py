@@ -35,7 +35,7 @@ def test_a_row_for_each_number_of_steps_and_width(report: dict) -> None:
 
 def test_a_row_is_what_a_run_of_so_many_steps_scores(model: Inverter, report: dict) -> None:
     row = next(row for row in report["rows"] if (row["sequence_beam_width"], row["num_steps"]) == (2, 1))
-    found = invert_strings(model, TEXTS, num_steps=1, sequence_beam_width=2)
+    found = invert_strings(model, TEXTS, num_steps=1, sequence_beam_width=2, batch_size=32)
     scores = text_scores([one.text for one in found], [str(one.reference) for one in found])
     assert row["bleu"] == pytest.approx(scores["bleu"].mean, abs=1e-4)
     assert row["token_f1_sem"] == pytest.approx(scores["token_f1"].sem, abs=1e-4)

@@ -114,7 +114,7 @@ def loss_and_gradient(config: T5Config) -> Any:
     params, *arrays = make(config)
 
     def loss(params: Params) -> jax.Array:
-        return jnp.mean(jnp.square(run(config, params, *arrays, jax.random.key(2))))
+        return jnp.mean(jnp.square(run(config, params, *arrays)))
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
