@@ -386,6 +386,8 @@ def main() -> None:
         raise SystemExit(0) from None
     except KeyboardInterrupt:
         print("v2t: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        sys.stderr.flush()
+        # Threads of XLA may still be computing: an ordinary exit would take their memory away under them.
+        os._exit(130)
     finally:
         progress.disable()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -109,7 +110,8 @@ def read_vectors(path: str) -> Any:
         raise InputError(f"{path} can't be read ({error.strerror or error}); {advice}.") from error
     except InputError:
         raise
-    except (ValueError, EOFError, OverflowError, TypeError) as error:
+    # numpy reads the header as Python source, so damage in it shows as that language's errors too.
+    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError) as error:
         raise InputError(f"{path} is truncated, damaged or holds something else than numbers; {advice}.") from error
 
 
