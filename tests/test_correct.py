@@ -202,7 +202,38 @@ def test_early_exit_spares_steps(params, targets, chunk):
     assert reports[-1][1] == pytest.approx(found.cosine.mean(), abs=1e-6)
 
 
-def test_a_beam_that_no_longer_moves_is_done(params, targets):
+def test_every_hypothesis_is_expanded_once_and_the_nearest_first(params, targets):
+    """Against best-first search in plain Python, which remembers everything."""
+    expanded = []
+
+    def watched(params, e, ids, emb, k):
+        jax.debug.callback(lambda ids: expanded.append(np.asarray(ids)), ids)
+        return propose_hashed(params, e, ids, emb, k)
+
+    width, steps, target = 2, 4, targets[:1]
+    CorrectionLoop(hypothesize, watched, embed, CorrectionSettings(sequence_beam_width=width))(params, target, steps)
+    jax.effects_barrier()
+
+    def nearness(text):
+        emb = np.asarray(embed(params, jnp.asarray([text])))[0]
+        return float(emb @ target[0] / np.linalg.norm(emb) / np.linalg.norm(target[0]))
+
+    known = {tuple(ids): None for ids in np.asarray(hypothesize(params, jnp.asarray(target), width)[0])[0].tolist()}
+    known, done = {text: nearness(text) for text in known}, set()
+    for step in range(steps):
+        chosen = sorted(known.keys() - done, key=known.get, reverse=True)[:width]
+        assert chosen == [tuple(row) for row in expanded[step].tolist()]
+        done.update(chosen)
+        for parent in chosen:
+            row = jnp.asarray([parent])
+            children = propose_hashed(params, jnp.asarray(target), row, embed(params, row), width)[0]
+            for child in np.asarray(children)[0].tolist():
+                end = child.index(1) if 1 in child else LENGTH
+                text = tuple(child[: end + 1] + [0] * (LENGTH - end - 1))
+                known.setdefault(text, nearness(text))
+
+
+def test_a_loop_that_finds_nothing_new_is_done(params, targets):
     found = make_loop(propose_same, sequence_beam_width=2)(params, targets, 20)
     assert found.steps_run == 1
     assert (found.trace_ids == found.ids[:, None]).all()
@@ -235,10 +266,10 @@ def test_the_beam_holds_distinct_texts_and_marks_fillers(params, targets):
 
     loop = CorrectionLoop(one_guess, with_junk_after_eos, embed, CorrectionSettings(sequence_beam_width=3))
     beam, _ = loop._start(params, e)
-    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True, False, False]] * BATCH)
+    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True] + [False] * 11] * BATCH)  # MEMORY * W slots
     assert (beam.ids == beam.ids[:, :1]).all()
     beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1))
-    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True, True, False]] * BATCH)
+    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True, True] + [False] * 10] * BATCH)
     assert not (beam.ids[:, 0] == beam.ids[:, 1]).all(axis=1).any()
     np.testing.assert_array_equal(beam.ids[:, 2], beam.ids[:, 0])  # a filler repeats the best
 
@@ -247,8 +278,9 @@ def test_the_beam_holds_distinct_texts_and_marks_fillers(params, targets):
     advance = jax.jit(full._step)
     for step in range(1, 4):
         beam = advance(params, e, beam, jnp.int32(step))
-        assert all(len({tuple(ids) for ids in np.asarray(row).tolist()}) == 4 for row in beam.ids)
-        assert (np.diff(np.asarray(beam.cosine), axis=1) <= 0).all()
+        for ids, here in zip(np.asarray(beam.ids), np.isfinite(beam.cosine), strict=True):
+            assert len({tuple(text) for text in ids[here].tolist()}) == here.sum() >= 4
+        assert (np.diff(np.maximum(beam.cosine, -2), axis=1) <= 0).all()  # fillers come last
 
 
 def test_candidates_that_are_not_numbers_never_win(params, targets):

@@ -141,6 +141,8 @@ class StageConfig:
 class DataConfig:
     sources: tuple[str, ...] = ("wordnet",)
     """wordnet (packaged), or paths of .txt, .txt.gz, .jsonl, .parquet files, or tfds:NAME:FIELD"""
+    weights: tuple[float, ...] = ()
+    """times that a source's texts appear in an epoch, for each source; empty is once each"""
     held_out: str = "wordnet"
     """source whose held-out split is evaluated on"""
     vocabulary_size: int = 0
@@ -152,6 +154,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources is empty: name at least one source of text.")
+        _require(
+            len(self.weights) in (0, len(self.sources)) and min(self.weights, default=0) >= 0,
+            "data.weights must hold one number, 0 or more, for each of data.sources.",
+        )
         _require(0 <= self.span_share <= 1, "data.span_share must lie between 0 and 1.")
         _require(self.vocabulary_size >= 0, "data.vocabulary_size must not be negative; 0 keeps all.")
 
@@ -213,6 +219,9 @@ class Config:
     initial_embedding_std: float = 0.02
     corrector_from_inverter: bool = False
     """start the corrector's T5 from the trained inverter's, where the original starts it from pretrained T5"""
+    partial_hypotheses: bool = False
+    """option: every other hypothesis that the corrector is trained on is partly right, as those of later steps are;
+    off, the original's way, all are the inverter's guesses"""
     data: DataConfig = field(default_factory=DataConfig)
     inverter: StageConfig = field(default_factory=StageConfig)
     corrector: StageConfig = field(default_factory=StageConfig)
@@ -224,6 +233,11 @@ class Config:
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages is empty: name inverter, corrector or both.")
         _require(self.log_every_steps >= 1, "log_every_steps must be at least 1.")
+        rows = self.corrector.batch_size // self.corrector.optimizer.accumulate_steps
+        _require(
+            not self.partial_hypotheses or rows % 2 == 0,
+            f"partial_hypotheses needs an even number of rows in the corrector's (micro-)batches, not {rows}.",
+        )
         _require(self.initial_embedding_std > 0, "initial_embedding_std must be above 0.")
 
 

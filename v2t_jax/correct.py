@@ -28,6 +28,7 @@ from jax import Array, lax
 
 from v2t_jax.errors import InputError
 
+MEMORY = 4  # hypotheses remembered in mode "best", as a multiple of W
 PAD_ID, EOS_ID = 0, 1  # every model vocabulary of this package is numbered so
 
 Params = Any  # any pytree of arrays
@@ -43,7 +44,8 @@ class CorrectionSettings:
     Attributes:
         sequence_beam_width: W, hypotheses kept for each item between steps.
         num_candidates: K, candidates for each hypothesis; None means W. In mode "upstream" at least W.
-        mode: "best" keeps parents in the pool, hence the best hypothesis ever seen, and stops finished rows.
+        mode: "best" searches best first: it remembers the MEMORY * W nearest hypotheses ever seen, makes at each step
+            the candidates of the W nearest whose candidates it hasn't made, and stops finished rows.
             "upstream" is the original's selection: only the last step's candidates count, no row stops.
         tolerance: in mode "best" a row whose cosine reaches 1 - tolerance is frozen. An error of relative
             size r in a vector costs r^2 / 2 of cosine, so embedding the same text again in float32, or a
@@ -97,11 +99,16 @@ class Correction(NamedTuple):
 
 
 class _Beam(NamedTuple):
-    """State of each item. Slots are ranked; one with cosine -inf only fills the shape and has no children."""
+    """State of each item. Slots are ranked; one with cosine -inf only fills the shape and has no children.
 
-    ids: Array  # [B, W, L] int32, pad after eos
-    emb: Array  # [B, W, E] float32
-    cosine: Array  # [B, W] float32
+    M slots: W in mode "upstream", which forgets all else; MEMORY * W in mode "best", where each step expands the best
+    W that weren't expanded yet.
+    """
+
+    ids: Array  # [B, M, L] int32, pad after eos
+    emb: Array  # [B, M, E] float32
+    cosine: Array  # [B, M] float32
+    expanded: Array  # [B, M] bool, its children have been made
     step: Array  # [B] int32, when slot 0 was found
     stale: Array  # [B] int32, steps since slot 0 got better
     done: Array  # [B] bool
@@ -130,26 +137,41 @@ def _pad_after_eos(ids: Array) -> Array:
     return jnp.where(jnp.cumsum(is_eos, axis=-1) - is_eos > 0, PAD_ID, ids).astype(jnp.int32)
 
 
-def _keep_distinct(ids: Array, emb: Array, cosine: Array, score: Array, width: int) -> tuple[Array, Array, Array]:
+class _Pool(NamedTuple):
+    """Hypotheses of each item, P of them."""
+
+    ids: Array  # [B, P, L]
+    emb: Array  # [B, P, E]
+    cosine: Array  # [B, P]
+    expanded: Array  # [B, P]
+
+
+def _keep_distinct(pool: _Pool, score: Array, width: int) -> _Pool:
     """The best distinct hypotheses of each pool.
 
     Args:
-        ids, emb, cosine: the pool, [B, P, L], [B, P, E], [B, P].
         score: [B, P] float32; -inf or NaN: absent. Of equal ids the first present counts; ties: first in front.
-        width: W, how many to keep, at most P.
+        width: how many to keep; a pool of fewer leaves fillers.
 
     Returns:
-        ids, emb, cosine of the kept, best first; with none left, slot 0 again at cosine -inf.
+        the kept, best first; fillers are slot 0 again at cosine -inf.
     """
     present = score > -jnp.inf
-    equal = jnp.all(ids[:, :, None, :] == ids[:, None, :, :], axis=-1)  # [B, P, P]
-    earlier = jnp.tri(ids.shape[1], k=-1, dtype=bool)[None]
+    equal = jnp.all(pool.ids[:, :, None, :] == pool.ids[:, None, :, :], axis=-1)  # [B, P, P]
+    earlier = jnp.tri(pool.ids.shape[1], k=-1, dtype=bool)[None]
     duplicate = jnp.any(equal & earlier & present[:, None, :], axis=-1)
-    top, index = lax.top_k(jnp.where(present & ~duplicate, score, -jnp.inf), width)
+    size = min(width, pool.ids.shape[1])
+    top, index = lax.top_k(jnp.where(present & ~duplicate, score, -jnp.inf), size)
+    missing = ((0, 0), (0, width - size))
+    top, index = jnp.pad(top, missing, constant_values=-jnp.inf), jnp.pad(index, missing)
     filler = (top == -jnp.inf) & (jnp.arange(width) > 0)[None]
-    index = jnp.where(filler, index[:, :1], index)
-    ids, emb = (jnp.take_along_axis(x, index[:, :, None], axis=1) for x in (ids, emb))
-    return ids, emb, jnp.where(filler, -jnp.inf, jnp.take_along_axis(cosine, index, axis=1))
+    kept = _take(pool, jnp.where(filler, index[:, :1], index))
+    return kept._replace(cosine=jnp.where(filler, -jnp.inf, kept.cosine))
+
+
+def _take(pool: _Pool, index: Array) -> _Pool:
+    """Hypotheses `index` [B, n] of each pool."""
+    return _Pool(*(jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1) for x in pool))
 
 
 def _check_embeddings(e: np.ndarray | Array) -> None:
@@ -231,10 +253,11 @@ class CorrectionLoop:
             # The original starts from one hypothesis. Copies of it keep the shapes static; being duplicates
             # they become fillers, whose children do not count.
             ids, emb, cosine = (jnp.repeat(x, width, axis=1) for x in (ids, emb, cosine))
-        ids, emb, cosine = _keep_distinct(ids, emb, cosine, cosine, width)
+        pool = _Pool(ids, emb, cosine, jnp.zeros(cosine.shape, bool))
+        kept = _keep_distinct(pool, cosine, width if upstream else MEMORY * width)
         zero = jnp.zeros(e.shape[0], jnp.int32)
-        done = jnp.zeros(e.shape[0], bool) if upstream else cosine[:, 0] >= 1 - self.settings.tolerance
-        beam = _Beam(ids, emb, cosine, step=zero, stale=zero, done=done)
+        done = jnp.zeros(e.shape[0], bool) if upstream else kept.cosine[:, 0] >= 1 - self.settings.tolerance
+        beam = _Beam(*kept, step=zero, stale=zero, done=done)
         return beam, _seen(beam, jnp.array(True))
 
     def _advance_program(
@@ -252,40 +275,48 @@ class CorrectionLoop:
 
     def _step(self, params: Params, e: Array, beam: _Beam, step: Array) -> _Beam:
         """One round of correction of every item."""
-        settings = self.settings
-        batch, width, length = beam.ids.shape
+        settings, upstream = self.settings, self.settings.mode == "upstream"
+        width = settings.sequence_beam_width
+        batch, memory, length = beam.ids.shape
+        held = _Pool(beam.ids, beam.emb, beam.cosine, beam.expanded)
+        # The corrector is deterministic: a second time it would make the same children.
+        open_cosine = jnp.where(held.expanded, -jnp.inf, held.cosine)
+        index = jnp.tile(jnp.arange(width), (batch, 1)) if upstream else lax.top_k(open_cosine, width)[1]
+        parents = _take(held, index)
         ids, log_prob = self._propose(
             params,
             jnp.repeat(e, width, axis=0),
-            beam.ids.reshape(batch * width, length),
-            beam.emb.reshape(batch * width, -1),
+            parents.ids.reshape(batch * width, length),
+            parents.emb.reshape(batch * width, -1),
             settings.candidates,
         )
         ids = _pad_after_eos(ids.reshape(batch, -1, length))
         emb, cosine = self._embed_pool(params, e, ids)
         # A filler repeats slot 0 and, but for rounding, its children. Without those, the first pool in mode
         # "upstream" is exactly the children of the one hypothesis.
-        childless = jnp.repeat(beam.cosine == -jnp.inf, settings.candidates, axis=1)
-        cosine = jnp.where(childless, -jnp.inf, cosine)
-        if settings.mode == "upstream":
+        childless = parents.expanded | (parents.cosine == -jnp.inf)
+        cosine = jnp.where(jnp.repeat(childless, settings.candidates, axis=1), -jnp.inf, cosine)
+        children = _Pool(ids, emb, cosine, jnp.zeros(cosine.shape, bool))
+        if upstream:
             score = cosine
             if width == 1:  # the original without a sequence beam: the corrector's own score, no re-ranking
                 score = log_prob.reshape(batch, -1).astype(jnp.float32)
-            ids, emb, cosine = _keep_distinct(ids, emb, cosine, score, width)
-            return _Beam(ids, emb, cosine, jnp.full_like(beam.step, step), beam.stale, beam.done)
-        # Parents come first in the pool: a candidate that repeats one is the duplicate, and among ties the
-        # parent stays. So slot 0 never gets worse: it is the best hypothesis ever seen, since `step`.
-        ids = jnp.concatenate([beam.ids, ids], axis=1)
-        emb = jnp.concatenate([beam.emb, emb], axis=1)
-        cosine = jnp.concatenate([beam.cosine, cosine], axis=1)
-        ids, emb, cosine = _keep_distinct(ids, emb, cosine, cosine, width)
-        better = cosine[:, 0] > beam.cosine[:, 0]
+            kept = _keep_distinct(children, score, width)
+            return _Beam(*kept, jnp.full_like(beam.step, step), beam.stale, beam.done)
+        chosen = jnp.any(index[:, :, None] == jnp.arange(memory)[None, None], axis=1)
+        held = held._replace(expanded=held.expanded | chosen)
+        # What is held comes first: a child that repeats it is the duplicate, and among ties the older stays. So slot
+        # 0 never gets worse: it is the best hypothesis ever seen, since `step`. Whatever was expanded and then
+        # dropped can't come back: by then all that is held lies nearer.
+        pool = _Pool(*(jnp.concatenate(pair, axis=1) for pair in zip(held, children, strict=True)))
+        kept = _keep_distinct(pool, pool.cosine, memory)
+        better = kept.cosine[:, 0] > beam.cosine[:, 0]
         stale = jnp.where(better, 0, beam.stale + 1)
-        # The callables are deterministic: a beam that comes out as it went in will do so for ever.
-        done = jnp.all(ids == beam.ids, axis=(1, 2)) | (cosine[:, 0] >= 1 - settings.tolerance)
+        exhausted = jnp.all(kept.expanded | (kept.cosine == -jnp.inf), axis=1)
+        done = exhausted | (kept.cosine[:, 0] >= 1 - settings.tolerance)
         if settings.patience:
             done |= stale >= settings.patience
-        moved = _Beam(ids, emb, cosine, jnp.where(better, step, beam.step), stale, done)
+        moved = _Beam(*kept, jnp.where(better, step, beam.step), stale, done)
 
         def unless_done(old: Array, new: Array) -> Array:
             return jnp.where(beam.done.reshape((batch,) + (1,) * (old.ndim - 1)), old, new)

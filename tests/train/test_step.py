@@ -16,7 +16,17 @@ from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models import corrector, inverter
 from v2t_jax.models.embedder import PieceMap, embed_pieces
 from v2t_jax.sharding import make_mesh, replicated
-from v2t_jax.train.step import Frozen, TrainState, cross_entropy, make_loss, make_step, shard_step
+from v2t_jax.train.step import (
+    Frozen,
+    TrainState,
+    cross_entropy,
+    greedy_hypotheses,
+    make_loss,
+    make_step,
+    mixed_hypotheses,
+    shard_step,
+    training_hypotheses,
+)
 
 T5 = T5Config(
     vocab_size=60,
@@ -165,3 +175,31 @@ def test_eight_devices_do_what_one_does(stage, embedder, ids, frozen):
             assert moment["t5"]["decoder"]["layers"]["feed_forward"]["wi"].sharding == kernel.sharding
         table = state.params["t5"]["token_embedding"]
         np.testing.assert_allclose(table, alone.params["t5"]["token_embedding"], atol=1e-4)
+
+
+def test_mixed_hypotheses_hold_the_truth_and_what_the_inverter_takes_for_likeliest(frozen, embedder, ids):
+    e = embed_pieces(embedder.config, PieceMap.of(embedder), frozen.embedder, frozen.pieces, ids)
+    guess = np.argmax(inverter.logits(MODEL, frozen.inverter, e, ids), axis=-1)
+    seen = set()
+    for seed in range(4):
+        mixed = np.asarray(mixed_hypotheses(MODEL, frozen.inverter, e, jnp.asarray(ids), jax.random.key(seed)))
+        for row, truth, likeliest in zip(mixed, ids, guess, strict=True):
+            length = int(np.argmax(row == 1)) + 1
+            assert row[length - 1] == 1 and not row[length:].any() and length <= np.argmax(truth == 1) + 1
+            assert ((row == truth) | (row == likeliest))[:length].all()
+        seen.add(mixed.tobytes())
+        changed = ((mixed != ids) & (ids > 1)).mean(axis=1)
+        assert changed.min() < 0.2 < changed.max()  # from nearly right to wrong
+    assert len(seen) == 4
+
+
+def test_every_other_training_hypothesis_is_partial_where_asked(frozen, embedder, ids):
+    e = embed_pieces(embedder.config, PieceMap.of(embedder), frozen.embedder, frozen.pieces, ids)
+    short, key = jnp.asarray(ids[:, :7]), jax.random.key(0)  # a bucket shorter than max_length
+    greedy = greedy_hypotheses(MODEL, frozen.inverter, e)
+    np.testing.assert_array_equal(training_hypotheses(MODEL, frozen.inverter, e, short, None), greedy)
+    both = training_hypotheses(MODEL, frozen.inverter, e, short, key)
+    np.testing.assert_array_equal(both[::2], greedy[::2])
+    partial = mixed_hypotheses(MODEL, frozen.inverter, e[1::2], short[1::2], key)
+    np.testing.assert_array_equal(both[1::2, :7], partial)
+    assert both.shape == greedy.shape and not np.asarray(both[1::2, 7:]).any()

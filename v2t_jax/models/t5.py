@@ -26,6 +26,7 @@ from v2t_jax.models.layers import (
     RMSNorm,
     attend,
     dropout,
+    matmul_float32,
     split_key,
 )
 
@@ -295,14 +296,9 @@ def logits(config: T5Config, params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32. The tied head of v1.0 is scaled by 1/sqrt(D)."""
     dtype = jnp.dtype(config.dtype)
     if config.tie_word_embeddings:
-        hidden = (hidden * config.d_model**-0.5).astype(dtype)
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            params["token_embedding"].astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
-    return jnp.matmul(hidden.astype(dtype), params["lm_head"].astype(dtype), preferred_element_type=jnp.float32)
+        hidden = hidden * config.d_model**-0.5
+        return matmul_float32(hidden, params["token_embedding"], dtype, True)
+    return matmul_float32(hidden, params["lm_head"], dtype)
 
 
 def shift_right(labels: jax.Array, start_id: int = 0) -> jax.Array:

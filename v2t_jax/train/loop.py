@@ -205,6 +205,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     settings: StageConfig = getattr(config, stage)
     batches = Batches(
         setup.stores,
+        config.data.weights or None,
         batch_size=settings.batch_size,
         max_length=model.max_length,
         span_share=config.data.span_share,
@@ -219,7 +220,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             f"micro-batches over {parts} devices: make it a multiple of their product."
         )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder))
+    loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses)
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed)
     params = initial_params(setup, stage, trained, batches)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))

@@ -19,7 +19,7 @@ from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
 from v2t_jax.models import corrector, inverter
 from v2t_jax.models.embedder import EmbedderConfig, PieceMap, embed_pieces
-from v2t_jax.models.layers import Params
+from v2t_jax.models.layers import Params, split_key
 from v2t_jax.sharding import RULES, batch_sharding, param_specs, replicated, state_shardings
 
 SPECIAL = Special(start=0, eos=1, pad=0)
@@ -55,7 +55,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, correct tokens, tokens; padding doesn't count."""
     weights = (labels != SPECIAL.pad).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    # A comparison with the maximum, which the loss needs anyway: an argmax is one more pass over the logits.
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    correct = (chosen >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))).astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(correct * weights), jnp.sum(weights)
 
 
@@ -66,8 +68,42 @@ def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array) -> jax.
     return decoded.ids
 
 
+def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
+    """The texts `ids` [B, L] with some tokens replaced by what the inverter, given all before it, takes for likeliest.
+
+    The share is uniform in 0..1, drawn for each text: a corrector meets hypotheses from nearly right to the inverter's
+    own in the loop's later steps, yet the inverter's guesses alone are all alike. One pass of teacher forcing makes
+    them, at a fraction of the cost of decoding.
+    """
+    k_share, k_tokens = jax.random.split(key)
+    guess = jnp.argmax(inverter.logits(config, params, e, ids), axis=-1)
+    share = jax.random.uniform(k_share, (ids.shape[0], 1))
+    replace = (jax.random.uniform(k_tokens, ids.shape) < share) & (guess != SPECIAL.pad)
+    mixed = jnp.where(replace & (ids != SPECIAL.eos) & (ids != SPECIAL.pad), guess, ids)
+    is_end = mixed == SPECIAL.eos
+    return jnp.where(jnp.cumsum(is_end, axis=1) - is_end > 0, SPECIAL.pad, mixed)
+
+
+def training_hypotheses(
+    config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, partial_key: jax.Array | None
+) -> jax.Array:
+    """What the corrector is to correct, [B, max_length]: the inverter's guesses; with a key, every other one mixed."""
+    if partial_key is None:
+        return greedy_hypotheses(config, params, e)
+    # Every other row, not one half: a device's rows stay on it when the batch is cut over devices.
+    e, ids = e.reshape(-1, 2, e.shape[1]), ids.reshape(-1, 2, ids.shape[1])
+    partial = mixed_hypotheses(config, params, e[:, 1], ids[:, 1], partial_key)
+    partial = jnp.pad(partial, ((0, 0), (0, config.max_length - partial.shape[1])))
+    both = jnp.stack([greedy_hypotheses(config, params, e[:, 0]), partial], axis=1)
+    return both.reshape(-1, config.max_length)
+
+
 def make_loss(
-    stage: Stage, model: ModelConfig, embedder: EmbedderConfig, piece_map: PieceMap
+    stage: Stage,
+    model: ModelConfig,
+    embedder: EmbedderConfig,
+    piece_map: PieceMap,
+    partial_hypotheses: bool = False,
 ) -> Callable[[Params, Frozen, jax.Array, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
     """`loss(params, frozen, ids [B, L], dropout_key) -> (summed loss, (correct tokens, tokens))`"""
 
@@ -82,7 +118,8 @@ def make_loss(
         e = embed(frozen, ids)
         if frozen.inverter is None:
             raise ValueError("the corrector's loss needs an inverter")
-        hypothesis = greedy_hypotheses(model, frozen.inverter, e)
+        partial_key, key = split_key(key, 2)
+        hypothesis = training_hypotheses(model, frozen.inverter, e, ids, partial_key if partial_hypotheses else None)
         logits = corrector.logits(model, params, e, hypothesis, embed(frozen, hypothesis), ids, key)
         loss, correct, tokens = cross_entropy(logits, ids)
         return loss, (correct, tokens)
