@@ -56,7 +56,9 @@ def check_t5_layers(case: Case) -> None:
     config, params = t5_of(case)
     c = config
     first = {stack: jax.tree.map(lambda p: p[0], params[stack]["layers"]) for stack in ("encoder", "decoder")}
-    into = {name[6:-3]: value for name, value in case.items() if name.startswith("layer/") and name.endswith("_in")}
+    inputs = [name for name in case if name.startswith("layer/") and name.endswith("_in")]
+    into = {name[6:-3]: jnp.asarray(case[name]) for name in inputs}
+    encoded = jnp.asarray(case["encoded"])
     pad_bias = t5.mask_bias(jnp.asarray(case["mask"]))
     source, target = case["ids"].shape[1], case["labels"].shape[1]
     encoder_bias = t5.position_bias(c, params["encoder"]["relative_bias"], source, bidirectional=True) + pad_bias
@@ -81,11 +83,9 @@ def check_t5_layers(case: Case) -> None:
         "decoder_attention": attention(
             first["decoder"]["self_attention"], *[into["decoder_attention"]] * 2, decoder_bias
         ),
-        "cross_attention": attention(
-            first["decoder"]["cross_attention"], into["cross_attention"], case["encoded"], pad_bias
-        ),
+        "cross_attention": attention(first["decoder"]["cross_attention"], into["cross_attention"], encoded, pad_bias),
         "decoder_block": t5.DecoderLayer(c).apply(
-            {"params": first["decoder"]}, into["decoder_block"], case["encoded"], decoder_bias, pad_bias, None
+            {"params": first["decoder"]}, into["decoder_block"], encoded, decoder_bias, pad_bias, None
         ),
     }
     assert set(ours) == set(into)
@@ -155,7 +155,7 @@ def check_bert(case: Case) -> None:
     json_config = json.loads(str(case["config"]))
     config = bert.from_huggingface(json_config)
     config = bert.BertConfig(**{**config.__dict__, "pooler": True})
-    params = bert_from_huggingface(state_dict(case), config)
+    params = jax.device_put(bert_from_huggingface(state_dict(case), config))
     hidden = jax.jit(functools.partial(bert.encode, config))(params, case["ids"], case["mask"])
     kept = case["mask"][:, :, None] != 0  # what stands at padding is nobody's business
     close(np.where(kept, hidden, 0), np.where(kept, case["hidden"], 0), LAYERS, "hidden states")

@@ -99,8 +99,11 @@ def test_changed_words_are_set_off(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(cli, "Console", lambda **_: console)
     cli.show_trace(Recovered("a blue cat", 1.0, 2, trace, "a blue cat", True), "1 of 1")
     out = capsys.readouterr().out
-    assert "\x1b[1;33mblue\x1b[0m cat" in out and "a [red] cat" in out and "recovered exactly" in out
-    assert "step  1" not in out  # nothing changed
+    assert "\x1b[9;31m[red]\x1b[0m \x1b[1;33mblue\x1b[0m cat" in out and "recovered exactly" in out
+    assert "step  0  cosine 0.5000  a [red] cat\n" in out and "step  1" not in out  # nothing changed
+    monkeypatch.setattr(cli, "Console", lambda **_: Console(force_terminal=False, soft_wrap=True))
+    cli.show_trace(Recovered("a blue cat", 1.0, 2, trace, "a blue cat", True), "1 of 1")
+    assert "step  2  cosine 1.0000  a blue cat\n" in capsys.readouterr().out  # what went would look like what came
 
 
 def test_embed(run: Run, models: Path, tmp_path: Path) -> None:

@@ -254,7 +254,9 @@ def show_trace(found: Any, title: str) -> None:
     for step in found.trace:
         words = step.text.split()
         if words != before or step.step == 0:
-            console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {_changed(before, words)}")
+            # Without colours, a word that went would look like one that came.
+            text = _changed(before, words, show_removed=console.is_terminal and console.color_system is not None)
+            console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {text}")
         before = words
     if found.reference is not None:
         verdict = f"{'recovered exactly' if found.exact_match else 'true text':<22}"
@@ -262,15 +264,20 @@ def show_trace(found: Any, title: str) -> None:
         console.print(f"  [{style}]{verdict}[/{style}]  {escape(found.reference)}")
 
 
-def _changed(before: list[str], after: list[str]) -> str:
-    """`after` with the words that `before` lacks in bold."""
+def _changed(before: list[str], after: list[str], show_removed: bool) -> str:
+    """`after` with the words that `before` lacks in bold, those that went struck through."""
     if not before:
         return escape(" ".join(after))
     parts = []
-    for kind, _, _, start, end in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        text = escape(" ".join(after[start:end]))
-        if text:
-            parts.append(text if kind == "equal" else f"[bold yellow]{text}[/bold yellow]")
+    for kind, *bounds in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        old, new = escape(" ".join(before[slice(*bounds[:2])])), escape(" ".join(after[slice(*bounds[2:])]))
+        if kind == "equal":
+            parts.append(new)
+            continue
+        if old and show_removed:
+            parts.append(f"[red strike]{old}[/red strike]")
+        if new:
+            parts.append(f"[bold yellow]{new}[/bold yellow]")
     return " ".join(parts)
 
 
@@ -300,6 +307,9 @@ def train(arguments: list[str]) -> None:
     except TrainingStopped as stopped:
         print(f"v2t: {stopped}", file=sys.stderr)
         raise SystemExit(130) from None
+    from v2t_jax.eval.evaluate import table
+
+    Console().print(table(json.loads((folder.parent / "evaluation.json").read_text())))
     print(f'The model is in {folder}; try: v2t invert --model {folder} --text "..."')
 
 

@@ -84,8 +84,6 @@ class ModelConfig:
     """option: inputs as (e - mean) / std with statistics of the training texts; off is the original's maths"""
     bag_of_words: bool = False
     """option: adds a linear term e A E^T to the logits; off is the original's maths"""
-    share_vocabulary: bool = True
-    """tokens are the embedder's own word-pieces, so that hypotheses are re-embedded without leaving the device"""
 
     def __post_init__(self) -> None:
         _require(self.num_pseudo_tokens > 0, "model.num_pseudo_tokens must be at least 1.")
@@ -185,10 +183,10 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, "evaluation.every_steps must not be negative; 0 evaluates at the end only.")
         _require(self.num_examples >= 1, "evaluation.num_examples must be at least 1.")
-        _require(min(self.num_steps, default=0) >= 0, "evaluation.num_steps must hold no negative number of steps.")
+        _require(min(self.num_steps, default=-1) >= 0, "evaluation.num_steps must hold numbers of steps, 0 or more.")
         _require(
-            min(self.sequence_beam_width, default=1) >= 1,
-            "evaluation.sequence_beam_width must be 1 or more throughout.",
+            min(self.sequence_beam_width, default=0) >= 1,
+            "evaluation.sequence_beam_width must hold widths of 1 or more.",
         )
 
 
@@ -256,10 +254,12 @@ def load_recipe(path: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, TypeError) as error:
-        raise InputError(f"The recipe {path} doesn't run: {error}.") from error
-    get_config = getattr(module, "get_config", None)
-    config = get_config() if callable(get_config) else None
+        get_config = getattr(module, "get_config", None)
+        config = get_config() if callable(get_config) else None
+    except InputError:
+        raise
+    except Exception as error:  # whatever somebody's file may raise
+        raise InputError(f"The recipe {path} doesn't run ({type(error).__name__}: {error}); mend it.") from error
     if not isinstance(config, Config):
         raise InputError(f"The recipe {path} must define get_config() that returns a v2t_jax.config.Config.")
     return config

@@ -121,8 +121,9 @@ def table(report: dict[str, Any]) -> Table:
         caption="BLEU and F1 of texts in the tokenizer's normal form; exact match means equal in that form.",
         title=f"{report['model']}: {report['n']} texts of {report['split']}",
     )
-    for column in ("steps", "beam", "BLEU", "token F1", "exact match", "cosine", "texts/s"):
-        result.add_column(column, justify="right")
+    timed = any(row["texts_per_second"] is not None for row in report["rows"])
+    for column in ("steps", "beam", "BLEU", "token F1", "exact match", "cosine", *["texts/s"] * timed):
+        result.add_column(column, justify="right", no_wrap=True)
     for row in report["rows"]:
         speed = row["texts_per_second"]
         result.add_row(
@@ -132,7 +133,7 @@ def table(report: dict[str, Any]) -> Table:
             f"{row['token_f1']:.3f} ± {row['token_f1_sem']:.3f}",
             f"{row['exact_match']:.1%} ± {row['exact_match_sem']:.1%}",
             f"{row['cosine']:.4f} ± {row['cosine_sem']:.4f}",
-            "" if speed is None else f"{speed:.2f}",
+            *([] if speed is None else [f"{speed:.2f}"]),
         )
     return result
 

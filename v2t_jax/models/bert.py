@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from v2t_jax.models.layers import NEGATIVE, Params, attend, dense, init_dense, init_layer_norm, layer_norm
 
@@ -74,8 +75,10 @@ def init(config: BertConfig, key: jax.Array) -> Params:
     return params
 
 
-def encode(config: BertConfig, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """ids [B, L], mask [B, L] of 0 and 1 -> hidden states [B, L, D] float32"""
+def encode(
+    config: BertConfig, params: Params, ids: Int[Array, "B L"], mask: Int[Array, "B L"]
+) -> Float[Array, "B L D"]:
+    """Ids and mask of 0 and 1 -> hidden states, float32."""
     c, dtype = config, jnp.dtype(config.dtype)
     length = ids.shape[1]
     positions = params["position_embedding"][:length] + params["type_embedding"][:1]
@@ -97,8 +100,8 @@ def encode(config: BertConfig, params: Params, ids: jax.Array, mask: jax.Array) 
     return jax.lax.scan(layer, x, params["layers"])[0]
 
 
-def pool_first_token(params: Params, hidden: jax.Array) -> jax.Array:
-    """BERT's own pooler: tanh of a dense layer on the first token, [B, L, D] -> [B, D]"""
+def pool_first_token(params: Params, hidden: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+    """BERT's own pooler: tanh of a dense layer on the first token."""
     return jnp.tanh(dense(params["pooler"], hidden[:, 0]))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import ModelConfig
 from v2t_jax.models import inverter, t5
@@ -35,15 +36,15 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 def encode(
     config: ModelConfig,
     params: Params,
-    e: jax.Array,
-    hypothesis: jax.Array,
-    hypothesis_embedding: jax.Array,
+    e: Float[Array, "B E"],
+    hypothesis: Int[Array, "B S"],
+    hypothesis_embedding: Float[Array, "B E"],
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """e [B, E], hypothesis ids [B, S], its embedding [B, E] -> T5 encoder output, mask, offset.
+) -> tuple[Float[Array, "B X D"], Int[Array, "B X"], Float[Array, "B D"] | None]:
+    """Embedding, hypothesis ids and their embedding -> T5 encoder output, mask, offset.
 
     The encoder reads [</s>, target, </s>, hypothesis embedding, </s>, difference, </s>, start id, hypothesis], all
-    layer-normalised: 5 + 3R + S positions. The start id is the original's quirk: masked, but it shifts positions.
+    layer-normalised: X = 5 + 3R + S positions. The start id is the original's quirk: masked, but it shifts positions.
     """
     difference = e - hypothesis_embedding
     target = e
@@ -80,13 +81,13 @@ def encode(
 def logits(
     config: ModelConfig,
     params: Params,
-    e: jax.Array,
-    hypothesis: jax.Array,
-    hypothesis_embedding: jax.Array,
-    labels: jax.Array,
+    e: Float[Array, "B E"],
+    hypothesis: Int[Array, "B S"],
+    hypothesis_embedding: Float[Array, "B E"],
+    labels: Int[Array, "B L"],
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """Teacher forcing; labels [B, L] -> [B, L, V] float32"""
+) -> Float[Array, "B L V"]:
+    """Teacher forcing; float32."""
     k_encode, k_decode = split_key(dropout_key, 2)
     encoded, mask, offset = encode(config, params, e, hypothesis, hypothesis_embedding, k_encode)
     return inverter.decode_logits(config, params, labels, encoded, mask, offset, k_decode)
@@ -95,9 +96,9 @@ def logits(
 def start_decoding(
     config: ModelConfig,
     params: Params,
-    e: jax.Array,
-    hypothesis: jax.Array,
-    hypothesis_embedding: jax.Array,
+    e: Float[Array, "B E"],
+    hypothesis: Int[Array, "B S"],
+    hypothesis_embedding: Float[Array, "B E"],
     num_beams: int = 1,
 ) -> tuple[Callable, t5.Cache]:
     """`tokens_to_logits` and its empty cache for rows = B * num_beams; see `t5.start_decoding`."""

@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
@@ -32,8 +33,8 @@ class EmbedderConfig:
     width: int = 384
 
 
-def pool(pooling: Pooling, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """hidden [B, L, D], mask [B, L] -> [B, D]; positions with mask 0 don't count."""
+def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"]) -> Float[Array, "B D"]:
+    """A text's vector from its tokens'; positions with mask 0 don't count."""
     weights = mask.astype(hidden.dtype)[:, :, None]
     if pooling == "mean":
         return jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
@@ -45,8 +46,10 @@ def pool(pooling: Pooling, hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return hidden[:, 0]
 
 
-def embed(config: EmbedderConfig, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Tokenizer ids [B, L] and mask [B, L] -> embeddings [B, E] float32."""
+def embed(
+    config: EmbedderConfig, params: Params, ids: Int[Array, "B L"], mask: Int[Array, "B L"]
+) -> Float[Array, "B E"]:
+    """Tokenizer ids and mask -> embeddings, float32."""
     hidden = bert.encode(config.encoder, params["encoder"], ids, mask)
     if config.pooling == "pooler":
         pooled = bert.pool_first_token(params["encoder"], hidden)
@@ -133,12 +136,12 @@ class PieceMap:
 
 
 def embed_pieces(
-    config: EmbedderConfig, piece_map: PieceMap, params: Params, pieces: jax.Array, ids: jax.Array
-) -> jax.Array:
-    """Model ids [B, L] -> embeddings [B, E], without leaving the device.
+    config: EmbedderConfig, piece_map: PieceMap, params: Params, pieces: Int[Array, " V"], ids: Int[Array, "B L"]
+) -> Float[Array, "B E"]:
+    """Model ids -> embeddings, without leaving the device.
 
     Args:
-        pieces: [V], model id -> embedder id; model ids 0 and 1 are pad and end.
+        pieces: model id -> embedder id; model ids 0 and 1 are pad and end.
         ids: a text ends at its first pad or end id, or at L: [SEP] is put there in any case.
     """
     is_text = jnp.cumsum((ids <= 1).astype(jnp.int32), axis=1) == 0

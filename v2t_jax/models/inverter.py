@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import ModelConfig
 from v2t_jax.models import t5
@@ -30,9 +31,9 @@ def init_projection(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def project(
-    config: ModelConfig, params: Params, x: jax.Array, dropout_rate: float = 0.0, key: jax.Array | None = None
-) -> jax.Array:
-    """[B, E] -> pseudo-tokens [B, R, D]"""
+    config: ModelConfig, params: Params, x: Float[Array, "B E"], dropout_rate: float = 0.0, key: jax.Array | None = None
+) -> Float[Array, "B R D"]:
+    """Embeddings -> R pseudo-tokens."""
     dtype = jnp.dtype(config.t5.dtype)
     hidden = dropout(dense(params["hidden"], x, dtype), dropout_rate, key)
     flat = dense(params["output"], jax.nn.gelu(hidden, approximate=False), dtype)
@@ -44,14 +45,14 @@ def init_statistics(config: ModelConfig) -> Params:
     return {"mean": jnp.zeros((width,), jnp.float32), "std": jnp.ones((width,), jnp.float32)}
 
 
-def standardise(params: Params, e: jax.Array) -> jax.Array:
-    """(e - mean) / std with the statistics of the training texts; [B, E] -> [B, E]"""
+def standardise(params: Params, e: Float[Array, "B E"]) -> Float[Array, "B E"]:
+    """(e - mean) / std with the statistics of the training texts."""
     statistics = jax.lax.stop_gradient(params["statistics"])
     return (e - statistics["mean"][None]) / statistics["std"][None]
 
 
-def bag_of_words(config: ModelConfig, kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, E] -> [B, D]: what, added to the last hidden state, adds the linear term x A E^T to the logits."""
+def bag_of_words(config: ModelConfig, kernel: Float[Array, "E D"], x: Float[Array, "B E"]) -> Float[Array, "B D"]:
+    """What, added to the last hidden state, adds the linear term x A E^T to the logits."""
     # A tied head scales hidden states by 1/sqrt(D); the term itself isn't scaled.
     scale = config.t5.d_model**0.5 if config.t5.tie_word_embeddings else 1.0
     return scale * matmul(x, kernel, jnp.dtype(config.t5.dtype))
@@ -68,9 +69,9 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def encode(
-    config: ModelConfig, params: Params, e: jax.Array, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Embeddings [B, E] -> T5 encoder output [B, R, D], mask [B, R], and the bag-of-words offset [B, D] or None."""
+    config: ModelConfig, params: Params, e: Float[Array, "B E"], dropout_key: jax.Array | None = None
+) -> tuple[Float[Array, "B R D"], Int[Array, "B R"], Float[Array, "B D"] | None]:
+    """Embeddings -> T5 encoder output, mask, and the bag-of-words offset or None."""
     k_projection, k_t5 = split_key(dropout_key, 2)
     x = standardise(params, e) if config.standardise else e
     embeds = project(config, params["projection"], x, config.projection_dropout, k_projection)
@@ -82,9 +83,13 @@ def encode(
 
 
 def logits(
-    config: ModelConfig, params: Params, e: jax.Array, labels: jax.Array, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """Teacher forcing: e [B, E], labels [B, L] -> [B, L, V] float32, position t predicting labels[:, t]."""
+    config: ModelConfig,
+    params: Params,
+    e: Float[Array, "B E"],
+    labels: Int[Array, "B L"],
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B L V"]:
+    """Teacher forcing; float32, position t predicting labels[:, t]."""
     k_encode, k_decode = split_key(dropout_key, 2)
     encoded, mask, offset = encode(config, params, e, k_encode)
     return decode_logits(config, params, labels, encoded, mask, offset, k_decode)
@@ -93,20 +98,22 @@ def logits(
 def decode_logits(
     config: ModelConfig,
     params: Params,
-    labels: jax.Array,
-    encoded: jax.Array,
-    mask: jax.Array,
-    offset: jax.Array | None,
+    labels: Int[Array, "B L"],
+    encoded: Float[Array, "B S D"],
+    mask: Int[Array, "B S"],
+    offset: Float[Array, "B D"] | None,
     dropout_key: jax.Array | None,
-) -> jax.Array:
-    """The decoder's half of teacher forcing, the same for inverter and corrector; -> [B, L, V] float32"""
+) -> Float[Array, "B L V"]:
+    """The decoder's half of teacher forcing, the same for inverter and corrector; float32."""
     hidden = t5.decode(config.t5, params["t5"], t5.shift_right(labels), encoded, mask, dropout_key)
     if offset is not None:
         hidden = hidden + offset[:, None].astype(hidden.dtype)
     return t5.logits(config.t5, params["t5"], hidden)
 
 
-def start_decoding(config: ModelConfig, params: Params, e: jax.Array, num_beams: int = 1) -> tuple[Callable, t5.Cache]:
+def start_decoding(
+    config: ModelConfig, params: Params, e: Float[Array, "B E"], num_beams: int = 1
+) -> tuple[Callable, t5.Cache]:
     """`tokens_to_logits` and its empty cache for rows = B * num_beams; see `t5.start_decoding`."""
     encoded, mask, offset = encode(config, params, e)
     return t5.start_decoding(

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 Params = dict[str, Any]
 NEGATIVE = -1e9  # added to masked attention scores: finite, so a fully masked row stays finite (and is ignored)
@@ -117,15 +118,15 @@ def init_layer_norm(width: int) -> Params:
 
 
 def attend(
-    query: jax.Array,  # [B, Q, H, K]
-    key: jax.Array,  # [B, S, H, K]
-    value: jax.Array,  # [B, S, H, K]
-    bias: jax.Array | None,  # broadcastable to [B, H, Q, S], float32
+    query: Float[Array, "B Q H K"],
+    key: Float[Array, "B S H K"],
+    value: Float[Array, "B S H K"],
+    bias: Float[Array, "#B #H #Q S"] | None,  # float32
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     scale: float = 1.0,
-) -> jax.Array:
-    """Multi-head attention, [B, Q, H, K]; scores and softmax in float32. T5 does not scale (scale = 1)."""
+) -> Float[Array, "B Q H K"]:
+    """Multi-head attention; scores and softmax in float32. T5 does not scale (scale = 1)."""
     scores = jnp.einsum("bqhk,bshk->bhqs", query, key, preferred_element_type=jnp.float32)
     if scale != 1.0:
         scores = scores * scale

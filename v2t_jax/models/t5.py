@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import T5Config
 from v2t_jax.models.layers import (
@@ -198,8 +199,10 @@ def relative_buckets(
     return bucket + np.where(distance < exact, distance, np.minimum(far, num_buckets - 1))
 
 
-def position_bias(config: T5Config, table: jax.Array, length: int, bidirectional: bool) -> jax.Array:
-    """[1, H, length, length] float32; for the decoder (not bidirectional) the future is masked too."""
+def position_bias(
+    config: T5Config, table: Float[Array, "buckets H"], length: int, bidirectional: bool
+) -> Float[Array, "1 H {length} {length}"]:
+    """Float32; for the decoder (not bidirectional) the future is masked too."""
     positions = np.arange(length)
     relative = positions[None, :] - positions[:, None]
     buckets = relative_buckets(
@@ -211,8 +214,8 @@ def position_bias(config: T5Config, table: jax.Array, length: int, bidirectional
     return bias
 
 
-def mask_bias(mask: jax.Array) -> jax.Array:
-    """[B, S] of 0 and 1 -> additive [B, 1, 1, S]"""
+def mask_bias(mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
+    """A mask of 0 and 1 -> what to add to attention scores."""
     return jnp.where(mask[:, None, None, :] != 0, 0.0, NEGATIVE).astype(jnp.float32)
 
 
@@ -247,15 +250,18 @@ def _scan_layers(
     return jax.lax.scan(body, x, (stack["layers"], keys), unroll=config.scan_unroll)[0]
 
 
-def embed_tokens(config: T5Config, params: Params, ids: jax.Array) -> jax.Array:
-    """[B, L] -> [B, L, D]"""
+def embed_tokens(config: T5Config, params: Params, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     return params["token_embedding"].astype(jnp.dtype(config.dtype))[ids]
 
 
 def encode(
-    config: T5Config, params: Params, embeds: jax.Array, mask: jax.Array, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """embeds [B, S, D], mask [B, S] -> [B, S, D]"""
+    config: T5Config,
+    params: Params,
+    embeds: Float[Array, "B S D"],
+    mask: Int[Array, "B S"],
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B S D"]:
+    """The encoder, on embedded tokens."""
     k_in, k_layers, k_out = split_key(dropout_key, 3)
     stack = params["encoder"]
     bias = position_bias(config, stack["relative_bias"], embeds.shape[1], bidirectional=True) + mask_bias(mask)
@@ -272,12 +278,12 @@ def encode(
 def decode(
     config: T5Config,
     params: Params,
-    ids: jax.Array,
-    encoded: jax.Array,
-    mask: jax.Array,
+    ids: Int[Array, "B L"],
+    encoded: Float[Array, "B S D"],
+    mask: Int[Array, "B S"],
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """Teacher forcing: decoder input ids [B, L] (start id first), encoded [B, S, D], mask [B, S] -> hidden [B, L, D]"""
+) -> Float[Array, "B L D"]:
+    """The decoder under teacher forcing: input ids, start id first -> hidden states."""
     k_in, k_layers, k_out = split_key(dropout_key, 3)
     stack = params["decoder"]
     bias = position_bias(config, stack["relative_bias"], ids.shape[1], bidirectional=False)
@@ -292,8 +298,8 @@ def decode(
     return dropout(_final_norm(config, stack, x), config.dropout_rate, k_out)
 
 
-def logits(config: T5Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> [..., V] float32. The tied head of v1.0 is scaled by 1/sqrt(D)."""
+def logits(config: T5Config, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """The head, float32. The tied head of v1.0 is scaled by 1/sqrt(D)."""
     dtype = jnp.dtype(config.dtype)
     if config.tie_word_embeddings:
         hidden = hidden * config.d_model**-0.5
@@ -301,8 +307,8 @@ def logits(config: T5Config, params: Params, hidden: jax.Array) -> jax.Array:
     return matmul_float32(hidden, params["lm_head"], dtype)
 
 
-def shift_right(labels: jax.Array, start_id: int = 0) -> jax.Array:
-    """Decoder input for labels [B, L]: the start id, then all labels but the last."""
+def shift_right(labels: Int[Array, "B L"], start_id: int = 0) -> Int[Array, "B L"]:
+    """Decoder input for labels: the start id, then all labels but the last."""
     return jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
 
 
@@ -322,20 +328,19 @@ def unstack_decoder(params: Params) -> Params:
 def start_decoding(
     config: T5Config,
     params: Params,
-    encoded: jax.Array,
-    mask: jax.Array,
+    encoded: Float[Array, "B S D"],
+    mask: Int[Array, "B S"],
     *,
     max_length: int,
     num_beams: int = 1,
-    hidden_offset: jax.Array | None = None,
+    hidden_offset: Float[Array, "B D"] | None = None,
 ) -> tuple[Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]], Cache]:
     """Prepares token-by-token decoding of `num_beams` rows for every sequence.
 
     Args:
-        encoded: [B, S, D]; mask: [B, S].
         params: as `init` makes them, or `unstack_decoder` of those.
         max_length: tokens that will be generated at most (L).
-        hidden_offset: [B, D], added to the decoder's last hidden state before the head (the inverter's bag of words).
+        hidden_offset: added to the decoder's last hidden state before the head (the inverter's bag of words).
     Returns:
         `tokens_to_logits(ids [rows], cache, index) -> (logits [rows, V], cache)` with rows = B * num_beams, and the
         empty self-attention cache. Cross-attention keys are computed here, once a sequence.

@@ -5,6 +5,7 @@ workdir/{inverter,corrector}/log.jsonl      a line every `log_every_steps`
 workdir/{inverter,corrector}/samples.jsonl  held-out texts recovered along the way
 workdir/{inverter,corrector}/checkpoints/   Orbax; a stage goes on where it stopped
 workdir/model/                         the finished model, for `v2t_jax.load`
+workdir/evaluation.{json,png}          its scores on held-out texts, over correction steps and beam widths
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from v2t_jax.data.pipeline import Batches, TokenStore, tokenize
 from v2t_jax.data.sources import read_texts
 from v2t_jax.data.tokenize import Vocabulary, frequent_pieces
 from v2t_jax.errors import InputError
+from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
@@ -101,7 +103,18 @@ def train(config: Config, workdir: Path) -> Path:
     inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary)
     folder = workdir / "model"
     inverter.save(folder, record={"recipe": to_dict(config)})
+    score_model(setup, inverter, workdir)
     return folder
+
+
+def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> None:
+    """The final evaluation, as numbers and as a plot."""
+    settings = setup.config.evaluation
+    num_steps = settings.num_steps if inverter.has_corrector else (0,)
+    texts = setup.held_out[: settings.num_examples]
+    report = evaluate(inverter, texts, num_steps, settings.sequence_beam_width)
+    (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, workdir / "evaluation.png")
 
 
 def claim_workdir(config: Config, workdir: Path) -> None:
@@ -129,8 +142,6 @@ def claim_workdir(config: Config, workdir: Path) -> None:
 
 def prepare(config: Config) -> Setup:
     """Loads the embedder, reads and tokenises the text, settles vocabulary and widths."""
-    if not config.model.share_vocabulary:
-        raise InputError("Training with a vocabulary of its own isn't supported yet: leave model.share_vocabulary on.")
     embedder = load_embedder(config.embedder, config.embedder_dtype)
     room = embedder.config.max_length - len(PieceMap.of(embedder).before)
     if config.model.max_length > room:

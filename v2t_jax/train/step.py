@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from v2t_jax.config import ModelConfig, Stage
+from v2t_jax.decode.logits import first_argmax
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
 from v2t_jax.models import corrector, inverter
@@ -76,7 +77,8 @@ def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax
     them, at a fraction of the cost of decoding.
     """
     k_share, k_tokens = jax.random.split(key)
-    guess = jnp.argmax(inverter.logits(config, params, e, ids), axis=-1)
+    logits = inverter.logits(config, params, e, ids)
+    guess = first_argmax(logits.reshape(-1, logits.shape[-1])).reshape(ids.shape)
     share = jax.random.uniform(k_share, (ids.shape[0], 1))
     replace = (jax.random.uniform(k_tokens, ids.shape) < share) & (guess != SPECIAL.pad)
     mixed = jnp.where(replace & (ids != SPECIAL.eos) & (ids != SPECIAL.pad), guess, ids)
