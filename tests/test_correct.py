@@ -144,8 +144,8 @@ def test_no_steps_returns_the_inverters_greedy_guess(params, targets, settings):
 
 def test_no_steps_with_a_beam_returns_the_closest_first_guess(params, targets):
     found = make_loop()(params, targets, 0)
-    ids, _ = hypothesize(params, jnp.asarray(targets), 4)
-    emb = embed(params, ids.reshape(-1, LENGTH)).reshape(BATCH, 4, WIDTH)
+    ids, _ = hypothesize(params, jnp.asarray(targets), 4 * 4)  # as many as a step's candidates
+    emb = embed(params, ids.reshape(-1, LENGTH)).reshape(BATCH, 16, WIDTH)
     closest = np.asarray(cosine(emb, jnp.asarray(targets)[:, None])).argmax(axis=1)
     np.testing.assert_array_equal(found.ids, np.asarray(ids)[np.arange(BATCH), closest])
 
@@ -218,7 +218,7 @@ def test_every_hypothesis_is_expanded_once_and_the_nearest_first(params, targets
         emb = np.asarray(embed(params, jnp.asarray([text])))[0]
         return float(emb @ target[0] / np.linalg.norm(emb) / np.linalg.norm(target[0]))
 
-    known = {tuple(ids): None for ids in np.asarray(hypothesize(params, jnp.asarray(target), width)[0])[0].tolist()}
+    known = {tuple(ids): None for ids in np.asarray(hypothesize(params, jnp.asarray(target), width**2)[0])[0].tolist()}
     known, done = {text: nearness(text) for text in known}, set()
     for step in range(steps):
         chosen = sorted(known.keys() - done, key=known.get, reverse=True)[:width]
@@ -451,7 +451,7 @@ def test_black_box_embedder_is_called_once_a_step_with_the_whole_batch(params, t
     loop = CorrectionLoop(hypothesize, propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings())
     found = loop(params, targets, 6)
     assert_same(found, make_loop()(params, targets, 6))
-    assert calls == [(BATCH * 4, LENGTH)] + [(BATCH * 4 * 4, LENGTH)] * found.steps_run
+    assert calls == [(BATCH * 4 * 4, LENGTH)] * (1 + found.steps_run)
 
 
 def test_a_large_batch_crosses_the_bridge_without_a_deadlock():

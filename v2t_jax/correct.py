@@ -205,8 +205,8 @@ class CorrectionLoop:
         Args:
             params: weights, handed to the three callables as they are.
             e: target embeddings [B, E].
-            num_steps: N, correction steps; 0 returns the best first guess (for W = 1 and in mode "upstream"
-                the inverter's greedy one).
+            num_steps: N, correction steps; 0 returns the best first guess (for W = K = 1 and in mode
+                "upstream" the inverter's greedy one).
             on_step: called as on_step(step, mean cosine, rows done) for the first guesses (step 0) and then
                 after every chunk of steps.
 
@@ -246,7 +246,8 @@ class CorrectionLoop:
     def _start_program(self, params: Params, e: Array) -> tuple[_Beam, _Seen]:
         """First guesses, embedded and ranked."""
         width, upstream = self.settings.sequence_beam_width, self.settings.mode == "upstream"
-        ids, _ = self._hypothesize(params, e, 1 if upstream else width)
+        # As many guesses as a step makes candidates: no more rows than it decodes, and more to choose from.
+        ids, _ = self._hypothesize(params, e, 1 if upstream else width * self.settings.candidates)
         ids = _pad_after_eos(ids)
         emb, cosine = self._embed_pool(params, e, ids)
         if upstream:

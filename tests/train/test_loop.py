@@ -169,6 +169,26 @@ def test_nan_stops_and_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, 
     assert not (tmp_path / "model").exists()
 
 
+def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(recipe, tmp_path, monkeypatch):
+    """The log first (every write to /dev/full fails as on a full disk), then a checkpoint."""
+    config = inverter_only(recipe, inverter=dataclasses.replace(recipe.inverter, num_steps=8), log_every_steps=2)
+    log_file = tmp_path / "inverter" / "log.jsonl"
+    log_file.parent.mkdir()
+    log_file.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"can't be written \(No space left on device\); free space"):
+        train(config, tmp_path)
+    log_file.unlink()
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(InputError, match=r"checkpoint can't be written to .*\(No space left on device.*free space"):
+            train(config, tmp_path)
+    assert (train(config, tmp_path) / "inverter.safetensors").is_file()
+
+
 def test_another_config_is_refused(finished, recipe):
     before = (finished / "config.json").read_text()
     with pytest.raises(InputError, match=r"another config \(it differs in seed\)"):

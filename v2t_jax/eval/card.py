@@ -71,12 +71,15 @@ def _card(record: dict[str, Any], report: dict[str, Any]) -> str:
     layers = f"{t5['num_encoder_layers']} encoder and {t5['num_decoder_layers']} decoder layers"
     sizes = {stage: (recipe[stage]["num_steps"], recipe[stage]["batch_size"]) for stage in recipe["stages"]}
     stages = "; ".join(f"{stage} {steps} steps of {texts} texts" for stage, (steps, texts) in sizes.items())
+    weights = data["weights"] or [1] * len(data["sources"])
+    named = zip((Path(source).name for source in data["sources"]), weights, strict=True)
+    sources = ", ".join(f"{source} (x{weight:g} an epoch)" for source, weight in named)
     return f"""# {name}
 
 Recovers text from embeddings of {recipe["embedder"]}: an inverter and a corrector (Morris et al. 2023).
 
 - **Takes** texts of up to {model["max_length"] - 1} word-pieces, lower case.
-- **Data:** training split of {", ".join(data["sources"])} (for wordnet: see WORDNET-NOTICE.txt);
+- **Data:** training split of {sources} (for wordnet: see WORDNET-NOTICE.txt);
   the {data["vocabulary_size"]} commonest word-pieces; a share of {data["span_share"]} cut to random contiguous spans.
 - **Networks:** T5 v1.0 of width {t5["d_model"]}, {layers}; int8 weights with float32 scales.
 - **Recipe:** `configs/{name.replace("-", "_")}.py`: {stages}; all of it is in config.json under `record`.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from v2t_jax import progress
@@ -120,6 +121,8 @@ def table(report: dict[str, Any]) -> Table:
     result = Table(
         caption="BLEU and F1 of texts in the tokenizer's normal form; exact match means equal in that form.",
         title=f"{report['model']}: {report['n']} texts of {report['split']}",
+        box=box.SIMPLE_HEAD,  # in 80 columns
+        pad_edge=False,
     )
     timed = any(row["texts_per_second"] is not None for row in report["rows"])
     for column in ("steps", "beam", "BLEU", "token F1", "exact match", "cosine", *["texts/s"] * timed):

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Saves once a step; a step that is there already is left alone."""
+        """Saves once a step; a step that is there already is left alone.
+
+        Raises:
+            InputError: this checkpoint, or the one before, which was still being written, can't be.
+        """
         if step != self._manager.latest_step():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            with self._writing():
+                self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
         """The newest readable state, with the shapes and shardings of `like` (arrays or shapes with shardings).
@@ -58,7 +64,23 @@ class Checkpoints:
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on disk.
+
+        Raises:
+            InputError: it can't be.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
         with contextlib.suppress(RuntimeError):
             self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rpartition(": ")[2]
+            raise InputError(
+                f"A checkpoint can't be written to {self._folder} ({reason}); earlier ones are untouched: free space "
+                "there, then run the same command to go on from the newest."
+            ) from error

@@ -87,9 +87,19 @@ def train(config: Config, workdir: Path) -> Path:
     Returns:
         The folder of the finished model.
     Raises:
-        InputError: a setting or a source is wrong, or `workdir` holds another recipe's run.
+        InputError: a setting or a source is wrong, `workdir` holds another recipe's run, or its disk is full.
         TrainingStopped: SIGINT or SIGTERM came; everything is saved.
     """
+    try:
+        return _train(config, workdir)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or workdir} can't be written ({error.strerror or error}); free space, then run "
+            "the same command to go on from the newest checkpoint."
+        ) from error
+
+
+def _train(config: Config, workdir: Path) -> Path:
     claim_workdir(config, workdir)
     setup = prepare(config)
     params: dict[Stage, Params] = {}
