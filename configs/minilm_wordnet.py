@@ -62,7 +62,7 @@ def get_config() -> Config:
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=200, b2=0.98),
         ),
         corrector=StageConfig(
-            num_steps=4000,
+            num_steps=2700,
             batch_size=64,
             optimizer=OptimizerConfig(learning_rate=7e-4, schedule="cosine", warmup_steps=200, b2=0.98),
         ),

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tiny_model import WIDTH, make_model
 from tiny_run import make_texts
 
 from v2t_jax import cli, pretrained
-from v2t_jax.invert import Recovered, TraceStep
 
 BEAM = ("--sequence-beam-width", "2", "--batch-size", "1")  # one shape, compiled once, for nearly all tests
 V2T = [sys.executable, "-c", "from v2t_jax.cli import main; main()"]
@@ -91,19 +89,6 @@ def test_one_vector_of_one_dimension(run: Run, tmp_path: Path) -> None:
         "invert", "--embeddings", "T/one.npy", "--model", "M/tiny", "--num-steps", "0", *BEAM, "--json"
     )
     assert status == 0 and len(json.loads(out)) == 1
-
-
-def test_changed_words_are_set_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    trace = (TraceStep(0, "a [red] cat", 0.5), TraceStep(1, "a [red] cat", 0.5), TraceStep(2, "a blue cat", 1.0))
-    console = Console(force_terminal=True, highlight=False, soft_wrap=True)
-    monkeypatch.setattr(cli, "Console", lambda **_: console)
-    cli.show_trace(Recovered("a blue cat", 1.0, 2, trace, "a blue cat", True), "1 of 1")
-    out = capsys.readouterr().out
-    assert "\x1b[9;31m[red]\x1b[0m \x1b[1;33mblue\x1b[0m cat" in out and "recovered exactly" in out
-    assert "step  0  cosine 0.5000  a [red] cat\n" in out and "step  1" not in out  # nothing changed
-    monkeypatch.setattr(cli, "Console", lambda **_: Console(force_terminal=False, soft_wrap=True))
-    cli.show_trace(Recovered("a blue cat", 1.0, 2, trace, "a blue cat", True), "1 of 1")
-    assert "step  2  cosine 1.0000  a blue cat\n" in capsys.readouterr().out  # what went would look like what came
 
 
 def test_embed(run: Run, models: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ PACKAGE = Path(v2t_jax.__file__).parent
 LAYERS: list[set[str]] = [
     {"compile_cache", "config", "errors", "progress"},
     {"sharding", "models", "decode"},
-    {"assets", "data", "correct", "interop"},
+    {"assets", "bridge", "data", "correct", "interop"},
     {"pretrained", "invert", "train", "eval"},
-    {"bench", "cli", "demo"},
+    {"bench", "cli", "trace"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
