@@ -111,6 +111,21 @@ def test_a_folder_that_cannot_be_written(model, tmp_path):
         model.save(tmp_path / "file" / "model", record={})
 
 
+def test_a_folder_of_other_things_is_left_alone(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="aren't a model's"):
+        model.save(tmp_path, {})
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_model_of_longer_texts_than_its_embedder_reads(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["max_length"] = 1000
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="max_length is 1000"):
+        load(str(folder))
+
+
 def test_no_such_model():
     with pytest.raises(InputError, match="There is no model 'no-such-model': give a model folder, or a packaged name"):
         load("no-such-model")

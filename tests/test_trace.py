@@ -17,4 +17,4 @@ def test_changed_words_are_set_off(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "step  0  cosine 0.5000  a [red] cat\n" in out and "step  1" not in out  # nothing changed
     monkeypatch.setattr(trace, "Console", lambda **_: Console(force_terminal=False, soft_wrap=True))
     trace.show_trace(Recovered("a blue cat", 1.0, 2, steps, "a blue cat", True), "1 of 1")
-    assert "step  2  cosine 1.0000  a blue cat\n" in capsys.readouterr().out  # what went would look like what came
+    assert "step  2  cosine 1.0000  a [-[red]-] {+blue+} cat\n" in capsys.readouterr().out

@@ -111,6 +111,7 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
 
 def make_recipe(folder: Path, **changes: Any) -> Config:
     """A recipe on a new embedder and text file in `folder`; both stages take seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
     source = folder / "texts.txt"
     source.write_text("\n".join(make_texts(400)) + "\n")
     t5 = T5Config(

@@ -42,13 +42,13 @@ class Invert:
     model: str = PACKAGED_MODEL
     """a packaged model's name, or a model folder"""
     num_steps: int = 8
-    """correction steps; 0 gives the first guess"""
+    """correction steps; 0 gives the nearest first guess"""
     sequence_beam_width: int = 4
     """hypotheses kept between steps"""
     mode: Literal["best", "upstream"] = "best"
     """best keeps the closest text ever seen; upstream selects as the original does"""
     batch_size: int | None = None
-    """vectors at a time"""
+    """vectors at a time; by default what fits a small machine"""
     json: bool = False
     """print one JSON document and nothing else"""
 

@@ -6,6 +6,8 @@ checked where they are built: a config that exists is a config that can run.
 
 import dataclasses
 import importlib.util
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -59,6 +61,7 @@ class T5Config:
             "num_decoder_layers",
         ):
             _require(getattr(self, name) > 0, f"t5.{name} is {getattr(self, name)}; it must be at least 1.")
+        _require(self.scan_unroll >= 1, f"t5.scan_unroll is {self.scan_unroll}; it must be at least 1.")
         _require(0 <= self.dropout_rate < 1, f"t5.dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
         _require(
             self.relative_attention_num_buckets >= 4
@@ -86,6 +89,7 @@ class ModelConfig:
     """option: adds a linear term e A E^T to the logits; off is the original's maths"""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.projection_dropout < 1, "model.projection_dropout must be in [0, 1).")
         _require(self.num_pseudo_tokens > 0, "model.num_pseudo_tokens must be at least 1.")
         _require(self.max_length >= 2, "model.max_length must be at least 2: one token and the end token.")
         _require(self.embedding_width > 0, "model.embedding_width must be at least 1.")
@@ -153,8 +157,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources is empty: name at least one source of text.")
         _require(
-            len(self.weights) in (0, len(self.sources)) and min(self.weights, default=0) >= 0,
-            "data.weights must hold one number, 0 or more, for each of data.sources.",
+            len(self.weights) in (0, len(self.sources)) and all(0 <= weight < math.inf for weight in self.weights),
+            "data.weights must hold one finite number, 0 or more, for each of data.sources.",
         )
         _require(0 <= self.span_share <= 1, "data.span_share must lie between 0 and 1.")
         _require(self.vocabulary_size >= 0, "data.vocabulary_size must not be negative; 0 keeps all.")
@@ -246,7 +250,7 @@ def load_recipe(path: str) -> Config:
         InputError: no such file, or it has no working `get_config`.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"There is no recipe at {path}; give the path of a file such as configs/tiny.py.")
     spec = importlib.util.spec_from_file_location("v2t_jax_recipe", file)
     if spec is None or spec.loader is None:

@@ -16,7 +16,9 @@ from v2t_jax.errors import InputError
 from v2t_jax.pretrained import Inverter
 
 BATCH_SIZE = 32
-# Sizes that batches are padded up to, so that a few texts don't pay for a full batch, and few shapes are compiled.
+MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
+# Sizes that batches are padded up to, so that a few texts don't pay for a full batch, and few shapes are compiled;
+# beyond them, multiples of the last.
 BATCH_SIZES = (1, 8, BATCH_SIZE)
 
 
@@ -151,11 +153,11 @@ def invert_embeddings(
     Args:
         vectors: [n, E], or [E] for one. Where the embedder's own vectors have length 1, these are brought to it, so
             that rounded or rescaled ones do no harm.
-        num_steps: N, correction steps; 0 gives the inverter's guess.
+        num_steps: N, correction steps; 0 gives the nearest of the inverter's guesses (of one, for W = 1).
         sequence_beam_width: W, hypotheses kept between steps.
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
         patience: stop a vector after so many steps without improvement; 0 doesn't.
-        batch_size: vectors at a time, 32 by default; the result doesn't depend on it.
+        batch_size: vectors at a time, by default 32, or fewer for beams wider than 5; the result doesn't depend on it.
 
     Raises:
         InputError: see `check_vectors`; a setting is out of range; or num_steps > 0 and the model has no corrector.
@@ -168,10 +170,12 @@ def invert_embeddings(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1.")
     if inverter.embedder.config.normalise:
-        e = e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True).astype(np.float32)
+        e = (e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
     loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
-    most = batch_size or BATCH_SIZE
-    size = min(size for size in (*BATCH_SIZES, most) if min(len(e), most) <= size <= most)
+    # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
+    most = batch_size or max(1, min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2))
+    whole = -(-len(e) // BATCH_SIZE) * BATCH_SIZE
+    size = min(most, next((size for size in BATCH_SIZES if len(e) <= size), whole))
     filled = np.concatenate([e, np.repeat(e[-1:], max(size - len(e), 0), axis=0)])
     with (
         progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -98,8 +99,10 @@ class Inverter:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
 
         Raises:
-            InputError: the folder can't be written.
+            InputError: the folder can't be written, or holds something else than a model.
         """
+        if folder.exists() and not (folder / "pieces.safetensors").is_file() and any(folder.iterdir()):
+            raise InputError(f"{folder} holds files that aren't a model's and would be lost; give another folder.")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -121,14 +124,14 @@ class Inverter:
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (building / "README.md").write_text(card or f"# {self.name}\n\nNot evaluated yet.\n")
             if folder.exists():
-                shutil.rmtree(folder)
+                shutil.rmtree(folder)  # a model folder, or empty: see above
             building.chmod(0o755)  # a temporary folder, and what safetensors writes, are their owner's alone
             for file in building.iterdir():
                 file.chmod(0o644)
             building.rename(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(
-                f"The model can't be written to {folder} ({error.strerror}); free space or give another folder."
+                f"The model can't be written to {folder} ({error}); free space or give another folder."
             ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -141,16 +144,16 @@ def load(name: str = "minilm-wordnet") -> Inverter:
         InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
             trained on.
     """
-    folder = Path(name) if Path(name).is_dir() else PACKAGED / name
-    if not folder.is_dir():
+    folder = Path(name) if os.path.isdir(name) else PACKAGED / name
+    if not os.path.isdir(folder):
         packaged = ", ".join(sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())) or "none"
         raise InputError(f"There is no model {name!r}: give a model folder, or a packaged name ({packaged}).")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} is not a model folder: it has no config.json.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder}/config.json is damaged ({error}); fetch the model again.") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder}/config.json is unreadable or damaged ({error}); fetch the model again.") from error
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder}/config.json is not of model format {FORMAT_VERSION}; fetch the model again.")
     for field in ("name", "embedder", "model", "files"):
@@ -171,8 +174,8 @@ def load(name: str = "minilm-wordnet") -> Inverter:
         tensors = {}
         for file, sha256 in config["files"].items():
             path = folder / Path(file).name
-            if not path.is_file():
-                raise InputError(f"{path} is missing; fetch the model again.")
+            if not os.access(path, os.R_OK) or not path.is_file():
+                raise InputError(f"{path} is missing or unreadable; fetch the model again.")
             if _sha256(path) != sha256:
                 raise InputError(
                     f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
@@ -198,8 +201,20 @@ def load(name: str = "minilm-wordnet") -> Inverter:
         raise InputError(
             f"The model {config['name']} was trained on other weights of {embedder.name} than those installed."
         )
+    check_length(model, embedder)
     vocabulary = Vocabulary(embedder.tokenizer, tensors["pieces"]["pieces"])
     return Inverter(config["name"], model, params, embedder, vocabulary)
+
+
+def check_length(config: ModelConfig, embedder: Embedder) -> None:
+    """Refuses a model of longer texts than its embedder reads.
+
+    Raises:
+        InputError: model.max_length is too large.
+    """
+    room = embedder.config.max_length - len(PieceMap.of(embedder).before)
+    if config.max_length > room:
+        raise InputError(f"model.max_length is {config.max_length}, but {embedder.name} reads texts of {room} at most.")
 
 
 def _decode(tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k: int) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+# How words that went and words that came are marked: in colours, or as wdiff does.
+COLOURS = ("[red strike]{}[/red strike]", "[bold yellow]{}[/bold yellow]")
+BRACKETS = (escape("[-{}-]"), "{{+{}+}}")
+
 
 def show_trace(found: Any, title: str) -> None:
     """Prints a text's way from the first guess to the last, with what changed in each step set off."""
@@ -15,8 +19,8 @@ def show_trace(found: Any, title: str) -> None:
     for step in found.trace:
         words = step.text.split()
         if words != before or step.step == 0:
-            # Without colours, a word that went would look like one that came.
-            text = _changed(before, words, show_removed=console.is_terminal and console.color_system is not None)
+            coloured = console.is_terminal and console.color_system is not None
+            text = _changed(before, words, COLOURS if coloured else BRACKETS)
             console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {text}")
         before = words
     if found.reference is not None:
@@ -25,8 +29,8 @@ def show_trace(found: Any, title: str) -> None:
         console.print(f"  [{style}]{verdict}[/{style}]  {escape(found.reference)}")
 
 
-def _changed(before: list[str], after: list[str], show_removed: bool) -> str:
-    """`after` with the words that `before` lacks in bold, those that went struck through."""
+def _changed(before: list[str], after: list[str], marks: tuple[str, str]) -> str:
+    """`after`, with the words that went from `before` and those that came marked."""
     if not before:
         return escape(" ".join(after))
     parts = []
@@ -35,8 +39,5 @@ def _changed(before: list[str], after: list[str], show_removed: bool) -> str:
         if kind == "equal":
             parts.append(new)
             continue
-        if old and show_removed:
-            parts.append(f"[red strike]{old}[/red strike]")
-        if new:
-            parts.append(f"[bold yellow]{new}[/bold yellow]")
+        parts += [mark.format(words) for mark, words in zip(marks, (old, new), strict=True) if words]
     return " ".join(parts)

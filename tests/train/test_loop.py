@@ -160,7 +160,7 @@ def test_nan_stops_and_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(loop, "make_step", breaking)
     checkpoint = dataclasses.replace(recipe.checkpoint, every_steps=4)
-    config = inverter_only(recipe, checkpoint=checkpoint, log_every_steps=1)
+    config = inverter_only(recipe, checkpoint=checkpoint, log_every_steps=5)  # looked at at 5, 8 and 10 only
     with pytest.raises(InputError, match="nan.* at step 7; the checkpoint of step 4 is untouched"):
         train(config, tmp_path)
     checkpoints = Checkpoints(tmp_path / "inverter" / "checkpoints", checkpoint)
@@ -175,7 +175,7 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(recipe, tmp
     log_file = tmp_path / "inverter" / "log.jsonl"
     log_file.parent.mkdir()
     log_file.symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"can't be written \(No space left on device\); free space"):
+    with pytest.raises(InputError, match=r"stopped at .* \(No space left on device\); mend"):
         train(config, tmp_path)
     log_file.unlink()
 
@@ -187,6 +187,20 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(recipe, tmp
         with pytest.raises(InputError, match=r"checkpoint can't be written to .*\(No space left on device.*free space"):
             train(config, tmp_path)
     assert (train(config, tmp_path) / "inverter.safetensors").is_file()
+
+
+def test_changed_inputs_are_refused_and_a_failed_start_claims_nothing(tmp_path):
+    config = inverter_only(make_recipe(tmp_path / "recipe"))
+    workdir = tmp_path / "run"
+    mistyped = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=("none.txt",)))
+    with pytest.raises(InputError, match="There is no file"):
+        train(mistyped, workdir)
+    assert not (workdir / "config.json").exists()
+    loop.claim_workdir(config, loop.prepare(config), workdir)
+    with open(config.data.sources[0], "a", encoding="utf-8") as source:
+        source.write("the old man sees a very big fish\n")
+    with pytest.raises(InputError, match=r"has changed since the run .* began \(its tokens\)"):
+        train(config, workdir)
 
 
 def test_another_config_is_refused(finished, recipe):
@@ -208,7 +222,7 @@ def test_a_damaged_work_directory(recipe, tmp_path, content):
 
 def test_a_work_directory_that_is_a_file(recipe, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="can't be written"):
+    with pytest.raises(InputError, match="can't be used"):
         train(recipe, tmp_path / "file" / "workdir")
 
 

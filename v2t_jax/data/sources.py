@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -154,13 +155,13 @@ def read_texts(
 def _read(source: str) -> Iterator[str]:
     if source.startswith("tfds:"):
         return _read_tfds(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     readers = {".txt": _read_lines, ".txt.gz": _read_lines, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     reader = next((reader for suffix, reader in readers.items() if path.name.endswith(suffix)), None)
     if reader is None:
         known = ", ".join(readers)
         raise InputError(f"Cannot read {source!r}: use 'wordnet', 'tfds:NAME:FIELD' or a file ending in {known}.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"There is no file {path}: check the path.")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty: give a file with text in it.")
@@ -193,7 +194,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             raise InputError(
                 f"Record {number} of {path} has no string field 'text': give lines like {{\"text\": ...}}."
             )
-        yield record["text"]
+        yield _as_text(record["text"], f"Record {number} of {path}")
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -205,7 +206,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
             raise InputError(f"{path} has no column 'text' but {file.schema_arrow.names}: rename the one you mean.")
         for batch in file.iter_batches(columns=["text"]):
             yield from (_as_text(value, str(path)) for value in batch.column(0).to_pylist() if value is not None)
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file ({error}): write it again.") from error
 
 
@@ -234,7 +235,7 @@ def _as_text(value: Any, where: str) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, str):
-        return value
+        return value.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
     raise InputError(f"{where} holds {type(value).__name__} where text was expected: choose a field of strings.")
 
 

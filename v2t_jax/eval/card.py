@@ -15,6 +15,7 @@ import tyro
 
 from v2t_jax import progress
 from v2t_jax.compile_cache import enable_compilation_cache
+from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot
 from v2t_jax.pretrained import load
 
@@ -100,4 +101,7 @@ For examining data that you are entitled to examine; don't run it on other peopl
 if __name__ == "__main__":
     progress.enable()
     enable_compilation_cache()
-    tyro.cli(Card).run()
+    try:
+        tyro.cli(Card).run()
+    except InputError as error:
+        raise SystemExit(f"card: {error}") from None

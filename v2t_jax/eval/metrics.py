@@ -1,7 +1,8 @@
 """Scores of recovered texts against the true ones, each with its standard error.
 
-As the original has them (Morris et al. 2023, section 4): BLEU is the mean of sentence BLEU, token F1 is over sets of
-words, exact match is equality of strings. The original swaps the names of precision and recall; F1 is the same.
+After the original (Morris et al. 2023, section 4): BLEU is the mean of sentence BLEU, token F1 is over sets of words
+(cut here by a regular expression, there by nltk), exact match is equality of strings. The original swaps the names of
+precision and recall; F1 is the same.
 """
 
 import re

