@@ -126,7 +126,7 @@ def make_recipe(folder: Path, **changes: Any) -> Config:
         ),
         data=DataConfig(sources=(str(source),), held_out=str(source), span_share=0.2),
         inverter=StageConfig(num_steps=60, batch_size=16, optimizer=optimizer),
-        corrector=StageConfig(num_steps=80, batch_size=16, optimizer=optimizer),
+        corrector=StageConfig(num_steps=150, batch_size=16, optimizer=optimizer),
         evaluation=EvalConfig(every_steps=0, num_examples=4, num_steps=(0, 2), sequence_beam_width=(1, 2)),
         checkpoint=CheckpointConfig(every_steps=20),
         log_every_steps=5,

@@ -315,6 +315,8 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
                 tokens += float((ids != 0).sum())
             step += 1
             unchecked.append((step, metrics.loss, metrics.gradient_norm))
+            if len(unchecked) > 1:  # one step ahead of the device and no more: what is shown as done is done
+                jax.block_until_ready(unchecked[-2][1])
             logging = step % config.log_every_steps == 0 or step == last
             saving = step % config.checkpoint.every_steps == 0 or step == last
             if logging or saving or stopped:
