@@ -17,8 +17,8 @@ LAYERS: list[set[str]] = [
     {"compile_cache", "config", "errors", "progress"},
     {"sharding", "models", "decode"},
     {"assets", "bridge", "data", "correct", "interop"},
-    {"pretrained", "invert", "train", "eval"},
-    {"bench", "cli", "trace"},
+    {"pretrained", "invert", "trace", "train", "eval"},
+    {"bench", "cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -18,3 +18,10 @@ def test_changed_words_are_set_off(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(trace, "Console", lambda **_: Console(force_terminal=False, soft_wrap=True))
     trace.show_trace(Recovered("a blue cat", 1.0, 2, steps, "a blue cat", True), "1 of 1")
     assert "step  2  cosine 1.0000  a [-[red]-] {+blue+} cat\n" in capsys.readouterr().out
+
+
+def test_a_trace_as_a_picture_needs_no_server() -> None:
+    steps = (TraceStep(0, "a red cat", 0.5), TraceStep(1, "a <blue> cat", 1.0))
+    svg = trace.draw_trace(Recovered("a <blue> cat", 1.0, 1, steps, "a <blue> cat", True), "one text")
+    assert svg.startswith("<svg") and "&lt;blue&gt;" in svg and "line-through" in svg
+    assert "http" not in svg.replace("http://www.w3.org/2000/svg", "").replace("https://www.textualize.io", "")

@@ -1,6 +1,8 @@
 """A recovered text's way from the first guess to the last, for people."""
 
 import difflib
+import io
+import re
 from typing import Any
 
 from rich.console import Console
@@ -11,9 +13,9 @@ COLOURS = ("[red strike]{}[/red strike]", "[bold yellow]{}[/bold yellow]")
 BRACKETS = (escape("[-{}-]"), "{{+{}+}}")
 
 
-def show_trace(found: Any, title: str) -> None:
+def show_trace(found: Any, title: str, console: Console | None = None) -> None:
     """Prints a text's way from the first guess to the last, with what changed in each step set off."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = console or Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{escape(title)}[/bold]")
     before: list[str] = []
     for step in found.trace:
@@ -27,6 +29,16 @@ def show_trace(found: Any, title: str) -> None:
         verdict = f"{'recovered exactly' if found.exact_match else 'true text':<22}"
         style = "green" if found.exact_match else "bold"
         console.print(f"  [{style}]{verdict}[/{style}]  {escape(found.reference)}")
+
+
+def draw_trace(found: Any, title: str) -> str:
+    """The same as a picture of a terminal, SVG."""
+    console = Console(
+        record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False, width=88
+    )
+    show_trace(found, title, console)
+    # rich names fonts on a server; a picture should need none.
+    return re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="v2t"), flags=re.DOTALL)
 
 
 def _changed(before: list[str], after: list[str], marks: tuple[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Packages a trained model: int8 weights, scores on held-out texts, a plot, and a model card that states them.
 
     python -m v2t_jax.eval.card --model runs/minilm_wordnet/model --output v2t_jax/assets/models/minilm-wordnet \\
-        --trained "35 minutes on 2 CPU cores" --plot docs/minilm-wordnet.png
+        --trained "35 minutes on 2 CPU cores" --plot docs/minilm-wordnet.png --trace docs/minilm-wordnet-trace.svg
 
 The card's figures come from the packaged weights themselves, loaded again after quantisation.
 """
@@ -17,7 +17,11 @@ from v2t_jax import progress
 from v2t_jax.compile_cache import enable_compilation_cache
 from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot
+from v2t_jax.invert import invert_strings
 from v2t_jax.pretrained import load
+from v2t_jax.trace import draw_trace
+
+TRACED = 128  # texts among which the picture's is looked for
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Card:
     """hardware and time of the training, in words"""
     plot: str
     """where the plot of the scores goes, PNG"""
+    trace: str
+    """where a picture of the longest way to an exact recovery goes, SVG"""
     limit: int = 500
     """held-out texts to evaluate on"""
     num_steps: tuple[int, ...] = (0, 1, 2, 4, 8)
@@ -46,6 +52,9 @@ class Card:
         texts = evaluation_texts(packaged, limit=self.limit)
         report = evaluate(packaged, texts, self.num_steps, self.sequence_beam_width)
         plot(report, Path(self.plot))
+        shown = invert_strings(packaged, texts[:TRACED], num_steps=max(self.num_steps))
+        longest = max(shown, key=lambda found: (found.exact_match, found.step))
+        Path(self.trace).write_text(draw_trace(longest, f"{packaged.name}, held-out text"), encoding="utf-8")
         trained.save(output, record | {"evaluation": report}, quantise=True, card=_card(record, report))
         print(score_table(report))
 
