@@ -274,6 +274,8 @@ def test_typed_overrides_reach_the_training_run(run: Run, monkeypatch: pytest.Mo
 
     def train(config: Any, workdir: Path) -> Path:
         seen.extend([config, workdir])
+        workdir.mkdir()
+        (workdir / "evaluation.json").write_text('{"model": "mine", "split": "held_out", "n": 1, "rows": []}')
         return workdir / "model"
 
     monkeypatch.setattr(loop, "train", train)
@@ -282,7 +284,7 @@ def test_typed_overrides_reach_the_training_run(run: Run, monkeypatch: pytest.Mo
     overrides += ("--model.no-standardise", "--data.bucket-lengths", "8", "17")
     status, out, _ = run("train", RECIPE, "--workdir", "T/w", *overrides)
     config, workdir = seen
-    assert status == 0 and f"{workdir}/model" in out and workdir == tmp_path / "w"
+    assert status == 0 and "mine: 1 texts" in out and f"{workdir}/model" in out and workdir == tmp_path / "w"
     assert (config.inverter.num_steps, config.model.t5.d_model, config.corrector.num_steps) == (5, 32, 60)
     assert (config.data.sources, config.data.bucket_lengths) == (("a.txt", "b.txt"), (8, 17))
     assert config.inverter.optimizer.learning_rate == 1e-4 and not config.model.standardise

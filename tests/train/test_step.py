@@ -135,7 +135,7 @@ def test_accumulating_changes_nothing(stage, embedder, ids, frozen):
 
 def test_statistics_and_frozen_weights_get_no_gradient(embedder, ids, frozen):
     params = new_state("corrector", optax.sgd(0.1)).params
-    loss_fn = lambda p, f: loss_of("corrector", embedder)(p, f, ids, None)[0]  # noqa: E731
+    loss_fn = lambda p, f: loss_of("corrector", embedder)(p, f, jnp.asarray(ids), None)[0]  # noqa: E731
     grads, frozen_grads = jax.jit(jax.grad(loss_fn, argnums=(0, 1), allow_int=True))(params, frozen)
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads["statistics"]))
     floats = [g for g in jax.tree.leaves(frozen_grads) if g.dtype == jnp.float32]
@@ -178,8 +178,8 @@ def test_eight_devices_do_what_one_does(stage, embedder, ids, frozen):
 
 
 def test_mixed_hypotheses_hold_the_truth_and_what_the_inverter_takes_for_likeliest(frozen, embedder, ids):
-    e = embed_pieces(embedder.config, PieceMap.of(embedder), frozen.embedder, frozen.pieces, ids)
-    guess = np.argmax(inverter.logits(MODEL, frozen.inverter, e, ids), axis=-1)
+    e = embed_pieces(embedder.config, PieceMap.of(embedder), frozen.embedder, frozen.pieces, jnp.asarray(ids))
+    guess = np.argmax(inverter.logits(MODEL, frozen.inverter, e, jnp.asarray(ids)), axis=-1)
     seen = set()
     for seed in range(4):
         mixed = np.asarray(mixed_hypotheses(MODEL, frozen.inverter, e, jnp.asarray(ids), jax.random.key(seed)))
@@ -194,7 +194,7 @@ def test_mixed_hypotheses_hold_the_truth_and_what_the_inverter_takes_for_likelie
 
 
 def test_every_other_training_hypothesis_is_partial_where_asked(frozen, embedder, ids):
-    e = embed_pieces(embedder.config, PieceMap.of(embedder), frozen.embedder, frozen.pieces, ids)
+    e = embed_pieces(embedder.config, PieceMap.of(embedder), frozen.embedder, frozen.pieces, jnp.asarray(ids))
     short, key = jnp.asarray(ids[:, :7]), jax.random.key(0)  # a bucket shorter than max_length
     greedy = greedy_hypotheses(MODEL, frozen.inverter, e)
     np.testing.assert_array_equal(training_hypotheses(MODEL, frozen.inverter, e, short, None), greedy)

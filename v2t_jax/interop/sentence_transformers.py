@@ -169,6 +169,7 @@ def _read_embedder(name: str, folder: Path, dtype: Dtype) -> Embedder:
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{tokenizer_file} is damaged ({error}); fetch it again.") from error
+    tokenizer.no_padding()
     if len(tokenizer.encode("").ids) != 2:
         raise InputError(f"{tokenizer_file} doesn't put one token before a text and one behind it, as BERT needs.")
     if settings.get("do_lower_case") and tokenizer.encode("A").ids != tokenizer.encode("a").ids:
