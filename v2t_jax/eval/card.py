@@ -21,7 +21,7 @@ from v2t_jax.invert import invert_strings
 from v2t_jax.pretrained import load
 from v2t_jax.trace import draw_trace
 
-TRACED = 128  # texts among which the picture's is looked for
+TRACED = 48  # texts among which the picture's is looked for
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Card:
     plot: str
     """where the plot of the scores goes, PNG"""
     trace: str
-    """where a picture of the longest way to an exact recovery goes, SVG"""
+    """where a picture of the longest text that correction recovered exactly goes, SVG"""
     limit: int = 500
     """held-out texts to evaluate on"""
     num_steps: tuple[int, ...] = (0, 1, 2, 4, 8)
@@ -53,7 +53,7 @@ class Card:
         report = evaluate(packaged, texts, self.num_steps, self.sequence_beam_width)
         plot(report, Path(self.plot))
         shown = invert_strings(packaged, texts[:TRACED], num_steps=max(self.num_steps))
-        longest = max(shown, key=lambda found: (found.exact_match, found.step))
+        longest = max(shown, key=lambda found: (found.exact_match, found.step > 0, len(found.text)))
         Path(self.trace).write_text(draw_trace(longest, f"{packaged.name}, held-out text"), encoding="utf-8")
         trained.save(output, record | {"evaluation": report}, quantise=True, card=_card(record, report))
         print(score_table(report))
