@@ -87,9 +87,8 @@ def _matmul_backward(dtype: Any, transposed: bool, kept: Any, g: jax.Array) -> t
     dx = _contract("...o,oi->...i" if transposed else "...o,io->...i", g, kernel)
     # Summed over all leading axes as they stand: merged by a reshape first, this takes twice as long on CPUs.
     axes = tuple(range(x.ndim - 1))
-    dkernel = jax.lax.dot_general(
-        *((g, x) if transposed else (x, g)), ((axes, axes), ((), ())), preferred_element_type=jnp.float32
-    )
+    left, right = (g, x) if transposed else (x, g)
+    dkernel = jax.lax.dot_general(left, right, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)
     return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
 
 
