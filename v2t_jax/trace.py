@@ -17,12 +17,12 @@ def show_trace(found: Any, title: str, console: Console | None = None) -> None:
     """Prints a text's way from the first guess to the last, with what changed in each step set off."""
     console = console or Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{escape(title)}[/bold]")
+    marks = COLOURS if console.is_terminal and console.color_system else BRACKETS
     before: list[str] = []
     for step in found.trace:
         words = step.text.split()
         if words != before or step.step == 0:
-            coloured = console.is_terminal and console.color_system is not None
-            text = _changed(before, words, COLOURS if coloured else BRACKETS)
+            text = _changed(before, words, marks)
             console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {text}")
         before = words
     if found.reference is not None:

@@ -196,7 +196,7 @@ def test_changed_inputs_are_refused_and_a_failed_start_claims_nothing(tmp_path):
     with pytest.raises(InputError, match="There is no file"):
         train(mistyped, workdir)
     assert not (workdir / "config.json").exists()
-    loop.claim_workdir(config, loop.prepare(config), workdir)
+    loop.claim_workdir(config, workdir, loop.prepare(config).hashes())
     with open(config.data.sources[0], "a", encoding="utf-8") as source:
         source.write("the old man sees a very big fish\n")
     with pytest.raises(InputError, match=r"has changed since the run .* began \(its tokens\)"):

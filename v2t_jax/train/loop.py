@@ -49,6 +49,7 @@ from v2t_jax.train.step import (
     make_step,
     shard_step,
 )
+from v2t_jax.train.workdir import Log, check_workdir, claim_workdir
 
 STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
 
@@ -71,6 +72,17 @@ class Setup:
     @property
     def pieces(self) -> jax.Array:
         return jnp.asarray(self.vocabulary.pieces)
+
+    def hashes(self) -> dict[str, str]:
+        """Of all that the config names but doesn't hold."""
+        tokens = hashlib.sha256()
+        for store in self.stores:
+            tokens.update(store.tokens.tobytes())
+        return {
+            "embedder": self.embedder.weights_sha256,
+            "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
+            "tokens": tokens.hexdigest(),
+        }
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, L] -> embeddings [n, E] by the path that training uses."""
@@ -104,7 +116,7 @@ def train(config: Config, workdir: Path) -> Path:
 def _train(config: Config, workdir: Path) -> Path:
     check_workdir(config, workdir)  # first: it takes a moment, and what follows a minute
     setup = prepare(config)
-    claim_workdir(config, setup, workdir)
+    claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
     with stop_signals() as stopped:
         for stage in config.stages:
@@ -128,62 +140,6 @@ def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> None:
     report = evaluate(inverter, texts, num_steps, settings.sequence_beam_width)
     (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, workdir / "evaluation.png")
-
-
-def check_workdir(config: Config, workdir: Path) -> None:
-    """Makes the work directory, or refuses one that holds another config's run.
-
-    Raises:
-        InputError: that, or it can't be written, or its config.json is damaged.
-    """
-    file = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            return
-        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(to_dict(config)))
-    except OSError as error:
-        raise InputError(f"The work directory {workdir} can't be used ({error.strerror}); give another.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is damaged ({error}); give a new --workdir.") from error
-    if not isinstance(before, dict):
-        raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
-    changed = sorted(key for key in now | before if now.get(key) != before.get(key))
-    if changed:
-        raise InputError(
-            f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
-            "give a new --workdir, or the config in its config.json."
-        )
-
-
-def claim_workdir(config: Config, setup: Setup, workdir: Path) -> None:
-    """Writes the config, and hashes of what it names, to a new work directory, or checks those that are there.
-
-    Checkpoints mean nothing without the very embedder, word-pieces and texts that they were trained on.
-
-    Raises:
-        InputError: a source or the embedder has changed since the run began.
-    """
-    tokens = hashlib.sha256()
-    for store in setup.stores:
-        tokens.update(store.tokens.tobytes())
-    now = {
-        "embedder": setup.embedder.weights_sha256,
-        "pieces": hashlib.sha256(setup.vocabulary.pieces.tobytes()).hexdigest(),
-        "tokens": tokens.hexdigest(),
-    }
-    file = workdir / "inputs.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in now if before.get(name) != now[name]]
-        if changed:
-            raise InputError(
-                f"What the config names has changed since the run in {workdir} began (its {' and '.join(changed)}): "
-                "bring the text and the embedder back, or give a new --workdir."
-            )
-    else:
-        file.write_text(json.dumps(now, indent=2) + "\n")
-    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def prepare(config: Config) -> Setup:
@@ -385,24 +341,6 @@ def evaluate_stage(
         for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
             samples.write({"step": step, "reference": reference, "recovered": prediction})
     return {f"held_out_{name}": round(value.mean, 4) for name, value in scores.items()}
-
-
-class Log:
-    """Appends JSON lines, each on disk when written."""
-
-    def __init__(self, file: Path):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
 
 
 class StopFlag:

@@ -1,0 +1,76 @@
+"""A run's work directory: whose run it holds, and what is written there line by line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from v2t_jax.config import Config, to_dict
+from v2t_jax.errors import InputError
+
+
+def check_workdir(config: Config, workdir: Path) -> None:
+    """Makes the work directory, or refuses one that holds another config's run.
+
+    Raises:
+        InputError: that, or it can't be written, or its config.json is damaged.
+    """
+    file = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            return
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(to_dict(config)))
+    except OSError as error:
+        raise InputError(f"The work directory {workdir} can't be used ({error.strerror}); give another.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}); give a new --workdir.") from error
+    if not isinstance(before, dict):
+        raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
+    changed = sorted(key for key in now | before if now.get(key) != before.get(key))
+    if changed:
+        raise InputError(
+            f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
+            "give a new --workdir, or the config in its config.json."
+        )
+
+
+def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None:
+    """Writes the config, and hashes of what it names, to a new work directory, or checks those that are there.
+
+    Checkpoints mean nothing without the very embedder, word-pieces and texts that they were trained on.
+
+    Args:
+        inputs: a hash of each.
+    Raises:
+        InputError: a source or the embedder has changed since the run began.
+    """
+    file = workdir / "inputs.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in inputs if before.get(name) != inputs[name]]
+        if changed:
+            raise InputError(
+                f"What the config names has changed since the run in {workdir} began (its {' and '.join(changed)}): "
+                "bring the text and the embedder back, or give a new --workdir."
+            )
+    else:
+        file.write_text(json.dumps(inputs, indent=2) + "\n")
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+class Log:
+    """Appends JSON lines, each on disk when written."""
+
+    def __init__(self, file: Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
