@@ -76,7 +76,7 @@ def test_vectors_of_any_float_type(model: Inverter, vectors: np.ndarray, dtype: 
 def test_length_and_integers_make_no_difference_where_the_embedder_normalises(
     model: Inverter, vectors: np.ndarray
 ) -> None:
-    assert model.embedder.config.normalise
+    assert model.embedder.normalised
     quantised = np.round(127 * vectors[:2]).astype(np.int8)
     found = recover(model, quantised, num_steps=1)
     expected = recover(model, quantised / 127, num_steps=1)

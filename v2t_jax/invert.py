@@ -169,7 +169,7 @@ def invert_embeddings(
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1.")
-    if inverter.embedder.config.normalise:
+    if inverter.embedder.normalised:
         e = (e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
     loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
     # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.

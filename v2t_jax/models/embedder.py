@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,28 @@ def embed(
 _embed = jax.jit(embed, static_argnums=0)
 
 
+class TextEmbedder(Protocol):
+    """Texts in, vectors out: all that the evaluation and the bridged correction loop ask of an embedder."""
+
+    name: str
+    weights_sha256: str
+    """of the weights; empty where they can't be seen"""
+
+    @property
+    def width(self) -> int:
+        """E"""
+
+    @property
+    def normalised(self) -> bool:
+        """Whether its vectors have length 1."""
+
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Embeddings [len(texts), E] float32; refuses blank texts with an `InputError`."""
+
+
 @dataclass
 class Embedder:
-    """An embedder with its weights and tokenizer: texts in, vectors out."""
+    """An embedder whose network runs in JAX, with its weights and tokenizer."""
 
     name: str
     config: EmbedderConfig
@@ -83,6 +102,10 @@ class Embedder:
     @property
     def width(self) -> int:
         return self.config.width
+
+    @property
+    def normalised(self) -> bool:
+        return self.config.normalise
 
     def tokenise(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16."""
