@@ -4,7 +4,7 @@ Ours differ in three ways: layers of a stack are stacked on a leading axis, line
 [out, in], and a tied embedding is stored once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +62,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def t5_from_huggingface(state: dict[str, np.ndarray], config: T5Config) -> Params:
+def t5_from_huggingface(state: Mapping[str, np.ndarray], config: T5Config) -> Params:
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`.
 
     A tied head (`lm_head.weight`) and the stacks' copies of the embedding may be there or not; if they are, they must
