@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"compile_cache", "config", "errors", "progress", "torch_order"},
     {"sharding", "models", "decode"},
     {"assets", "bridge", "data", "correct", "interop"},
-    {"pretrained", "invert", "trace", "train", "eval"},
+    {"pretrained", "convert", "invert", "trace", "train", "eval"},
     {"bench", "cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -1,15 +1,14 @@
 """The original (vec2text, PyTorch) as an oracle: trains tiny pairs of inverter and corrector, and records what they do.
 
-    python tests/oracle/upstream.py make FOLDER SPEC     (in the environment of tests/oracle/upstream.txt, nothing else)
-    python tests/oracle/upstream.py record FOLDER
+    python tests/oracle/upstream.py JOBS        (in the environment of tests/oracle/upstream.txt, nothing else)
 
-`make` trains a pair from nothing and saves it by the original's own `save_pretrained`, with the T5 and the embedder
-that it stands on; `record` loads whatever pair lies in a folder and writes what it does to FOLDER/record.npz. The
-folder is laid out so that the original finds its "t5-base" and "sentence-transformers/gtr-t5-base" as relative paths,
-without network. Nothing of ours is imported here: the two environments can't be one.
+JOBS is a JSON list of ["make", FOLDER, SPEC] and ["record", FOLDER]. `make` trains a pair from nothing and saves it by
+the original's own `save_pretrained`, with the T5 and the embedder that it stands on; `record` loads whatever pair lies
+in a folder and writes what it does to FOLDER/record.npz. A folder is laid out so that the original finds its "t5-base"
+and "sentence-transformers/gtr-t5-base" as relative paths, without network. Nothing of ours is imported here: the two
+environments can't be one.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -40,8 +39,7 @@ SPEC = {
     "num_repeat_tokens": 3,
     "max_seq_length": 16,
     "steps": 150,
-    "live": WIDTH,  # dimensions of the embedding that aren't zero: a small number makes a file that compresses well
-    "safe_serialization": False,
+    "live": WIDTH,  # dimensions of the embedding that aren't zero: with few, a golden file is small
 }
 SUBJECTS = ["cat", "dog", "bird", "fish", "horse", "man", "woman", "child", "farmer", "sailor"]
 VERBS = ["sees", "finds", "likes", "takes", "leaves", "paints", "hears", "forgets"]
@@ -178,29 +176,29 @@ def make(spec: dict[str, Any]) -> None:
         guesses = corrector._get_hypothesis_uncached({"frozen_embeddings": e})
     inputs = {"input_ids": labels, "labels": masked, **dict(zip(names, guesses, strict=True))}
     train(model, lambda: corrector.compute_loss(model, dict(inputs)), spec)
-    inverter.save_pretrained(INVERTER, safe_serialization=spec["safe_serialization"])
-    model.save_pretrained(CORRECTOR, safe_serialization=spec["safe_serialization"])
+    # As .bin: from its own safetensors, which lack a tied head, it takes the untrained T5's instead.
+    inverter.save_pretrained(INVERTER, safe_serialization=False)
+    model.save_pretrained(CORRECTOR, safe_serialization=False)
 
 
 def record(spec: dict[str, Any]) -> None:
     """Logits, and every step of every search, of the pair in this folder."""
-    torch.manual_seed(0)
     inverter, model = InversionModel.from_pretrained(INVERTER), CorrectorEncoderModel.from_pretrained(CORRECTOR)
     corrector = vec2text.load_corrector(inverter, model)
-    inverter.eval(), model.eval()
+    inverter.eval()
+    model.eval()
     length = inverter.config.max_seq_length
     texts = sentences(48, spec["seed"])[:3] + sentences(4, 1000)
-    e_hat = torch.randn(len(texts), WIDTH)
     with torch.no_grad():
         pieces = tokens(inverter.embedder_tokenizer, texts, length)
         e = inverter.call_embedding_model(pieces["input_ids"], pieces["attention_mask"])
-        labels = tokens(inverter.tokenizer, texts, length)["input_ids"]
+        e_hat, labels = e.flip(0), tokens(inverter.tokenizer, texts, length)["input_ids"]
         hypothesis = torch.nn.functional.pad(labels.flip(0), (1, 0))  # behind the decoder's start id
-        seen = {
+        logits = {
             "inverter_logits": inverter(None, None, labels=labels, frozen_embeddings=e).logits,
             "corrector_logits": model(e, e_hat, hypothesis, (hypothesis != 0).long(), labels=labels).logits,
         }
-        arrays = {"e": e, "e_hat": e_hat, "labels": labels, "hypothesis": hypothesis[:, 1:], **seen}
+    arrays = {"e": e, "e_hat": e_hat, "labels": labels, "hypothesis": hypothesis[:, 1:], **logits}
     case = {
         name: array.numpy().astype(np.int32 if array.dtype == torch.int64 else np.float32)
         for name, array in arrays.items()
@@ -256,21 +254,16 @@ def search(corrector: Any, e: torch.Tensor, num_steps: int | None, width: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny pairs with the original, and record what they do.")
-    parser.add_argument("work", choices=("make", "record"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("spec", nargs="?", default="{}", help=f"JSON that changes some of {json.dumps(SPEC)}")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(arguments.folder)
-    file = Path("spec.json")
-    if arguments.work == "make":
-        spec = SPEC | json.loads(arguments.spec)
-        file.write_text(json.dumps(spec))
-        make(spec)
-    else:
-        record(json.loads(file.read_text()))
+    for work, folder, *changes in json.loads(sys.argv[1]):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+        if work == "make":
+            spec = SPEC | changes[0]
+            Path("spec.json").write_text(json.dumps(spec))
+            make(spec)
+        else:
+            record(json.loads(Path("spec.json").read_text()))
 
 
 if __name__ == "__main__":
