@@ -7,9 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,9 @@ Run = Callable[..., tuple[int, str, str]]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_model(folder)
-    np.save(folder / "good.npy", np.random.default_rng(0).normal(size=(3, WIDTH)))
+    vectors = np.random.default_rng(0).normal(size=(3, WIDTH))
+    np.save(folder / "foreign.npy", vectors)
+    np.save(folder / "good.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     (folder / "texts.txt").write_text("\n".join(make_texts(300)) + "\n")
     return folder
 
@@ -65,6 +70,16 @@ def test_invert_vectors(run: Run) -> None:
         assert [set(step) for step in one["trace"]] == [{"step", "text", "cosine"}] * 3
 
 
+def test_foreign_vectors_are_warned_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *said_of: said.append(warnings.formatwarning(*said_of[:4])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, *_ = run("invert", "--embeddings", "M/foreign.npy", "--model", "M/tiny", "--num-steps", "0", *BEAM)
+    assert status == 0 and len(said) == 1
+    assert said[0].startswith("v2t: warning: The vectors don't look like") and said[0].count("\n") == 1
+
+
 def test_invert_texts_given_one_by_one(run: Run) -> None:
     texts = ("--text", "the red cat", "--text=-- a dog", "--text", "the cat " * 9)
     status, out, err = run("invert", *texts, "--model", "M/tiny", "--num-steps", "1", *BEAM, "--json")
@@ -84,7 +99,7 @@ def test_invert_for_people_shows_the_trace(run: Run) -> None:
 
 
 def test_one_vector_of_one_dimension(run: Run, tmp_path: Path) -> None:
-    np.save(tmp_path / "one.npy", np.ones(WIDTH, np.int32))
+    np.save(tmp_path / "one.npy", np.eye(WIDTH, dtype=np.int32)[3])
     status, out, _ = run(
         "invert", "--embeddings", "T/one.npy", "--model", "M/tiny", "--num-steps", "0", *BEAM, "--json"
     )
@@ -341,3 +356,15 @@ def test_control_c_ends_in_one_line(models: Path) -> None:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "v2t: interrupted" and "Traceback" not in err
+
+
+def test_control_c_that_jax_swallows_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = threading.Event()
+    monkeypatch.setattr(cli, "leave", left.set)
+    monkeypatch.setattr(cli, "UNWINDING_SECONDS", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        cli.interrupt()
+    assert left.wait(timeout=60)
+    left.clear()
+    cli.lost(SimpleNamespace(exc_type=KeyboardInterrupt))
+    assert left.is_set()

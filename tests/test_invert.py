@@ -1,5 +1,6 @@
 """Vectors and texts in, texts out: the public functions, and what they refuse."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tiny_run import make_texts
 
 import v2t_jax as v2t
 from v2t_jax.errors import InputError
-from v2t_jax.invert import check_vectors, cosines, read_vectors
+from v2t_jax.invert import check_vectors, cosines, read_vectors, warn_of_foreign_vectors
 from v2t_jax.pretrained import Inverter
 
 TEXTS = make_texts(9)
@@ -78,10 +79,35 @@ def test_length_and_integers_make_no_difference_where_the_embedder_normalises(
 ) -> None:
     assert model.embedder.normalised
     quantised = np.round(127 * vectors[:2]).astype(np.int8)
-    found = recover(model, quantised, num_steps=1)
+    with pytest.warns(UserWarning, match="2 of 2 have other lengths"):
+        found = recover(model, quantised, num_steps=1)
     expected = recover(model, quantised / 127, num_steps=1)
     assert [one.text for one in found] == [one.text for one in expected]
     np.testing.assert_allclose([one.cosine for one in found], [one.cosine for one in expected], atol=1e-6)
+
+
+def test_foreign_vectors_are_warned_of(model: Inverter) -> None:
+    known = model.embedder.embed(make_texts(200))
+    statistics = {"mean": known.mean(axis=0), "std": known.std(axis=0)}
+    params = {"inverter": model.params["inverter"] | {"statistics": statistics}}
+    standardised = dataclasses.replace(model, params=params)
+    e = known[::2]
+    warn_of_foreign_vectors(standardised, e)
+    warn_of_foreign_vectors(standardised, 1.01 * e)
+    with pytest.warns(UserWarning, match="don't look like .* scatter .* texts mean nothing"):
+        warn_of_foreign_vectors(standardised, np.roll(e, 1, axis=1))
+    with pytest.warns(UserWarning, match="100 of 100 have other lengths .2 to 2; known are 1"):
+        warn_of_foreign_vectors(standardised, 2 * e)
+
+
+def test_lengths_are_known_of_embedders_that_do_not_normalise(model: Inverter) -> None:
+    raw = dataclasses.replace(model.embedder, config=dataclasses.replace(model.embedder.config, normalise=False))
+    trained = dataclasses.replace(model, embedder=raw, embedding_norm=(3.0, 0.1))
+    e = 3 * model.embedder.embed(TEXTS)
+    warn_of_foreign_vectors(trained, e)
+    with pytest.warns(UserWarning, match="9 of 9 have other lengths .4.5 to 4.5; known are 3 ± 0.1"):
+        warn_of_foreign_vectors(trained, 1.5 * e)
+    warn_of_foreign_vectors(dataclasses.replace(trained, embedding_norm=None), 1.5 * e)
 
 
 def test_one_vector_may_be_one_dimensional(model: Inverter, vectors: np.ndarray) -> None:

@@ -6,11 +6,14 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
@@ -22,6 +25,7 @@ from v2t_jax.trace import show_trace
 PACKAGED_MODEL = "minilm-wordnet"
 # Enough work for one batch to be seen moving, and little enough for two minutes on a laptop's two cores.
 DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM = 24, 3, 8, 4
+UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
 # The documented fields of a row of `eval --json`; the table for people has the other standard errors too.
 JSON_ROW = (
     *("num_steps", "sequence_beam_width", "bleu", "bleu_sem", "token_f1", "exact_match", "exact_match_sem"),
@@ -41,6 +45,8 @@ class Invert:
     """a .npy file of vectors [n, E] to recover"""
     model: str = PACKAGED_MODEL
     """a packaged model's name, or a model folder"""
+    embedder: str | None = None
+    """where the model's embedder lies, if not where it did when the model was made"""
     num_steps: int = 8
     """correction steps; 0 gives the nearest first guess"""
     sequence_beam_width: int = 4
@@ -60,7 +66,7 @@ class Invert:
             raise InputError("Give either --text TEXT or --embeddings FILE.npy.")
         check_texts(self.text)
         vectors = read_vectors(self.embeddings) if self.embeddings is not None else None
-        inverter = load(self.model)
+        inverter = load(self.model, self.embedder)
         options: dict[str, Any] = {
             "num_steps": self.num_steps,
             "sequence_beam_width": self.sequence_beam_width,
@@ -135,6 +141,8 @@ class Evaluate:
 
     model: str = PACKAGED_MODEL
     """a packaged model's name, or a model folder"""
+    embedder: str | None = None
+    """where the model's embedder lies, if not where it did when the model was made"""
     split: str = "held_out"
     """held_out or train"""
     num_steps: tuple[int, ...] = (0, 1, 8)
@@ -162,7 +170,7 @@ class Evaluate:
         check_grid(self.num_steps, self.sequence_beam_width)
         if self.plot is not None:
             check_plot_file(Path(self.plot))
-        inverter = load(self.model)
+        inverter = load(self.model, self.embedder)
         texts = evaluation_texts(inverter, self.split, self.limit, self.source)
         report = evaluate(inverter, texts, self.num_steps, self.sequence_beam_width, self.split)
         if self.plot is not None:
@@ -357,6 +365,11 @@ def _sentence(box: str) -> str:
     return "; ".join(said) + "."
 
 
+def format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as people read it: without the place in the source."""
+    return f"v2t: warning: {message}\n"
+
+
 def start_jax() -> None:
     """Loads JAX, which takes a second or more, and lets it keep its compiled programs."""
     with progress.stage("starting JAX"):
@@ -379,9 +392,37 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+def leave() -> NoReturn:
+    """Ends the process at once."""
+    print("v2t: interrupted", file=sys.stderr)
+    sys.stderr.flush()
+    # Threads of XLA may still be computing: an ordinary exit would take their memory away under them.
+    os._exit(130)
+
+
+def interrupt(*_: Any) -> NoReturn:
+    """On Ctrl-C: unwinds, and leaves anyway if that comes to nothing."""
+    last_resort = threading.Timer(UNWINDING_SECONDS, leave)
+    last_resort.daemon = True
+    last_resort.start()
+    raise KeyboardInterrupt
+
+
+def lost(unraisable: Any) -> None:
+    """Python can't raise out of some of JAX's calls: a Ctrl-C that falls into one leaves at once."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        leave()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> None:
     """The command line. A mistake of the user's ends in one sentence and exit status 2."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    hook, sys.unraisablehook = sys.unraisablehook, lost
     progress.enable()
+    warnings.formatwarning = format_warning
     arguments = sys.argv[1:]
     try:
         if arguments[:1] == ["train"]:
@@ -400,9 +441,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except KeyboardInterrupt:
-        print("v2t: interrupted", file=sys.stderr)
-        sys.stderr.flush()
-        # Threads of XLA may still be computing: an ordinary exit would take their memory away under them.
-        os._exit(130)
+        leave()
     finally:
+        sys.unraisablehook = hook
         progress.disable()

@@ -1,5 +1,6 @@
 """Vectors or texts in, texts out: the public functions around a loaded `Inverter`."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,9 +14,13 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.correct import correct_in_batches
 from v2t_jax.errors import InputError
+from v2t_jax.models.embedder import embed_texts
 from v2t_jax.pretrained import Inverter
 
 BATCH_SIZE = 32
+# Mean squared distance of vectors from the training's mean, in its own variance: 1 at home (0.84 to 1.17 for single
+# texts of minilm-wordnet), about 2 for the vectors of another embedder.
+MOST_SPREAD = 1.4
 MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
 # Sizes that batches are padded up to, so that a few texts don't pay for a full batch, and few shapes are compiled;
 # beyond them, multiples of the last.
@@ -86,6 +91,35 @@ def check_vectors(vectors: Any, width: int) -> np.ndarray:
         row = int(np.argmax(zero))
         raise InputError(f"Vector {row + 1} of {len(array)} is all zeros, which no text embeds to; remove it.")
     return array
+
+
+def warn_of_foreign_vectors(inverter: Inverter, e: np.ndarray) -> None:
+    """Warns of vectors [n, E] that hardly come from the model's embedder: by their lengths, and by their coordinates.
+
+    Another embedder of the same width, another pooling, prefix or normalisation: none of it can be seen in a shape, and
+    all of it makes the recovered texts meaningless.
+    """
+    norms, reasons = np.linalg.norm(e, axis=1), []
+    expected = (1.0, 0.0) if inverter.embedder.normalised else inverter.embedding_norm
+    if expected is not None:
+        mean, deviation = expected
+        foreign = np.abs(norms - mean) > 6 * deviation + 0.02 * mean
+        if foreign.any():
+            known = f"{mean:.3g}" if deviation < 0.001 * mean else f"{mean:.3g} ± {deviation:.2g}"
+            found = f"{norms.min():.3g} to {norms.max():.3g}"
+            reasons.append(f"{foreign.sum()} of {len(e)} have other lengths ({found}; known are {known})")
+    statistics = inverter.params["inverter"].get("statistics")
+    if statistics is not None:
+        rescaled = e / norms[:, None] if inverter.embedder.normalised else e
+        spread = float(np.mean(((rescaled - np.asarray(statistics["mean"])) / np.asarray(statistics["std"])) ** 2))
+        if not spread < MOST_SPREAD:
+            reasons.append(f"they scatter {spread:.1f} times as far around the mean as those of the training")
+    if reasons:
+        warnings.warn(
+            f"The vectors don't look like {inverter.embedder.name}'s: {' and '.join(reasons)}. If they come from "
+            "another embedder, pooling, prefix or normalisation, the recovered texts mean nothing.",
+            stacklevel=3,
+        )
 
 
 def read_vectors(path: str) -> Any:
@@ -169,6 +203,7 @@ def invert_embeddings(
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1.")
+    warn_of_foreign_vectors(inverter, e)
     if inverter.embedder.normalised:
         e = (e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
     loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
@@ -197,12 +232,7 @@ def invert_embeddings(
     # tokenizer would never make of the text can't flatter.
     n, steps = trace_ids.shape[:2]
     texts = inverter.vocabulary.decode(trace_ids.reshape(n * steps, -1))
-    # A text of no words keeps the zero vector, hence cosine 0.
-    vectors_of = dict.fromkeys(texts, np.zeros(e.shape[1], np.float32))
-    full = [text for text in vectors_of if text.strip()]
-    if full:
-        vectors_of |= dict(zip(full, inverter.embedder.embed(full), strict=True))
-    embedded = np.stack([vectors_of[text] for text in texts])
+    embedded = embed_texts(inverter.embedder, texts)
     values = cosines(embedded, np.repeat(e, steps, axis=0)).reshape(n, steps)
     return [_recovered(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
 

@@ -2,7 +2,8 @@
 
     DIR/config.json               sizes, embedder (name and hash of its weights), hashes of the files beside it
     DIR/{inverter,corrector}.safetensors    parameters, flat names joined by "/"; large tables as int8 rows with scales
-    DIR/pieces.safetensors        model id -> embedder word-piece
+    DIR/pieces.safetensors        model id -> the tokenizer's piece
+    DIR/tokenizer.json            the model's own tokenizer; models that share their embedder's have none
     DIR/README.md                 model card
 
 Nothing is unpickled; every file's sha256 is checked before it is used.
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,35 +27,51 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from v2t_jax import progress
+from v2t_jax.bridge import host_bridge, host_embedder
 from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings
-from v2t_jax.data.tokenize import Vocabulary
+from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Decoded, Special
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import Embedder, EmbedderConfig, PieceMap, embed_pieces
+from v2t_jax.models.embedder import Embedder, EmbedderConfig, PieceMap, TextEmbedder, embed_pieces, embed_texts
+from v2t_jax.models.embedder import embed as embed_tokens
 from v2t_jax.models.layers import Params
 
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent / "assets" / "models"
 SPECIAL = Special(start=0, eos=1, pad=0)
+TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass
 class Inverter:
-    """Networks, embedder and vocabulary that belong together: what `v2t_jax.load` returns."""
+    """Networks, embedder and vocabulary that belong together: what `v2t_jax.load` returns.
+
+    Attributes:
+        bridged: the vocabulary is the model's own, and hypotheses reach the embedder as text, over the host. Otherwise
+            the model writes the embedder's own word-pieces, and the correction loop never leaves the device.
+        embedding_norm: mean and standard deviation of the lengths of the vectors it was trained on, where known.
+    """
 
     name: str
     config: ModelConfig
     params: dict[Stage, Params]  # "inverter" always, "corrector" where there is one
-    embedder: Embedder
+    embedder: TextEmbedder
     vocabulary: Vocabulary
+    bridged: bool = False
+    embedding_norm: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         self._loops: dict[CorrectionSettings, CorrectionLoop] = {}
+        if self.config.embedding_width != self.embedder.width:
+            raise InputError(
+                f"The model {self.name} inverts embeddings of width {self.config.embedding_width}, but those of "
+                f"{self.embedder.name} are {self.embedder.width} wide; give the embedder that it was trained for."
+            )
 
     @property
     def has_corrector(self) -> bool:
@@ -66,7 +84,7 @@ class Inverter:
         }
         return {
             **networks,
-            "embedder": self.embedder.params,
+            "embedder": self.embedder.params if isinstance(self.embedder, Embedder) else {},
             "pieces": jnp.asarray(self.vocabulary.pieces),
         }
 
@@ -86,14 +104,26 @@ class Inverter:
             scan_chunk=1 if self.config.max_length > 64 else 2,
         )
         if settings not in self._loops:
-            piece_map = PieceMap.of(self.embedder)
             self._loops[settings] = CorrectionLoop(
                 functools.partial(_hypothesize, self.config),
                 functools.partial(_propose, self.config),
-                functools.partial(_embed, self.embedder.config, piece_map),
+                self._embed_hypotheses(),
                 settings,
             )
         return self._loops[settings]
+
+    def _embed_hypotheses(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """The loop's way from model ids to embeddings: see `bridged`."""
+        embedder, vocabulary = self.embedder, self.vocabulary
+        if not isinstance(embedder, Embedder):
+            return functools.partial(_embed_texts, host_embedder(_to_vectors(vocabulary, embedder), embedder.width))
+        if self.bridged:
+            # Other tokenizers may need more tokens for the same text; what needs twice as many is cut.
+            around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
+            length = min(embedder.config.max_length, 2 * self.config.max_length + around)
+            bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
+            return functools.partial(_embed_bridged, embedder.config, bridge)
+        return functools.partial(_embed_shared, embedder.config, PieceMap.of(embedder))
 
     def save(self, folder: Path, record: dict[str, Any], quantise: bool = False, card: str = "") -> None:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
@@ -112,11 +142,14 @@ class Inverter:
             for stage, params in self.params.items():
                 save_file(_flatten(params, quantise), building / f"{stage}.safetensors")
             save_file({"pieces": self.vocabulary.pieces}, building / "pieces.safetensors")
-            files = {file.name: _sha256(file) for file in sorted(building.glob("*.safetensors"))}
+            if self.bridged:
+                (building / TOKENIZER).write_text(self.vocabulary.tokenizer.to_str(), encoding="utf-8")
+            files = {file.name: _sha256(file) for file in sorted(building.iterdir())}
             config = {
                 "format_version": FORMAT_VERSION,
                 "name": self.name,
-                "embedder": {"name": self.embedder.name, "weights_sha256": self.embedder.weights_sha256},
+                "embedder": _embedder_record(self.embedder),
+                "embedding_norm": self.embedding_norm,
                 "model": to_dict(self.config),
                 "files": files,
                 "record": record,
@@ -137,8 +170,11 @@ class Inverter:
             shutil.rmtree(building, ignore_errors=True)
 
 
-def load(name: str = "minilm-wordnet") -> Inverter:
+def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = None) -> Inverter:
     """A model by packaged name or folder, with its embedder.
+
+    Args:
+        embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
 
     Raises:
         InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
@@ -171,7 +207,7 @@ def load(name: str = "minilm-wordnet") -> Inverter:
         )
     model = from_dict(ModelConfig, config["model"], "model")
     with progress.stage(f"loading the model {config['name']}"):
-        tensors = {}
+        tensors, tokenizer = {}, None
         for file, sha256 in config["files"].items():
             path = folder / Path(file).name
             if not os.access(path, os.R_OK) or not path.is_file():
@@ -180,6 +216,9 @@ def load(name: str = "minilm-wordnet") -> Inverter:
                 raise InputError(
                     f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
                 )
+            if path.name == TOKENIZER:
+                tokenizer = read_tokenizer(path)
+                continue
             try:
                 tensors[path.stem] = load_file(path)
             except SafetensorError as error:
@@ -196,14 +235,32 @@ def load(name: str = "minilm-wordnet") -> Inverter:
         }
         if "inverter" not in params or "pieces" not in tensors:
             raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; fetch the model again.")
-    embedder = load_embedder(embedder_record["name"])
-    if embedder.weights_sha256 != embedder_record["weights_sha256"]:
+    if embedder is None and not embedder_record["weights_sha256"]:
+        raise InputError(
+            f"The model {config['name']} was trained for {embedder_record['name']}, of which no weights are known: "
+            "give that embedder, as load(name, embedder=...)."
+        )
+    if embedder is None or isinstance(embedder, str):
+        embedder = load_embedder(embedder or embedder_record["name"])
+        longest = embedder_record.get("max_length", embedder.config.max_length)
+        if longest < embedder.config.max_length:
+            embedder = embedder.shortened(longest)
+    recorded = embedder_record["weights_sha256"]
+    if recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
         raise InputError(
             f"The model {config['name']} was trained on other weights of {embedder.name} than those installed."
         )
-    check_length(model, embedder)
-    vocabulary = Vocabulary(embedder.tokenizer, tensors["pieces"]["pieces"])
-    return Inverter(config["name"], model, params, embedder, vocabulary)
+    bridged = tokenizer is not None
+    if tokenizer is None:
+        if not isinstance(embedder, Embedder):
+            raise InputError(
+                f"The model {config['name']} shares its embedder's word-pieces, so it can't use {embedder.name}, which "
+                "takes text only; leave the embedder out, or train a model with a tokenizer of its own."
+            )
+        check_length(model, embedder)
+        tokenizer = embedder.tokenizer
+    vocabulary = Vocabulary(tokenizer, tensors["pieces"]["pieces"])
+    return Inverter(config["name"], model, params, embedder, vocabulary, bridged, _embedding_norm(config))
 
 
 def check_length(config: ModelConfig, embedder: Embedder) -> None:
@@ -248,8 +305,33 @@ def _propose(
     return _decode(tokens_to_logits, cache, config, e.shape[0], k)
 
 
-def _embed(config: EmbedderConfig, piece_map: PieceMap, params: Any, ids: jax.Array) -> jax.Array:
+def _embed_shared(config: EmbedderConfig, piece_map: PieceMap, params: Any, ids: jax.Array) -> jax.Array:
     return embed_pieces(config, piece_map, params["embedder"], params["pieces"], ids)
+
+
+def _embed_bridged(config: EmbedderConfig, bridge: Callable, params: Any, ids: jax.Array) -> jax.Array:
+    return embed_tokens(config, params["embedder"], *bridge(ids))
+
+
+def _embed_texts(on_host: Callable[[jax.Array], jax.Array], params: Any, ids: jax.Array) -> jax.Array:
+    return on_host(ids)
+
+
+def _to_tokens(vocabulary: Vocabulary, embedder: Embedder, length: int) -> Callable[[np.ndarray], Any]:
+    """Model ids [rows, L] -> the embedder's ids and mask [rows, length] of their texts."""
+    embedder = embedder.shortened(length)
+
+    def to_tokens(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens, mask = embedder.tokenise(vocabulary.decode(ids))
+        missing = ((0, 0), (0, max(length - tokens.shape[1], 0)))
+        return np.pad(tokens, missing)[:, :length], np.pad(mask, missing)[:, :length]
+
+    return to_tokens
+
+
+def _to_vectors(vocabulary: Vocabulary, embedder: TextEmbedder) -> Callable[[np.ndarray], np.ndarray]:
+    """Model ids [rows, L] -> embeddings [rows, E] of their texts; a blank text has the zero vector, hence cosine 0."""
+    return lambda ids: embed_texts(embedder, vocabulary.decode(ids))
 
 
 def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
@@ -286,6 +368,20 @@ def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
     if unknown:
         raise InputError(f"The {stage} holds the unknown parameter {unknown[0]!r}; fetch the model again.")
     return params
+
+
+def _embedding_norm(config: dict[str, Any]) -> tuple[float, float] | None:
+    recorded = config.get("embedding_norm")
+    if recorded is None:
+        return None
+    if not isinstance(recorded, list) or len(recorded) != 2 or not all(isinstance(x, int | float) for x in recorded):
+        raise InputError("The model's config.json has an embedding_norm that isn't two numbers; fetch the model again.")
+    return float(recorded[0]), float(recorded[1])
+
+
+def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
+    return record | ({"max_length": embedder.config.max_length} if isinstance(embedder, Embedder) else {})
 
 
 def _sha256(file: Path) -> str:

@@ -7,6 +7,7 @@ only the pieces that the training text uses (a 30k-piece output layer is most of
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,6 +17,20 @@ from v2t_jax.errors import InputError
 PAD, EOS = 0, 1
 
 _PAD_AND_END = (("[PAD]", "[SEP]"), ("<pad>", "</s>"))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing: save it with a fast tokenizer (transformers' save_pretrained).")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path} is damaged ({error}); fetch it again.") from error
 
 
 class Vocabulary:

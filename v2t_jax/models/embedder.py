@@ -1,8 +1,9 @@
 """The embedder under attack: encoder + pooling (+ dense) (+ L2), as sentence-transformers composes them."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ def embed(
 _embed = jax.jit(embed, static_argnums=0)
 
 
+@runtime_checkable
 class TextEmbedder(Protocol):
     """Texts in, vectors out: all that the evaluation and the bridged correction loop ask of an embedder."""
 
@@ -83,6 +85,15 @@ class TextEmbedder(Protocol):
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings [len(texts), E] float32; refuses blank texts with an `InputError`."""
+
+
+def embed_texts(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings [len(texts), E] of texts that may repeat, or be blank: such a one has the zero vector."""
+    vectors = dict.fromkeys(texts, np.zeros(embedder.width, np.float32))
+    full = [text for text in vectors if text.strip()]
+    if full:
+        vectors |= dict(zip(full, embedder.embed(full), strict=True))
+    return np.stack([vectors[text] for text in texts])
 
 
 @dataclass
@@ -106,6 +117,12 @@ class Embedder:
     @property
     def normalised(self) -> bool:
         return self.config.normalise
+
+    def shortened(self, max_length: int) -> "Embedder":
+        """The same embedder, cutting texts to so many tokens."""
+        config = dataclasses.replace(self.config, max_length=max_length)
+        # Truncation is a state of the tokenizer: this one gets a copy.
+        return dataclasses.replace(self, config=config, tokenizer=Tokenizer.from_str(self.tokenizer.to_str()))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16."""

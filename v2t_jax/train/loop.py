@@ -52,6 +52,7 @@ from v2t_jax.train.step import (
 from v2t_jax.train.workdir import Log, check_workdir, claim_workdir
 
 STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
+NORM_TEXTS = 256  # texts whose vectors' lengths are recorded in the model: by them it knows foreign vectors
 
 
 class TrainingStopped(Exception):
@@ -125,7 +126,9 @@ def _train(config: Config, workdir: Path) -> Path:
                     "The corrector needs an inverter for its hypotheses: put inverter before it in stages."
                 )
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
-    inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary)
+    norms = np.linalg.norm(setup.embedder.embed(setup.held_out[:NORM_TEXTS]), axis=1)
+    norm = (float(norms.mean()), float(norms.std()))
+    inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary, embedding_norm=norm)
     folder = workdir / "model"
     inverter.save(folder, record={"recipe": to_dict(config)})
     score_model(setup, load(str(folder)), workdir)
