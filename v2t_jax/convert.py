@@ -6,6 +6,7 @@ from pathlib import Path
 from v2t_jax.config import Stage
 from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
+from v2t_jax.interop.checkpoint import check_new
 from v2t_jax.interop.sentence_transformers import load_embedder, locate
 from v2t_jax.interop.vec2text import check_embedder, read_base, read_vec2text, write_vec2text
 from v2t_jax.models.embedder import Embedder
@@ -27,8 +28,7 @@ def from_vec2text(folder: Path, inverter: str, corrector: str | None, t5: str, e
         InputError: see `read_base`, `load_embedder`, `read_vec2text` and `check_embedder`; the embedder's vectors have
             another width; or the folder can't be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; give a new or an empty folder.")
+    check_new(folder)
     base = read_base(t5)
     stages: dict[Stage, str | None] = {"inverter": inverter, "corrector": corrector}
     pair = read_vec2text({stage: Path(path) for stage, path in stages.items() if path is not None}, base.config)
@@ -57,8 +57,8 @@ def to_vec2text(model: str, folder: Path, embedder: str | None = None) -> None:
     settings = json.loads((Path(model) / "config.json").read_text())["record"].get(RECORD) if loaded.bridged else None
     if settings is None:
         raise InputError(
-            f"The model {loaded.name} didn't come from vec2text, which knows only T5's own tokenizer and embedders of its "
-            "list; only models that 'v2t convert --from vec2text' made go back."
+            f"The model {loaded.name} didn't come from vec2text, which knows only T5's own tokenizer and its own "
+            "embedders; only models that 'v2t convert --from vec2text' made go back."
         )
     write_vec2text(folder, loaded.config, loaded.params, settings)
 

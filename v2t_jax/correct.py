@@ -32,6 +32,7 @@ from v2t_jax.torch_order import topk_order
 MEMORY = 4  # hypotheses remembered in mode "best", as a multiple of W
 PAD_ID, EOS_ID = 0, 1  # every model vocabulary of this package is numbered so
 
+Mode = Literal["best", "upstream"]
 Params = Any  # any pytree of arrays
 Hypothesize = Callable[[Params, Array, int], tuple[Array, Array]]
 Propose = Callable[[Params, Array, Array, Array, int], tuple[Array, Array]]
@@ -60,7 +61,7 @@ class CorrectionSettings:
 
     sequence_beam_width: int = 4
     num_candidates: int | None = None
-    mode: Literal["best", "upstream"] = "best"
+    mode: Mode = "best"
     tolerance: float = 1e-5
     patience: int = 0
     scan_chunk: int = 4

@@ -5,7 +5,7 @@
 JOBS is a JSON list of ["make", FOLDER, SPEC] and ["record", FOLDER]. `make` trains a pair from nothing and saves it by
 the original's own `save_pretrained`, with the T5 and the embedder that it stands on; `record` loads whatever pair lies
 in a folder and writes what it does to FOLDER/record.npz. A folder is laid out so that the original finds its "t5-base"
-and "sentence-transformers/gtr-t5-base" as relative paths, without network. Nothing of ours is imported here: the two
+and "sentence-transformers/..." as relative paths, without network. Nothing of ours is imported here: the two
 environments can't be one.
 """
 
@@ -21,16 +21,23 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_
 
 import evaluate
 import numpy as np
+import sentence_transformers
 import torch
 
 evaluate.load = lambda *_, **__: None  # metrics of the hub, which it loads without asking and which aren't needed here
 import transformers  # noqa: E402
 import vec2text  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 from vec2text.models import CorrectorEncoderModel, InversionModel  # noqa: E402
 from vec2text.models.config import InversionConfig  # noqa: E402
 
-T5, EMBEDDER, INVERTER, CORRECTOR = "t5-base", "sentence-transformers/gtr-t5-base", "inverter", "corrector"
+T5, INVERTER, CORRECTOR = "t5-base", "inverter", "corrector"
+# The original's names of two embedders, and where it looks for them. One is an encoder that it pools itself; the other
+# a whole pipeline of sentence-transformers.
+EMBEDDERS = {
+    "gtr_base": "sentence-transformers/gtr-t5-base",
+    "sentence-transformers/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+}
 WIDTH = 768  # the original takes no other
 SEARCHES = ((None, 0), (3, 0), (3, 2), (3, 4))  # (num_steps, sequence_beam_width) as the original names them
 SPEC = {
@@ -39,6 +46,7 @@ SPEC = {
     "num_repeat_tokens": 3,
     "max_seq_length": 16,
     "steps": 150,
+    "embedder": "gtr_base",
     "live": WIDTH,  # dimensions of the embedding that aren't zero: with few, a golden file is small
 }
 SUBJECTS = ["cat", "dog", "bird", "fish", "horse", "man", "woman", "child", "farmer", "sailor"]
@@ -80,7 +88,7 @@ def make_tokenizer(folder: Path, size: int, texts: list[str]) -> int:
 
 
 def make_bases(spec: dict[str, Any], texts: list[str]) -> None:
-    """The untrained T5 and the random GTR that a pair stands on; they have different vocabularies."""
+    """The untrained T5 and the random embedder that a pair stands on; they have different vocabularies."""
     vocab = make_tokenizer(Path(T5), 120, texts) + 4  # rows without a piece, as t5-base has 28
     t5 = transformers.T5Config(
         vocab_size=vocab,
@@ -92,18 +100,55 @@ def make_bases(spec: dict[str, Any], texts: list[str]) -> None:
         decoder_start_token_id=0,
     )
     transformers.T5ForConditionalGeneration(t5).save_pretrained(T5)
-    vocab = make_tokenizer(Path(EMBEDDER), 90, texts)
-    gtr = transformers.T5Config(vocab_size=vocab, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-    encoder = transformers.T5EncoderModel(gtr)
-    with torch.no_grad():
-        for name, p in encoder.named_parameters():
-            if "relative" not in name:
-                noise = torch.randn(p.shape) * (1.0 if "shared" in name else 0.1)
-                p.copy_(1 + 0.3 * torch.randn(p.shape) if p.ndim == 1 else noise)
-        silence(encoder, spec["live"])
-        for p in encoder.parameters():
-            p.copy_(p.half().float())
-    encoder.save_pretrained(EMBEDDER)
+    folder = EMBEDDERS[spec["embedder"]]
+    if spec["embedder"] == "gtr_base":
+        vocab = make_tokenizer(Path(folder), 90, texts)
+        gtr = transformers.T5Config(vocab_size=vocab, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        encoder = transformers.T5EncoderModel(gtr)
+        randomise(encoder, spec["live"])
+        encoder.save_pretrained(folder)
+        return
+    vocab = make_word_pieces(Path("bert"), 90, texts)
+    bert = transformers.BertConfig(
+        vocab_size=vocab,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=24,
+        max_position_embeddings=64,
+    )
+    encoder = transformers.BertModel(bert)
+    randomise(encoder, spec["live"])
+    encoder.save_pretrained("bert")
+    parts = [sentence_transformers.models.Transformer("bert"), sentence_transformers.models.Pooling(WIDTH, "mean")]
+    whole = sentence_transformers.SentenceTransformer(modules=[*parts, sentence_transformers.models.Normalize()])
+    whole.save(folder)
+
+
+def make_word_pieces(folder: Path, size: int, texts: list[str]) -> int:
+    """A BERT tokenizer trained on `texts`; returns its size."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    fast = transformers.BertTokenizerFast(tokenizer_object=tokenizer)
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+@torch.no_grad()
+def randomise(encoder: torch.nn.Module, live: int) -> None:
+    """Weights that make texts' vectors differ, and that float16 holds."""
+    for name, p in encoder.named_parameters():
+        if "relative" not in name:
+            noise = torch.randn(p.shape) * (1.0 if "embed" in name or "shared" in name else 0.1)
+            p.copy_(1 + 0.3 * torch.randn(p.shape) if "norm" in name.lower() and "weight" in name else noise)
+    silence(encoder, live)
+    for p in encoder.parameters():
+        p.copy_(p.half().float())
 
 
 @torch.no_grad()
@@ -144,7 +189,7 @@ def make(spec: dict[str, Any]) -> None:
     make_bases(spec, texts)
     config = InversionConfig(
         model_name_or_path=T5,
-        embedder_model_name="gtr_base",
+        embedder_model_name=spec["embedder"],
         embedder_model_api=None,
         embedder_torch_dtype="float32",
         embedder_no_grad=True,

@@ -62,14 +62,14 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def t5_from_huggingface(state: Mapping[str, np.ndarray], config: T5Config) -> Params:
+def t5_from_huggingface(state: Mapping[str, Any], config: T5Config) -> Params:
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`.
 
     A tied head (`lm_head.weight`) and the stacks' copies of the embedding may be there or not; if they are, they must
     equal `shared.weight`.
 
     Args:
-        state: arrays of any floating dtype under Hugging Face's names, as a safetensors file holds them.
+        state: arrays of any floating dtype, or tensors still in their file, under Hugging Face's names.
         config: see `t5_config_from_huggingface`.
 
     Raises:

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, decoders
 
 from v2t_jax import progress
 from v2t_jax.config import ModelConfig, Stage, T5Config
+from v2t_jax.data.tokenize import read_tokenizer
 from v2t_jax.errors import InputError
+from v2t_jax.interop.checkpoint import SAFETENSORS, Tensor, open_checkpoint, part, read_json, whole_folder
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
-from v2t_jax.interop.weights import SAFETENSORS, Part, Weights, read_json, whole_folder
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]
@@ -87,12 +88,7 @@ def read_base(name: str) -> Base:
     folder = _locate(name)
     config = t5_config_from_huggingface(read_json(folder / "config.json", "a T5 folder"))
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(f"{folder} has no tokenizer.json: save T5's fast tokenizer there (its save_pretrained).")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{file} is damaged ({error}); fetch it again.") from error
+    tokenizer = read_tokenizer(file)
     special = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>")]
     if special != [0, 1] or tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(
@@ -144,9 +140,10 @@ def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
     widths: dict[Stage, int] = {}
     old_corrector = False
     for stage, folder in folders.items():
-        with progress.stage(f"reading the {stage} from {folder}"), Weights(folder) as weights:
-            network, used = _read_network(stage, weights, t5, settings[stage])
-            unknown = sorted(set(weights) - used)
+        with progress.stage(f"reading the {stage} from {folder}"):
+            tensors = open_checkpoint(folder)
+            network, used = _read_network(stage, folder, tensors, t5, settings[stage])
+            unknown = sorted(set(tensors) - used)
             if unknown:
                 raise InputError(f"{folder} holds the unknown key {unknown[0]!r}; it is no {stage} of vec2text.")
         params[stage] = network
@@ -187,45 +184,45 @@ def _read_settings(stage: Stage, folder: Path) -> Settings:
     return settings
 
 
-def _read_network(stage: Stage, weights: Weights, t5: T5Config, settings: Settings) -> tuple[Params, set[str]]:
+def _read_network(
+    stage: Stage, folder: Path, tensors: Mapping[str, Tensor], t5: T5Config, settings: Settings
+) -> tuple[Params, set[str]]:
     """Parameters of one stage, and the keys that they come from."""
-    used = {name for name in weights if name.startswith((_T5, _EMBEDDER) if stage == "inverter" else _T5)}
+    used = {name for name in tensors if name.startswith((_T5, _EMBEDDER) if stage == "inverter" else _T5)}
 
     def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        if name not in weights:
-            raise InputError(f"{weights.folder} lacks {name!r}; it is incomplete, or no {stage} of vec2text.")
-        found = weights.shape(name)
+        if name not in tensors:
+            raise InputError(f"{folder} lacks {name!r}; it is incomplete, or no {stage} of vec2text.")
+        found = tensors[name].shape
         if len(found) != len(shape) or any(want not in (None, size) for want, size in zip(shape, found, strict=True)):
             wanted = "x".join("any" if size is None else str(size) for size in shape)
-            raise InputError(
-                f"{weights.folder} has {name!r} of shape {found}, where its config and the T5 mean {wanted}."
-            )
+            raise InputError(f"{folder} has {name!r} of shape {found}, where its config and the T5 mean {wanted}.")
         used.add(name)
-        return np.asarray(weights[name], np.float32)
+        return np.asarray(tensors[name], np.float32)
 
     def linear(name: str, num_in: int | None, num_out: int | None) -> Params:
         kernel = take(f"{name}.weight", (num_out, num_in))
         return {"kernel": np.ascontiguousarray(kernel.T), "bias": take(f"{name}.bias", (kernel.shape[0],))}
 
     def projection(name: str) -> Params:
-        old = f"{name}.{_OUTPUT}.weight" not in weights and f"{name}.{_OLD_OUTPUT}.weight" in weights
-        hidden = linear(f"{name}.{_HIDDEN}", None, None)
-        width = len(hidden["bias"])
+        old = f"{name}.{_OUTPUT}.weight" not in tensors and f"{name}.{_OLD_OUTPUT}.weight" in tensors
+        bias = f"{name}.{_HIDDEN}.bias"
+        width = tensors[bias].shape[0] if bias in tensors else None
         return {
-            "hidden": hidden,
+            "hidden": linear(f"{name}.{_HIDDEN}", width, width),
             "output": linear(
                 f"{name}.{_OLD_OUTPUT if old else _OUTPUT}", width, t5.d_model * settings["num_repeat_tokens"]
             ),
         }
 
-    state = Part(weights, _T5)
+    state = part(tensors, _T5)
     if not state:
-        raise InputError(f"{weights.folder} lacks every key of {_T5[:-1]!r}; it is no {stage} of vec2text.")
+        raise InputError(f"{folder} lacks every key of {_T5[:-1]!r}; it is no {stage} of vec2text.")
     params: Params = {"t5": t5_from_huggingface(state, t5)}
-    shared = stage == "corrector" and f"{_OLD_CORRECTOR}.{_HIDDEN}.weight" in weights
+    shared = stage == "corrector" and f"{_OLD_CORRECTOR}.{_HIDDEN}.weight" in tensors
     for ours, theirs in _PROJECTIONS[stage].items():
         params[ours] = projection(_OLD_CORRECTOR if shared else theirs)
-    if stage == "corrector" and f"{_NORM}.weight" in weights:
+    if stage == "corrector" and f"{_NORM}.weight" in tensors:
         shape = (t5.d_model,)
         params["input_norm"] = {"scale": take(f"{_NORM}.weight", shape), "bias": take(f"{_NORM}.bias", shape)}
     return params, used
@@ -240,28 +237,22 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
     Raises:
         InputError: a tensor differs, or none is found in both.
     """
-    with (
-        Weights(inverter) as ours,
-        Weights(embedder) as theirs,
-        progress.stage(f"comparing {name} with the inverter's"),
-    ):
-        inside = {key.removeprefix(_EMBEDDER): key for key in ours if key.startswith(_EMBEDDER)}
-        matched = 0
-        for key in theirs:
-            found = next((inside[end] for end in _ends(key) if end in inside), None)
-            if found is None:
-                continue
-            matched += 1
-            if ours.shape(found) != theirs.shape(key) or not np.array_equal(ours[found], theirs[key]):
-                raise InputError(
-                    f"The inverter was saved with another embedder than {name}: {found!r} differs from its {key!r}; "
-                    "give the embedder that it was trained for."
-                )
+    with progress.stage(f"comparing embedders with {name}"):
+        inside, outside = part(open_checkpoint(inverter), _EMBEDDER), open_checkpoint(embedder)
+        found = {key: next((end for end in _ends(key) if end in inside), None) for key in outside}
+        matched = {key: end for key, end in found.items() if end is not None}
         if inside and not matched:
             raise InputError(
-                f"The inverter was saved with another kind of embedder than {name}: none has a key like "
+                f"The inverter was saved with another kind of embedder than {name}: none of its keys is like "
                 f"{min(inside)!r}; give the embedder that it was trained for."
             )
+        for key, end in matched.items():
+            ours, theirs = inside[end], outside[key]
+            if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
+                raise InputError(
+                    f"The inverter was saved with another embedder than {name}: {end!r} differs from its {key!r}; "
+                    "give the embedder that it was trained for."
+                )
 
 
 def _ends(key: str) -> Iterator[str]:
@@ -327,9 +318,9 @@ def _state(stage: Stage, network: Params, config: ModelConfig) -> Iterator[tuple
     if config.t5.tie_word_embeddings:
         yield f"{_T5}lm_head.weight", state["shared.weight"]
     for ours, theirs in _PROJECTIONS[stage].items():
-        for part, number in (("hidden", _HIDDEN), ("output", _OUTPUT)):
-            yield f"{theirs}.{number}.weight", np.ascontiguousarray(np.asarray(network[ours][part]["kernel"]).T)
-            yield f"{theirs}.{number}.bias", np.asarray(network[ours][part]["bias"])
+        for layer, number in (("hidden", _HIDDEN), ("output", _OUTPUT)):
+            yield f"{theirs}.{number}.weight", np.ascontiguousarray(np.asarray(network[ours][layer]["kernel"]).T)
+            yield f"{theirs}.{number}.bias", np.asarray(network[ours][layer]["bias"])
     if stage == "corrector":
         yield f"{_NORM}.weight", np.asarray(network["input_norm"]["scale"])
         yield f"{_NORM}.bias", np.asarray(network["input_norm"]["bias"])
