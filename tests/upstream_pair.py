@@ -36,9 +36,12 @@ def embedder_of(folder: Path) -> Path:
     return next((folder / "sentence-transformers").iterdir())
 
 
-def write_pair(case: Case, folder: Path) -> Path:
-    """A golden pair as the folders that the original's own save_pretrained makes of it, as safetensors: without what is
-    tied. `t5-base` gets the inverter's weights: nobody reads them, but the original wants some."""
+def write_pair(case: Case, folder: Path, head: bool = False) -> Path:
+    """A golden pair as the folders that the original's own save_pretrained makes of it, as safetensors.
+
+    Those lack what is tied; from them the original restores a wrong model, unless the `head` is there. `t5-base` gets
+    the inverter's weights: nobody reads them, but the original wants some.
+    """
     for name, text in case.items():
         if name.startswith("text/"):
             file = folder / name.removeprefix("text/")
@@ -51,6 +54,8 @@ def write_pair(case: Case, folder: Path) -> Path:
             for key, value in case.items()
             if key.startswith(start)
         }
+        if head and f"{T5_KEYS}shared.weight" in state:
+            state[f"{T5_KEYS}lm_head.weight"] = state[f"{T5_KEYS}shared.weight"]
         target = embedder_of(folder) if name == "embedder" else folder / name
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})
     state = load_file(folder / "inverter" / "model.safetensors")

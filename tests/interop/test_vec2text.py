@@ -24,7 +24,6 @@ from v2t_jax.interop.vec2text import check_embedder, read_base
 from v2t_jax.models import corrector
 from v2t_jax.pretrained import Inverter, load
 
-BERT_PAIRS = NAMES[:2]
 SHARED = "encoder_decoder.shared.weight"
 
 
@@ -67,14 +66,14 @@ def pair(folders: dict[str, Path], tmp_path: Path) -> Path:
     return shutil.copytree(folders[NAMES[0]], tmp_path / "pair", ignore=shutil.ignore_patterns("model"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["vec2text_a", "vec2text_gtr"])
 def test_logits_are_the_originals(name: str, goldens: dict[str, Case], folders: dict[str, Path]) -> None:
     upstream_pair.check_logits(read_pair(folders[name]), record_of(goldens[name]))
 
 
-@pytest.mark.parametrize(("num_steps", "width"), [(0, 1), (3, 1), (3, 4)])
+@pytest.mark.parametrize(("num_steps", "width"), [(3, 1), (3, 4)])
 def test_every_step_is_the_originals(num_steps: int, width: int, goldens: dict[str, Case], model: Inverter) -> None:
-    """Here of one pair; `make oracle` compares the others, and another width."""
+    """Here of one pair; 0 steps below, as a command; `make oracle` compares all searches of a fresh pair."""
     upstream_pair.check_search(model, record_of(goldens["vec2text_b"]), num_steps, width)
 
 
