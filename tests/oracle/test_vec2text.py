@@ -100,9 +100,8 @@ def test_the_original_reads_what_ours_writes(root: Path, converted: Path) -> Non
     for key in ("inverter_logits", "corrector_logits"):
         close(ours[key], live[key], 1e-6, key)
     for search in ("0/0", "3/0", "3/2", "3/4"):
-        np.testing.assert_array_equal(
-            ours[f"search/{num_steps}/{width}/texts"], live[f"search/{num_steps}/{width}/texts"]
-        )
+        texts = f"search/{search}/texts"
+        np.testing.assert_array_equal(ours[texts], live[texts])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 9, 16, 17, 25, 64, 100])
