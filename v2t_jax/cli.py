@@ -216,6 +216,37 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Send a model to the Hugging Face hub. Without --upload it only says what would be sent."""
+
+    model: tyro.conf.Positional[str]
+    """a model folder, or a packaged model's name"""
+    repository: tyro.conf.Positional[str]
+    """where to: owner/name"""
+    public: bool = False
+    """let everybody read a repository that this makes"""
+    upload: bool = False
+    """do it"""
+
+    def run(self) -> None:
+        from v2t_jax.interop.hub import push
+        from v2t_jax.pretrained import load, locate_model
+
+        embedder = load(self.model).embedder.name  # refuses what is damaged or lacks its embedder
+        if os.path.isdir(embedder):
+            progress.note(f"The model names the folder {embedder} as its embedder: others have to give --embedder.")
+        sent = push(locate_model(self.model), self.repository, private=not self.public, dry_run=not self.upload)
+        for name, size in sent.files:
+            print(f"{size / 1e6:10.3f} MB  {name}")
+        print(f"{sent.size / 1e6:10.3f} MB  in all")
+        if sent.url is not None:
+            print(f"The model is at {sent.url}; try: v2t invert --model {self.repository} --text ...")
+        else:
+            kind = "public" if self.public else "private"
+            print(f"Nothing was sent. With --upload it goes to {self.repository}, {kind} if it doesn't exist yet.")
+
+
+@dataclass(frozen=True)
 class Env:
     """Versions, devices and packaged assets: what a bug report needs."""
 
@@ -346,7 +377,7 @@ class _TrainHelp:
 
 
 COMMANDS: dict[str, Any] = {
-    **{"invert": Invert, "embed": Embed, "eval": Evaluate, "demo": Demo, "env": Env},
+    **{"invert": Invert, "embed": Embed, "eval": Evaluate, "demo": Demo, "push": Push, "env": Env},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 
