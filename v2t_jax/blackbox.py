@@ -236,11 +236,17 @@ class HttpEmbedder(BlackBox):
     ) -> None:
         """Fills in what is missing of `found`."""
         stop = threading.Event()
+        failures: list[BaseException] = []
 
         def ask(rows: list[int]) -> list[int]:
             batch = [texts[i] for i in rows]
-            vectors = session.ask(batch, lambda answer: self._checked(answer, len(batch)), stop)
-            cache.write(batch, vectors)  # at once: it has been paid for
+            try:
+                vectors = session.ask(batch, lambda answer: self._checked(answer, len(batch)), stop)
+                cache.write(batch, vectors)  # at once: it has been paid for
+            except BaseException as error:
+                failures.append(error)  # before the others are stopped, so that the cause comes first
+                stop.set()
+                raise
             for i, vector in zip(rows, vectors, strict=True):
                 found[i] = vector
             return rows
@@ -255,6 +261,8 @@ class HttpEmbedder(BlackBox):
             try:
                 session.on_trouble = lambda: update(done, **session.troubles())
                 for future in as_completed([pool.submit(ask, rows) for rows in batches]):
+                    if failures:
+                        raise failures[0]
                     done += len(future.result())
                     update(done, **session.troubles())
             except KeyboardInterrupt:

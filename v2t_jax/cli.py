@@ -311,7 +311,7 @@ def _sentence(box: str) -> str:
     if "╭" not in box:  # drawn in ASCII, where stdout is no UTF-8: the title is a part of its own
         parts = parts[1:]
     parts = parts or [["The command line can't be understood"]]
-    gist = " ".join(parts[0]).rstrip(".")
+    gist = re.sub(r"^Error parsing __tyro\S*: ", "", " ".join(parts[0]).rstrip("."))
     gist = gist.replace("invalid literal for int() with base 10:", "it needs a whole number, not")
     said = [gist.replace("could not convert string to float:", "it needs a number, not")]
     for part in parts[1:]:
