@@ -21,7 +21,7 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.compile_cache import user_cache_dir
 from v2t_jax.config import ApiConfig
-from v2t_jax.endpoint import Budget, Endpoint, approximate_tokens
+from v2t_jax.endpoint import Endpoint, approximate_tokens
 from v2t_jax.errors import InputError
 from v2t_jax.vector_cache import VectorCache
 
@@ -187,7 +187,7 @@ class HttpEmbedder(BlackBox):
         self._endpoint = Endpoint(base_url, config)
         super().__init__(self._endpoint.name, width or config.dimensions, normalised)
         self.config = config
-        self.budget = Budget(config)
+        self.budget = self._endpoint.budget
         folder = Path(config.cache) if config.cache else user_cache_dir() / "embeddings"
         # Readable where it can be, distinct in any case.
         readable = re.sub(r"[^\w.-]+", "_", config.model)[:60]
@@ -241,7 +241,7 @@ class HttpEmbedder(BlackBox):
         def ask(rows: list[int]) -> list[int]:
             batch = [texts[i] for i in rows]
             try:
-                vectors = session.ask(batch, lambda answer: self._checked(answer, len(batch)), stop)
+                vectors = self._endpoint.ask(batch, lambda answer: self._checked(answer, len(batch)), stop, show)
                 cache.write(batch, vectors)  # at once: it has been paid for
             except BaseException as error:
                 failures.append(error)  # before the others are stopped, so that the cause comes first
@@ -253,18 +253,18 @@ class HttpEmbedder(BlackBox):
 
         batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
         done = len(texts) - len(missing)
-        with (
-            self._endpoint.connect(self.budget) as session,
-            progress.bar(len(texts), f"embedding with {self.name}", unit="texts", start=done) as update,
-        ):
+        with progress.bar(len(texts), f"embedding with {self.name}", unit="texts", start=done) as update:
+
+            def show() -> None:
+                update(done, **self._endpoint.troubles())
+
             pool = ThreadPoolExecutor(min(self.config.concurrency, len(batches)), "embed")
             try:
-                session.on_trouble = lambda: update(done, **session.troubles())
                 for future in as_completed([pool.submit(ask, rows) for rows in batches]):
                     if failures:
                         raise failures[0]
                     done += len(future.result())
-                    update(done, **session.troubles())
+                    show()
             except KeyboardInterrupt:
                 progress.note(f"stopping after the requests under way; what was answered is kept in {self.cache_file}")
                 raise

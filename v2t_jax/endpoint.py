@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -138,75 +139,57 @@ class _Trouble(Exception):
 
 
 class Endpoint:
-    """Where and how to ask.
+    """Where and how to ask. Threads may share it.
 
     Attributes:
         name: model, dimensions and URL: what makes two vectors comparable.
+        budget: what was asked so far, and the limits.
 
     Raises:
         InputError: the URL, the key or the model's name can't be used.
     """
 
     def __init__(self, base_url: str, config: ApiConfig) -> None:
-        self.config = config
+        self._config = config
         self._base = _checked_url(base_url)
         if not config.model.strip():
             raise InputError(f"No model is named for {self._base}: give api.model, the endpoint's name for it.")
         cut = f"[{config.dimensions}]" if config.dimensions else ""
         self.name = f"{config.model}{cut} at {self._base}"
+        self.budget = Budget(config)
         self._key()
-
-    def _key(self) -> str:
-        """Read where it is used, and never kept."""
-        key = os.environ.get(self.config.key_variable, "").strip()
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise InputError(
-                f"The environment variable {self.config.key_variable} holds characters that no key has; set it anew."
-            )
-        return key
+        # One for all calls: the correction loop calls once a step, and a new TLS connection costs as much as an answer.
+        self._client = httpx2.Client(timeout=config.timeout, limits=httpx2.Limits(max_connections=config.concurrency))
+        weakref.finalize(self, self._client.close)
+        self._repeated, self._last_trouble = 0, ""
 
     def key_note(self) -> str:
-        """Which key goes there, without the key."""
+        """Which key is sent, without the key."""
         if not self._key():
-            return f"no key is sent ({self.config.key_variable} is not set)"
+            return f"no key is sent ({self._config.key_variable} is not set)"
         parts = urlsplit(self._base)
         plain = parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
-        return f"the key is that of {self.config.key_variable}" + (", sent UNENCRYPTED over http" if plain else "")
-
-    @contextmanager
-    def connect(self, budget: Budget) -> Iterator[Session]:
-        """Connections for the requests of one call."""
-        key = self._key()
-        client = httpx2.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=self.config.timeout,
-            limits=httpx2.Limits(max_connections=self.config.concurrency),
-        )
-        with client:
-            yield Session(client, self, f"{self._base}/embeddings", budget, key)
-
-
-class Session:
-    """Open connections to an endpoint. Threads may share it."""
-
-    def __init__(self, client: httpx2.Client, endpoint: Endpoint, url: str, budget: Budget, key: str) -> None:
-        self._client, self._url, self._budget, self._key = client, url, budget, key
-        self._name, self._config = endpoint.name, endpoint.config
-        self._repeated, self._last_trouble = 0, ""
-        self.on_trouble: Callable[[], None] = lambda: None
+        return f"the key is that of {self._config.key_variable}" + (", sent UNENCRYPTED over http" if plain else "")
 
     def troubles(self) -> dict[str, str | int]:
-        """For a progress bar: what it cost so far, and what went wrong."""
-        cost = self._budget.cost_of(self._budget.tokens)
+        """For a progress bar: what was paid so far, and what went wrong."""
+        cost = self.budget.cost_of(self.budget.tokens)
         shown: dict[str, str | int] = {} if cost is None else {"paid": f"${cost:.4f}"}
         return shown | ({"repeated": self._repeated, "because of": self._last_trouble} if self._repeated else {})
 
-    def ask(self, texts: Sequence[str], check: Callable[[Any], np.ndarray], stop: threading.Event) -> np.ndarray:
+    def ask(
+        self,
+        texts: Sequence[str],
+        check: Callable[[Any], np.ndarray],
+        stop: threading.Event,
+        on_trouble: Callable[[], None],
+    ) -> np.ndarray:
         """The vectors of a batch, [len(texts), E], in the texts' order.
 
         Args:
             check: rows as the endpoint gave them -> vectors; raises `InputError` where they can't be used.
             stop: once set, nothing more is asked.
+            on_trouble: called before a request is repeated.
 
         Raises:
             InputError: the endpoint refuses, or goes on failing, or a limit is reached.
@@ -220,16 +203,16 @@ class Session:
                 if attempt == self._config.retries or unusable == MOST_UNUSABLE or stop.is_set():
                     times = "once" if attempt == 0 else f"{attempt + 1} times"
                     raise InputError(
-                        f"{self._name} failed {times} ({trouble}): what was answered before is kept, "
+                        f"{self.name} failed {times} ({trouble}): what was answered before is kept, "
                         "so run again later to go on."
                     ) from None
                 if trouble.wait > LONGEST_REQUESTED_WAIT:
                     raise InputError(
-                        f"{self._name} asks to wait for {trouble.wait:,.0f} s ({trouble}): what was answered before is "
+                        f"{self.name} asks to wait for {trouble.wait:,.0f} s ({trouble}): what was answered before is "
                         "kept, so run again then."
                     ) from None
                 self._repeated, self._last_trouble = self._repeated + 1, str(trouble)[:60]
-                self.on_trouble()
+                on_trouble()
                 # Jitter, so that requests that failed together don't come back together.
                 delay = min(self._config.backoff * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.5, 1.5)
                 stop.wait(max(delay, trouble.wait))
@@ -239,12 +222,13 @@ class Session:
         body: dict[str, Any] = {"model": self._config.model, "input": list(texts)}
         if self._config.dimensions:
             body["dimensions"] = self._config.dimensions
-        with self._budget.request(sum(map(most_tokens, texts))) as settle:
+        headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}
+        with self.budget.request(sum(map(most_tokens, texts))) as settle:
             if stop.is_set():  # here, since the budget may have let it wait
                 settle(0)
-                raise InputError(f"{self._name} was not asked for everything: the run was stopped.")
+                raise InputError(f"{self.name} was not asked for everything: the run was stopped.")
             try:
-                response = self._client.post(self._url, json=body)
+                response = self._client.post(f"{self._base}/embeddings", json=body, headers=headers)
             except httpx2.TimeoutException:  # it may be working on it, so it may cost
                 raise _Trouble(f"no answer within {self._config.timeout:g} s") from None
             except httpx2.ConnectError as error:
@@ -281,16 +265,25 @@ class Session:
             advice = "give the base URL that it redirects to"
         else:
             advice = ADVICE.get(status, "change what the message names").format(variable=self._config.key_variable)
-        if status in (401, 403) and not self._key:
+        if status in (401, 403) and not self._key():
             advice += ", which is not set"
-        return InputError(f"{self._name} refused ({said}): {advice}.")
+        return InputError(f"{self.name} refused ({said}): {advice}.")
 
     def _said(self, text: str) -> str:
         """Somebody else's text as a part of our sentence, without the key, which servers like to quote."""
-        if self._key:
-            text = text.replace(self._key, "[key]")
+        if key := self._key():
+            text = text.replace(key, "[key]")
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split()).rstrip(".")
         return text if len(text) <= MOST_SAID else text[:MOST_SAID] + "..."
+
+    def _key(self) -> str:
+        """Read where it is used, and never kept."""
+        key = os.environ.get(self._config.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise InputError(
+                f"The environment variable {self._config.key_variable} holds characters that no key has; set it anew."
+            )
+        return key
 
 
 def _checked_url(url: str) -> str:
