@@ -375,7 +375,7 @@ def test_back_off_doubles(endpoint: Endpoint, make: Make) -> None:
 def test_a_plan_beyond_the_limit_is_refused_before_it_starts(endpoint: Endpoint, make: Make) -> None:
     with pytest.raises(InputError, match="would need 6 requests, and api.max_requests is 5"):
         make(max_requests=5).embed(TEXTS, batch_size=7)
-    with pytest.raises(InputError, match=r"would cost about \$0.0160, and api.max_cost is 0.01"):
+    with pytest.raises(InputError, match=r"would cost about \$0.016000, and api.max_cost is 0.01"):
         make(price=100, max_cost=0.01).embed(TEXTS)
     assert not endpoint.requests
     embedder = make(max_requests=6)
@@ -420,14 +420,14 @@ def test_what_it_costs_is_said_before_it_starts(
         endpoint.always = lambda request: said_first.append(capsys.readouterr().err)
         embedder.embed(TEXTS, batch_size=20)
         assert (
-            f"tiny at {endpoint.url}: 40 distinct texts, 4 cached, 2 requests, about 144 tokens, about $0.0003 "
+            f"tiny at {endpoint.url}: 40 distinct texts, 4 cached, 2 requests, about 144 tokens, about $0.000288 "
             in (said_first[0])
         )
         assert "(limit: 9 requests, $1); the key is that of OPENAI_API_KEY\n" in said_first[0]
         embedder.embed(["one more"])  # as each step of the correction loop would: not worth a line
         assert "tiny" not in capsys.readouterr().err
         make().embed(TEXTS)
-        assert "all of 40 distinct texts are cached, nothing is asked" in capsys.readouterr().err
+        assert "all of 40 distinct texts are cached, nothing is asked\n" in capsys.readouterr().err
     finally:
         progress.disable()
 
@@ -509,14 +509,10 @@ def test_a_cache_that_cannot_be_used(endpoint: Endpoint, make: Make, tmp_path: P
 # --- in the correction loop
 
 
-@pytest.mark.parametrize("kind", ["callable", "endpoint"])
-def test_the_correction_loop_over_a_black_box(endpoint: Endpoint, make: Make, kind: str) -> None:
+def test_the_correction_loop_over_black_boxes(endpoint: Endpoint, make: Make) -> None:
     params = toy_loop.toy_params()
     targets = np.asarray(toy_loop.embed(params, toy_loop.toy_texts(1, toy_loop.BATCH)))
     table = np.asarray(params["table"])  # here: nothing beside the running loop may call jax
-
-    def texts_of(ids: np.ndarray) -> list[str]:
-        return [" ".join(str(i) for i in row if i != 0) for row in ids]
 
     def embed_texts(texts: list[str]) -> list[list[float]]:
         ids = [np.array(text.split(), int) for text in texts]
@@ -527,18 +523,22 @@ def test_the_correction_loop_over_a_black_box(endpoint: Endpoint, make: Make, ki
         data = [{"index": i, "embedding": row} for i, row in enumerate(rows)][::-1]
         return 200, {}, json.dumps({"data": data}).encode()
 
+    def embed(ids: np.ndarray) -> np.ndarray:
+        return embedder.embed([" ".join(str(i) for i in row if i != 0) for row in ids])
+
     endpoint.always = behave
-    embedder = make() if kind == "endpoint" else CallableEmbedder(embed_texts)
-    boxed = host_embedder(lambda ids: embedder.embed(texts_of(ids)), toy_loop.WIDTH)
+    boxed = host_embedder(embed, toy_loop.WIDTH)
     loop = CorrectionLoop(
         toy_loop.hypothesize, toy_loop.propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings()
     )
-    toy_loop.assert_same(loop(params, targets, 6), toy_loop.make_loop()(params, targets, 6))
-    assert set(endpoint.paid.values()) <= {1}
-    if kind == "endpoint":
-        endpoint.always = status(401, "The key has expired.")
-        with pytest.raises(InputError, match="status 401: The key has expired"), host_errors():
-            loop(params, -targets, 6)
+    expected = toy_loop.make_loop()(params, targets, 6)
+    for black_box in (CallableEmbedder(embed_texts), make()):
+        embedder = black_box
+        toy_loop.assert_same(loop(params, targets, 6), expected)
+    assert {*endpoint.paid.values()} == {1}
+    endpoint.always = status(401, "The key has expired.")
+    with pytest.raises(InputError, match="status 401: The key has expired"), host_errors():
+        loop(params, -targets, 6)
 
 
 # --- settings and secrets
@@ -634,7 +634,7 @@ def test_embed_from_the_command_line(
     endpoint.then(status(500, f"with {KEY}"), raw(b"<html>"))
     code, out, err = run(*api, "--api.price", "0.02", "--api.max-cost", "1")
     assert (code, out) == (0, f"40 vectors of width 8 -> {output}\n")
-    assert "4 requests, about 160 tokens, about $0.0000 (limit: $1)" in err and KEY not in out + err
+    assert "4 requests, about 160 tokens, about $0.000003 (limit: $1)" in err and KEY not in out + err
     np.testing.assert_array_equal(np.load(output), EXPECTED)
     assert not list(tmp_path.glob("*.part"))
     for file in tmp_path.rglob("*"):

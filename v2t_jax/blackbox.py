@@ -21,7 +21,7 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.compile_cache import user_cache_dir
 from v2t_jax.config import ApiConfig
-from v2t_jax.endpoint import Endpoint, approximate_tokens
+from v2t_jax.endpoint import Endpoint, approximate_tokens, dollars
 from v2t_jax.errors import InputError
 from v2t_jax.vector_cache import VectorCache
 
@@ -162,7 +162,7 @@ class Plan(NamedTuple):
         parts = [f"{self.texts:,} distinct texts", f"{self.cached:,} cached", f"{self.requests:,} requests"]
         parts.append(f"about {self.tokens:,} tokens")
         if self.cost is not None:
-            parts.append(f"about ${self.cost:.4f}")
+            parts.append(f"about {dollars(self.cost)}")
         return ", ".join(parts)
 
 
@@ -226,7 +226,8 @@ class HttpEmbedder(BlackBox):
             # The correction loop calls once a step: then only what doubles the sum is worth another line.
             if self.budget.requests + plan.requests > 2 * self._announced:
                 self._announced = self.budget.requests + plan.requests
-                progress.note(f"{self.name}: {plan}{self.budget.limits()}; {self._endpoint.key_note()}")
+                how = f"{self.budget.limits()}; {self._endpoint.key_note()}" if missing else ""
+                progress.note(f"{self.name}: {plan}{how}")
             if missing:
                 self._ask(texts, missing, found, batch_size, cache)
         return np.stack([vector for vector in found if vector is not None])

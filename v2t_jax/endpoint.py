@@ -45,6 +45,11 @@ def most_tokens(text: str) -> int:
     return len(text.encode()) + 2
 
 
+def dollars(cost: float) -> str:
+    """Small sums with all the digits that count."""
+    return f"${cost:,.2f}" if cost >= 1 else f"${cost:.6f}"
+
+
 class Budget:
     """Counts requests and tokens, and refuses a request that could exceed a limit. Threads may share it.
 
@@ -83,9 +88,9 @@ class Budget:
                 "raise it, send more texts a request, or give fewer texts."
             )
         if self._too_dear(tokens):
-            before = f" after ${self.cost_of(self.tokens):.4f} before" if self.tokens else ""
+            before = f" after {dollars(self.cost_of(self.tokens) or 0)} before" if self.tokens else ""
             raise InputError(
-                f"{name} would cost about ${self.cost_of(tokens):.4f}{before}, and api.max_cost is "
+                f"{name} would cost about {dollars(self.cost_of(tokens) or 0)}{before}, and api.max_cost is "
                 f"{self._config.max_cost:g}: raise it, or give fewer texts."
             )
 
@@ -174,7 +179,7 @@ class Endpoint:
     def troubles(self) -> dict[str, str | int]:
         """For a progress bar: what was paid so far, and what went wrong."""
         cost = self.budget.cost_of(self.budget.tokens)
-        shown: dict[str, str | int] = {} if cost is None else {"paid": f"${cost:.4f}"}
+        shown: dict[str, str | int] = {} if cost is None else {"paid": dollars(cost)}
         return shown | ({"repeated": self._repeated, "because of": self._last_trouble} if self._repeated else {})
 
     def ask(
