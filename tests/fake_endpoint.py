@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 
 WIDTH = 8
+KEY = "sk-secret-0123456789"
+TEXTS = [f"text number {i}" for i in range(40)]
+Api = Callable[..., Any]  # the fixture `api`: settings -> HttpEmbedder
 
 
 def vector(text: str, width: int = WIDTH) -> list[float]:
@@ -20,6 +23,9 @@ def vector(text: str, width: int = WIDTH) -> list[float]:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
     values = np.random.default_rng(seed).normal(size=width)
     return (values / np.linalg.norm(values)).tolist()
+
+
+EXPECTED = np.array([vector(text) for text in TEXTS], np.float32)
 
 
 def answer(texts: list[str], width: int = WIDTH) -> dict[str, Any]:
