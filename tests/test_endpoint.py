@@ -126,6 +126,13 @@ def test_what_may_pass_is_tried_again_a_few_times(endpoint: Endpoint, api: Api, 
     assert len(endpoint.requests) == 5 and api(model="other").plan(texts).cached == 0
 
 
+def test_a_plan_looks_at_its_texts(api: Api) -> None:
+    with pytest.raises(InputError, match="Text 1 of 1 is not valid Unicode"):
+        api().plan(["\udce9"])
+    with pytest.raises(InputError, match="batch_size is 0"):
+        api().plan(["a"], batch_size=0)
+
+
 def test_unusable_answers_are_paid_for_three_times_at_most(endpoint: Endpoint, api: Api) -> None:
     endpoint.always = raw(b"<html>")
     with pytest.raises(InputError, match="failed 3 times"):

@@ -69,13 +69,11 @@ class BlackBox(ABC):
         Raises:
             InputError: a text is blank or no valid Unicode, or an answer is not one usable vector a text.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; give at least 1.")
-        _check_texts(texts)
-        if not texts:
+        distinct = _distinct(texts, batch_size)
+        if not distinct:
             return np.zeros((0, self.width), np.float32)
-        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        return self._embed(list(index), batch_size)[[index[text] for text in texts]]
+        index = {text: i for i, text in enumerate(distinct)}
+        return self._embed(distinct, batch_size)[[index[text] for text in texts]]
 
     @abstractmethod
     def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
@@ -170,7 +168,8 @@ class HttpEmbedder(BlackBox):
     """An OpenAI-compatible endpoint, `POST base_url/embeddings`.
 
     What was answered is kept on disk as it arrives, by endpoint, model, dimensions and the sha256 of the text (not the
-    text), so that a run that was interrupted or killed pays for nothing twice. Limits hold for the life of the object.
+    text), so that a run that was interrupted pays for nothing twice; one that was killed, at most for the requests that
+    were under way. Limits hold for the life of the object.
 
     Args:
         base_url: such as https://api.openai.com/v1
@@ -197,7 +196,7 @@ class HttpEmbedder(BlackBox):
 
     def plan(self, texts: Sequence[str], batch_size: int = 64) -> Plan:
         """What `embed` with the same arguments would ask and about cost; asks nothing."""
-        distinct = list(dict.fromkeys(texts))
+        distinct = _distinct(texts, batch_size)
         with closing(VectorCache(self.cache_file)) as cache:
             missing = [text for text, vector in zip(distinct, cache.read(distinct), strict=True) if vector is None]
         return self._plan(len(distinct), missing, batch_size)
@@ -275,7 +274,10 @@ class HttpEmbedder(BlackBox):
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _check_texts(texts: Sequence[str]) -> None:
+def _distinct(texts: Sequence[str], batch_size: int) -> list[str]:
+    """Each text once, after a look at what was given."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1.")
     for i, text in enumerate(texts):
         if not text.strip():
             raise InputError(f"Text {i + 1} of {len(texts)} is empty; leave it out or give it words.")
@@ -283,6 +285,7 @@ def _check_texts(texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise InputError(f"Text {i + 1} of {len(texts)} is not valid Unicode; give it as UTF-8.") from None
+    return list(dict.fromkeys(texts))
 
 
 def _as_array(answer: Any, name: str) -> np.ndarray:

@@ -253,7 +253,7 @@ class Endpoint:
             except RecursionError:
                 raise _Trouble("an answer nested too deeply", unusable=True) from None
             except InputError as error:
-                raise _Trouble(str(error).rstrip("."), unusable=True) from None
+                raise _Trouble(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
             except ValueError as error:  # no JSON, or cut off
                 kind = "HTML" if response.text.lstrip().startswith("<") else f"no JSON: {error}"
                 raise _Trouble(f"an answer that is {kind}", unusable=True) from None
