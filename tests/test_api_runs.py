@@ -207,7 +207,10 @@ def test_control_c_on_the_command_line_keeps_what_was_answered(endpoint: Endpoin
         assert arrived.wait(60)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)  # it doesn't wait out the 200 seconds
+        try:
+            out, err = process.communicate(timeout=30)  # it doesn't wait out the 200 seconds
+        finally:
+            process.kill()
     assert (process.returncode, out) == (130, "") and err.splitlines()[-1] == "v2t: interrupted"
     assert "what was answered is kept in" in err and "Traceback" not in err and KEY not in err
     assert not list(tmp_path.glob("o.npy*"))

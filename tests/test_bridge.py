@@ -95,7 +95,7 @@ def test_a_large_batch_crosses_the_bridge_without_a_deadlock():
     np.testing.assert_array_equal(repeatedly(ids, 20), ids)
 
 
-def test_what_the_host_raises_arrives_as_itself(params, targets, capfd):
+def test_what_the_host_raises_arrives_as_itself(params, targets, caplog):
     calls, failing = [], {}
 
     def host(ids):
@@ -113,7 +113,7 @@ def test_what_the_host_raises_arrives_as_itself(params, targets, capfd):
             with pytest.raises(type(error)) as caught, host_errors():
                 loop(params, targets, 6)
             assert caught.value is error and len(calls) == at_call
-    assert capfd.readouterr() == ("", "")  # no traceback in the log either
+    assert not caplog.records  # JAX would log a traceback
     failing = {}
     with host_errors():
         assert loop(params, targets, 1).steps_run == 1  # nothing of it is left
