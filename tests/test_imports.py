@@ -16,7 +16,7 @@ PACKAGE = Path(v2t_jax.__file__).parent
 LAYERS: list[set[str]] = [
     {"compile_cache", "config", "errors", "progress"},
     {"sharding", "models", "decode"},
-    {"assets", "bridge", "data", "correct", "interop"},
+    {"assets", "blackbox", "bridge", "data", "correct", "endpoint", "interop", "vector_cache"},
     {"pretrained", "invert", "trace", "train", "eval"},
     {"bench", "cli"},
 ]

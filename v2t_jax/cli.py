@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
+from v2t_jax.config import ApiConfig
 from v2t_jax.errors import InputError
 from v2t_jax.trace import show_trace
 
@@ -93,17 +94,22 @@ class Embed:
     output: str
     """the .npy file to write"""
     embedder: str = "all-MiniLM-L6-v2"
-    """an embedder's name, or a sentence-transformers folder"""
+    """an embedder's name, a sentence-transformers folder, or the base URL of an OpenAI-compatible endpoint"""
     batch_size: int = 64
+    """texts at a time, or in one request"""
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
         import numpy as np
 
+        from v2t_jax.blackbox import HttpEmbedder
         from v2t_jax.interop.sentence_transformers import load_embedder
         from v2t_jax.invert import check_texts
 
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; give at least 1.")
+        if "://" not in self.embedder and self.api != ApiConfig():
+            raise InputError("The --api options need an endpoint: give its base URL, --embedder https://HOST/v1.")
         try:
             content = Path(self.input).read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -117,14 +123,17 @@ class Embed:
         output, part = Path(self.output), Path(f"{self.output}.part")
         try:
             with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved
-                embedder = load_embedder(self.embedder)
-                longest = embedder.config.max_length
-                cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(lines))
-                if cut:
-                    progress.note(
-                        f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
-                    )
-                vectors = embedder.embed(lines, self.batch_size)
+                if "://" in self.embedder:
+                    vectors = HttpEmbedder(self.embedder, self.api).embed(lines, self.batch_size)
+                else:
+                    embedder = load_embedder(self.embedder)
+                    longest = embedder.config.max_length
+                    cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(lines))
+                    if cut:
+                        progress.note(
+                            f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
+                        )
+                    vectors = embedder.embed(lines, self.batch_size)
                 np.save(file, vectors)  # to a file, not a path: that would get .npy appended
             part.replace(output)
         except OSError as error:
@@ -341,7 +350,7 @@ def _sentence(box: str) -> str:
     if "╭" not in box:  # drawn in ASCII, where stdout is no UTF-8: the title is a part of its own
         parts = parts[1:]
     parts = parts or [["The command line can't be understood"]]
-    gist = " ".join(parts[0]).rstrip(".")
+    gist = re.sub(r"^Error parsing __tyro\S*: ", "", " ".join(parts[0]).rstrip("."))
     gist = gist.replace("invalid literal for int() with base 10:", "it needs a whole number, not")
     said = [gist.replace("could not convert string to float:", "it needs a number, not")]
     for part in parts[1:]:
