@@ -14,7 +14,7 @@ PACKAGE = Path(v2t_jax.__file__).parent
 
 # A part (a module or folder of the package) imports from its own layer and from those before it.
 LAYERS: list[set[str]] = [
-    {"compile_cache", "config", "errors", "progress"},
+    {"arrays", "compile_cache", "config", "errors", "progress"},
     {"sharding", "models", "decode"},
     {"assets", "blackbox", "bridge", "data", "correct", "endpoint", "interop", "vector_cache"},
     {"pretrained", "invert", "trace", "train", "eval"},

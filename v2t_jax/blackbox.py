@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from v2t_jax import progress
+from v2t_jax.arrays import as_numpy
 from v2t_jax.compile_cache import user_cache_dir
 from v2t_jax.config import ApiConfig
 from v2t_jax.endpoint import Endpoint, approximate_tokens, dollars
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_texts
 from v2t_jax.vector_cache import VectorCache
 
 PROBE = "width"  # the text that is embedded where only the vectors' width or length is asked for
@@ -278,30 +279,17 @@ def _distinct(texts: Sequence[str], batch_size: int) -> list[str]:
     """Each text once, after a look at what was given."""
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1.")
-    for i, text in enumerate(texts):
-        if not text.strip():
-            raise InputError(f"Text {i + 1} of {len(texts)} is empty; leave it out or give it words.")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"Text {i + 1} of {len(texts)} is not valid Unicode; give it as UTF-8.") from None
+    check_texts(texts)
     return list(dict.fromkeys(texts))
 
 
 def _as_array(answer: Any, name: str) -> np.ndarray:
     """Whatever holds numbers, as float32."""
-    if isinstance(answer, list | tuple) and any(hasattr(row, "detach") for row in answer):
-        answer = [_on_host(row) for row in answer]
     try:
-        array = np.asarray(_on_host(answer))
+        array = as_numpy(answer)
         if array.dtype.kind not in "fiuV":  # V: bfloat16 and its like, which numpy knows from ml_dtypes
             raise TypeError(f"they are of type {array.dtype}")
         with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused as such
             return array.astype(np.float32)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: torch's
         raise InputError(f"{name} answered with something else than rows of numbers of one length ({error}).") from None
-
-
-def _on_host(answer: Any) -> Any:
-    """A torch tensor made ready for numpy, which knows neither gradients nor GPUs nor torch's bfloat16."""
-    return answer.detach().cpu().float() if hasattr(answer, "detach") else answer

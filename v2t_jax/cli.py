@@ -20,7 +20,7 @@ from rich.console import Console
 
 from v2t_jax import progress
 from v2t_jax.config import ApiConfig
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_texts
 from v2t_jax.trace import show_trace
 
 PACKAGED_MODEL = "minilm-wordnet"
@@ -47,7 +47,7 @@ class Invert:
     model: str = PACKAGED_MODEL
     """a packaged model's name, or a model folder"""
     embedder: str | None = None
-    """where the model's embedder lies, if not where it did when the model was made"""
+    """where the model's embedder lies, if not where it did when the model was made; or an endpoint's base URL"""
     num_steps: int = 8
     """correction steps; 0 gives the nearest first guess"""
     sequence_beam_width: int = 4
@@ -58,16 +58,17 @@ class Invert:
     """vectors at a time; by default what fits a small machine"""
     json: bool = False
     """print one JSON document and nothing else"""
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
-        from v2t_jax.invert import check_texts, invert_embeddings, invert_strings, read_vectors
+        from v2t_jax.invert import invert_embeddings, invert_strings, read_vectors
         from v2t_jax.pretrained import load
 
         if bool(self.text) == (self.embeddings is not None):
             raise InputError("Give either --text TEXT or --embeddings FILE.npy.")
         check_texts(self.text)
         vectors = read_vectors(self.embeddings) if self.embeddings is not None else None
-        inverter = load(self.model, self.embedder)
+        inverter = load(self.model, open_embedder(self.embedder, self.api))
         options: dict[str, Any] = {
             "num_steps": self.num_steps,
             "sequence_beam_width": self.sequence_beam_width,
@@ -102,14 +103,11 @@ class Embed:
     def run(self) -> None:
         import numpy as np
 
-        from v2t_jax.blackbox import HttpEmbedder
         from v2t_jax.interop.sentence_transformers import load_embedder
-        from v2t_jax.invert import check_texts
 
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; give at least 1.")
-        if "://" not in self.embedder and self.api != ApiConfig():
-            raise InputError("The --api options need an endpoint: give its base URL, --embedder https://HOST/v1.")
+        embedder = open_embedder(self.embedder, self.api)
         try:
             content = Path(self.input).read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -123,17 +121,15 @@ class Embed:
         output, part = Path(self.output), Path(f"{self.output}.part")
         try:
             with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved
-                if "://" in self.embedder:
-                    vectors = HttpEmbedder(self.embedder, self.api).embed(lines, self.batch_size)
-                else:
-                    embedder = load_embedder(self.embedder)
+                if isinstance(embedder, str):
+                    embedder = load_embedder(embedder)
                     longest = embedder.config.max_length
                     cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(lines))
                     if cut:
                         progress.note(
                             f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
                         )
-                    vectors = embedder.embed(lines, self.batch_size)
+                vectors = embedder.embed(lines, self.batch_size)
                 np.save(file, vectors)  # to a file, not a path: that would get .npy appended
             part.replace(output)
         except OSError as error:
@@ -151,7 +147,7 @@ class Evaluate:
     model: str = PACKAGED_MODEL
     """a packaged model's name, or a model folder"""
     embedder: str | None = None
-    """where the model's embedder lies, if not where it did when the model was made"""
+    """where the model's embedder lies, if not where it did when the model was made; or an endpoint's base URL"""
     split: str = "held_out"
     """held_out or train"""
     num_steps: tuple[int, ...] = (0, 1, 8)
@@ -164,6 +160,7 @@ class Evaluate:
     """write cosine and BLEU against steps to this PNG file"""
     json: bool = False
     """print one JSON document and nothing else"""
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
         from v2t_jax.eval.evaluate import (
@@ -179,7 +176,7 @@ class Evaluate:
         check_grid(self.num_steps, self.sequence_beam_width)
         if self.plot is not None:
             check_plot_file(Path(self.plot))
-        inverter = load(self.model, self.embedder)
+        inverter = load(self.model, open_embedder(self.embedder, self.api))
         texts = evaluation_texts(inverter, self.split, self.limit, self.source)
         report = evaluate(inverter, texts, self.num_steps, self.sequence_beam_width, self.split)
         if self.plot is not None:
@@ -203,7 +200,7 @@ class Demo:
     def run(self) -> None:
         from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts, plot, table
         from v2t_jax.eval.evaluate import report as make_report
-        from v2t_jax.invert import check_texts, invert_strings
+        from v2t_jax.invert import invert_strings
         from v2t_jax.pretrained import load
 
         check_texts([] if self.text is None else [self.text])
@@ -367,6 +364,17 @@ def _sentence(box: str) -> str:
 def format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as people read it: without the place in the source."""
     return f"v2t: warning: {message}\n"
+
+
+def open_embedder(name: str | None, api: ApiConfig) -> Any:
+    """An endpoint by its base URL; other names are left to `v2t_jax.load` and `load_embedder`."""
+    if name is not None and "://" in name:
+        from v2t_jax.blackbox import HttpEmbedder
+
+        return HttpEmbedder(name, api)
+    if api != ApiConfig():
+        raise InputError("The --api options need an endpoint: give its base URL, --embedder https://HOST/v1.")
+    return name
 
 
 def start_jax() -> None:
