@@ -20,8 +20,9 @@ from toy_loop import (
     toy_texts,
 )
 
-from v2t_jax.bridge import host_bridge, host_embedder
+from v2t_jax.bridge import host_bridge, host_embedder, host_errors
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings
+from v2t_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,40 @@ def test_a_large_batch_crosses_the_bridge_without_a_deadlock():
         return jax.lax.scan(lambda carry, _: (bridge(carry)[0], None), ids, None, length=times)[0]
 
     np.testing.assert_array_equal(repeatedly(ids, 20), ids)
+
+
+def test_what_the_host_raises_arrives_as_itself(params, targets, caplog):
+    calls, failing = [], {}
+
+    def host(ids):
+        calls.append(len(ids))
+        if len(calls) in failing:
+            raise failing[len(calls)]
+        return np.ones((len(ids), WIDTH), np.float32) * ids[:, :1]
+
+    boxed = host_embedder(host, WIDTH)
+    loop = CorrectionLoop(hypothesize, propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings())
+    for error in (InputError("The key is wrong; set another."), KeyboardInterrupt(), KeyError("own")):
+        for at_call in (1, 3):  # at the first guess; inside the steps
+            calls.clear()
+            failing = {at_call: error}
+            with pytest.raises(type(error)) as caught, host_errors():
+                loop(params, targets, 6)
+            assert caught.value is error and len(calls) == at_call
+    assert not caplog.records  # JAX would log a traceback
+    failing = {}
+    with host_errors():
+        assert loop(params, targets, 1).steps_run == 1  # nothing of it is left
+
+
+def test_errors_of_a_bridge_and_of_others_arrive_too():
+    def fails(ids):
+        raise InputError(f"{ids[0, 0]} is wrong; change it.")
+
+    bridge = jax.jit(host_bridge(fails, 3))
+    with pytest.raises(InputError, match="^7 is wrong; change it.$"), host_errors():
+        jax.block_until_ready(bridge(jnp.full((2, 3), 7)))
+    with pytest.raises(ZeroDivisionError), host_errors():
+        raise ZeroDivisionError
+    with pytest.raises(Exception, match="7 is wrong"):  # not asked for: JAX's own, with the text in it
+        jax.block_until_ready(bridge(jnp.full((2, 3), 7)))

@@ -1,16 +1,19 @@
 """Models with a tokenizer of their own, in front of embedders with another one, or of which only the output is seen."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from fake_endpoint import Endpoint, vector
 from tiny_model import make_model
 from tiny_run import WORDS, make_embedder, make_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import v2t_jax as v2t
+from v2t_jax import cli
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
@@ -163,3 +166,40 @@ def test_embedders_that_do_not_fit(folder: Path) -> None:
     wide.width = 17
     with pytest.raises(InputError, match="of width 16, but those of letter-counts are 17 wide"):
         make_bridged(wide)
+
+
+def test_what_the_embedder_refuses_in_the_loop_arrives_as_it_is(black_box: Inverter) -> None:
+    class Exhausted(LetterCounts):
+        def embed(self, texts: list[str], batch_size: int = 64) -> np.ndarray:
+            raise InputError("The budget is spent; raise it.")
+
+    e = black_box.embedder.embed(make_texts(3))
+    with pytest.raises(InputError, match=r"^The budget is spent; raise it\.$"):
+        v2t.invert_embeddings(make_bridged(Exhausted()), e, **OPTIONS)
+
+
+def test_an_endpoint_from_end_to_end(
+    black_box: Inverter,
+    folder: Path,
+    endpoint: Endpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop over HTTP: each step's texts are asked for once, and a second run asks for nothing."""
+    black_box.save(folder / "served", record={})
+    arguments = ["invert", "--model", str(folder / "served"), "--embedder", endpoint.url, "--text", "the dog", "--json"]
+    arguments += ["--api.model", "tiny", "--api.cache", str(tmp_path), "--num-steps", "2", "--sequence-beam-width", "2"]
+    arguments += ["--api.dimensions", str(WIDTH)]
+    documents = []
+    for _ in range(2):
+        paid = endpoint.paid.total()
+        monkeypatch.setattr(sys, "argv", ["v2t", *arguments])
+        cli.main()
+        documents.append(json.loads(capsys.readouterr().out))
+    assert documents[0] == documents[1] and endpoint.paid.total() == paid
+    assert set(endpoint.paid.values()) == {1} and "the dog" in endpoint.paid
+    (found,) = documents[0]
+    assert len(found["trace"]) == 3 and found["reference"] == "the dog"
+    target, own = (np.array(vector(text, WIDTH)) for text in ("the dog", found["text"]))
+    assert found["cosine"] == pytest.approx(float(target @ own), abs=1e-6)

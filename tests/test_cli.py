@@ -333,18 +333,10 @@ def test_a_reader_who_leaves_is_no_error(models: Path) -> None:
 
 
 def test_control_c_ends_in_one_line(models: Path) -> None:
-    command = [
-        *V2T,
-        "invert",
-        "--embeddings",
-        "good.npy",
-        "--model",
-        "tiny",
-        "--num-steps",
-        "1000000",
-        "--mode",
-        "upstream",
-    ]
+    # A shell that starts the tests in the background has its children ignore Ctrl-C, and theirs too.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [*V2T[:-1], listen + V2T[-1], "invert", "--embeddings", "good.npy", "--model", "tiny"]
+    command += ["--num-steps", "1000000", "--mode", "upstream"]
     with subprocess.Popen(command, cwd=models, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = ""

@@ -14,9 +14,9 @@ PACKAGE = Path(v2t_jax.__file__).parent
 
 # A part (a module or folder of the package) imports from its own layer and from those before it.
 LAYERS: list[set[str]] = [
-    {"compile_cache", "config", "errors", "progress", "torch_order"},
+    {"arrays", "compile_cache", "config", "errors", "progress", "torch_order"},
     {"sharding", "models", "decode"},
-    {"assets", "bridge", "data", "correct", "interop"},
+    {"assets", "blackbox", "bridge", "data", "correct", "endpoint", "interop", "vector_cache"},
     {"pretrained", "convert", "invert", "trace", "train", "eval"},
     {"bench", "cli"},
 ]

@@ -18,7 +18,7 @@ from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models import corrector, inverter
-from v2t_jax.pretrained import Inverter, load
+from v2t_jax.pretrained import CARD_HEAD, Inverter, load
 
 T5 = T5Config(vocab_size=60, d_model=64, d_kv=32, d_ff=128, num_heads=2, num_encoder_layers=1, num_decoder_layers=1)
 MODEL = ModelConfig(t5=T5, embedding_width=16, num_pseudo_tokens=2, max_length=8, standardise=True, bag_of_words=True)
@@ -69,7 +69,7 @@ def test_what_a_folder_holds(saved):
     assert names == ["README.md", "config.json", "corrector.safetensors", "inverter.safetensors", "pieces.safetensors"]
     config = json.loads((saved / "config.json").read_text())
     assert config["record"] == {"recipe": {"seed": 3}}
-    assert (saved / "README.md").read_text() == "# A model\n"
+    assert (saved / "README.md").read_text() == f"{CARD_HEAD}# A model\n"
     for name, sha256 in config["files"].items():
         assert hashlib.sha256((saved / name).read_bytes()).hexdigest() == sha256
     assert [file.name for file in saved.parent.iterdir()] == ["model"]  # nothing half-built is left
@@ -127,7 +127,7 @@ def test_a_model_of_longer_texts_than_its_embedder_reads(folder):
 
 
 def test_no_such_model():
-    with pytest.raises(InputError, match="There is no model 'no-such-model': give a model folder, or a packaged name"):
+    with pytest.raises(InputError, match="There is no model 'no-such-model': give a model folder, a packaged name"):
         load("no-such-model")
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -19,7 +19,8 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
-from v2t_jax.errors import InputError
+from v2t_jax.config import ApiConfig
+from v2t_jax.errors import InputError, check_texts
 from v2t_jax.trace import show_trace
 
 PACKAGED_MODEL = "minilm-wordnet"
@@ -46,7 +47,7 @@ class Invert:
     model: str = PACKAGED_MODEL
     """a packaged model's name, or a model folder"""
     embedder: str | None = None
-    """where the model's embedder lies, if not where it did when the model was made"""
+    """where the model's embedder lies, if not where it did when the model was made; or an endpoint's base URL"""
     num_steps: int = 8
     """correction steps; 0 gives the nearest first guess"""
     sequence_beam_width: int = 4
@@ -57,16 +58,17 @@ class Invert:
     """vectors at a time; by default what fits a small machine"""
     json: bool = False
     """print one JSON document and nothing else"""
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
-        from v2t_jax.invert import check_texts, invert_embeddings, invert_strings, read_vectors
+        from v2t_jax.invert import invert_embeddings, invert_strings, read_vectors
         from v2t_jax.pretrained import load
 
         if bool(self.text) == (self.embeddings is not None):
             raise InputError("Give either --text TEXT or --embeddings FILE.npy.")
         check_texts(self.text)
         vectors = read_vectors(self.embeddings) if self.embeddings is not None else None
-        inverter = load(self.model, self.embedder)
+        inverter = load(self.model, open_embedder(self.embedder, self.api))
         options: dict[str, Any] = {
             "num_steps": self.num_steps,
             "sequence_beam_width": self.sequence_beam_width,
@@ -93,17 +95,19 @@ class Embed:
     output: str
     """the .npy file to write"""
     embedder: str = "all-MiniLM-L6-v2"
-    """an embedder's name, or a sentence-transformers folder"""
+    """an embedder's name, a sentence-transformers folder, or the base URL of an OpenAI-compatible endpoint"""
     batch_size: int = 64
+    """texts at a time, or in one request"""
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
         import numpy as np
 
         from v2t_jax.interop.sentence_transformers import load_embedder
-        from v2t_jax.invert import check_texts
 
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; give at least 1.")
+        embedder = open_embedder(self.embedder, self.api)
         try:
             content = Path(self.input).read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -117,13 +121,14 @@ class Embed:
         output, part = Path(self.output), Path(f"{self.output}.part")
         try:
             with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved
-                embedder = load_embedder(self.embedder)
-                longest = embedder.config.max_length
-                cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(lines))
-                if cut:
-                    progress.note(
-                        f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
-                    )
+                if isinstance(embedder, str):
+                    embedder = load_embedder(embedder)
+                    longest = embedder.config.max_length
+                    cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(lines))
+                    if cut:
+                        progress.note(
+                            f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
+                        )
                 vectors = embedder.embed(lines, self.batch_size)
                 np.save(file, vectors)  # to a file, not a path: that would get .npy appended
             part.replace(output)
@@ -142,7 +147,7 @@ class Evaluate:
     model: str = PACKAGED_MODEL
     """a packaged model's name, or a model folder"""
     embedder: str | None = None
-    """where the model's embedder lies, if not where it did when the model was made"""
+    """where the model's embedder lies, if not where it did when the model was made; or an endpoint's base URL"""
     split: str = "held_out"
     """held_out or train"""
     num_steps: tuple[int, ...] = (0, 1, 8)
@@ -155,6 +160,7 @@ class Evaluate:
     """write cosine and BLEU against steps to this PNG file"""
     json: bool = False
     """print one JSON document and nothing else"""
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
         from v2t_jax.eval.evaluate import (
@@ -170,7 +176,7 @@ class Evaluate:
         check_grid(self.num_steps, self.sequence_beam_width)
         if self.plot is not None:
             check_plot_file(Path(self.plot))
-        inverter = load(self.model, self.embedder)
+        inverter = load(self.model, open_embedder(self.embedder, self.api))
         texts = evaluation_texts(inverter, self.split, self.limit, self.source)
         report = evaluate(inverter, texts, self.num_steps, self.sequence_beam_width, self.split)
         if self.plot is not None:
@@ -235,7 +241,7 @@ class Demo:
     def run(self) -> None:
         from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts, plot, table
         from v2t_jax.eval.evaluate import report as make_report
-        from v2t_jax.invert import check_texts, invert_strings
+        from v2t_jax.invert import invert_strings
         from v2t_jax.pretrained import load
 
         check_texts([] if self.text is None else [self.text])
@@ -254,6 +260,37 @@ class Demo:
         if len(found) > DEMO_SHOWN:
             print(f"Shown are the {DEMO_SHOWN} recovered best; the table is over all {len(found)}.")
         print(f'The plot is in {self.plot}. Recover a sentence of your own: make demo TEXT="..."')
+
+
+@dataclass(frozen=True)
+class Push:
+    """Send a model to the Hugging Face hub. Without --upload it only says what would be sent."""
+
+    model: tyro.conf.Positional[str]
+    """a model folder, or a packaged model's name"""
+    repository: tyro.conf.Positional[str]
+    """where to: owner/name"""
+    public: bool = False
+    """let everybody read a repository that this makes"""
+    upload: bool = False
+    """do it"""
+
+    def run(self) -> None:
+        from v2t_jax.interop.hub import push
+        from v2t_jax.pretrained import load, locate_model
+
+        embedder = load(self.model).embedder.name  # refuses what is damaged or lacks its embedder
+        if os.path.isdir(embedder):
+            progress.note(f"The model names the folder {embedder} as its embedder: others have to give --embedder.")
+        sent = push(locate_model(self.model), self.repository, private=not self.public, dry_run=not self.upload)
+        for name, size in sent.files:
+            print(f"{size / 1e6:10.3f} MB  {name}")
+        print(f"{sent.size / 1e6:10.3f} MB  in all")
+        if sent.url is not None:
+            print(f"The model is at {sent.url}; try: v2t invert --model {self.repository} --text ...")
+        else:
+            kind = "public" if self.public else "private"
+            print(f"Nothing was sent. With --upload it goes to {self.repository}, {kind} if it doesn't exist yet.")
 
 
 @dataclass(frozen=True)
@@ -351,7 +388,7 @@ def _sentence(box: str) -> str:
     if "╭" not in box:  # drawn in ASCII, where stdout is no UTF-8: the title is a part of its own
         parts = parts[1:]
     parts = parts or [["The command line can't be understood"]]
-    gist = " ".join(parts[0]).rstrip(".")
+    gist = re.sub(r"^Error parsing __tyro\S*: ", "", " ".join(parts[0]).rstrip("."))
     gist = gist.replace("invalid literal for int() with base 10:", "it needs a whole number, not")
     said = [gist.replace("could not convert string to float:", "it needs a number, not")]
     for part in parts[1:]:
@@ -368,6 +405,17 @@ def _sentence(box: str) -> str:
 def format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as people read it: without the place in the source."""
     return f"v2t: warning: {message}\n"
+
+
+def open_embedder(name: str | None, api: ApiConfig) -> Any:
+    """An endpoint by its base URL; other names are left to `v2t_jax.load` and `load_embedder`."""
+    if name is not None and "://" in name:
+        from v2t_jax.blackbox import HttpEmbedder
+
+        return HttpEmbedder(name, api)
+    if api != ApiConfig():
+        raise InputError("The --api options need an endpoint: give its base URL, --embedder https://HOST/v1.")
+    return name
 
 
 def start_jax() -> None:
@@ -387,7 +435,7 @@ class _TrainHelp:
 
 
 COMMANDS: dict[str, Any] = {
-    **{"invert": Invert, "embed": Embed, "eval": Evaluate, "convert": Convert, "demo": Demo, "env": Env},
+    **{"invert": Invert, "embed": Embed, "eval": Evaluate, "convert": Convert, "demo": Demo, "push": Push, "env": Env},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 

@@ -245,6 +245,45 @@ class Config:
         _require(self.initial_embedding_std > 0, "initial_embedding_std must be above 0.")
 
 
+@dataclass(frozen=True)
+class ApiConfig:
+    """How an OpenAI-compatible endpoint is asked for embeddings, and what that may cost in one run."""
+
+    model: str = ""
+    """the endpoint's name for the embedding model"""
+    dimensions: int | None = None
+    """ask for vectors of this width, where the endpoint can cut them; by default it decides"""
+    key_variable: str = "OPENAI_API_KEY"
+    """the environment variable that holds the key; where it is not set, no key is sent"""
+    concurrency: int = 4
+    """requests at a time"""
+    timeout: float = 60.0
+    """seconds without a byte after which a request has failed"""
+    retries: int = 6
+    """how often a request is repeated after 408, 429, 5xx, a timeout or a broken connection"""
+    backoff: float = 1.0
+    """seconds before the first repetition, give or take; each further one waits twice as long"""
+    price: float | None = None
+    """dollars for a million tokens; with it, the cost is shown and can be limited"""
+    max_cost: float | None = None
+    """dollars that a run must not exceed; needs the price"""
+    max_requests: int | None = None
+    """requests that a run must not exceed, repetitions included"""
+    cache: str | None = None
+    """folder for the vectors that were paid for; by default one in the user's cache folder"""
+
+    def __post_init__(self) -> None:
+        _require(self.dimensions is None or self.dimensions >= 1, "api.dimensions must be at least 1.")
+        _require(self.concurrency >= 1, "api.concurrency must be at least 1.")
+        _require(0 < self.timeout < math.inf, "api.timeout must be a number of seconds above 0.")
+        _require(self.retries >= 0, "api.retries must not be negative; 0 repeats nothing.")
+        _require(0 <= self.backoff < math.inf, "api.backoff must be a number of seconds, 0 or more.")
+        _require(self.price is None or 0 <= self.price < math.inf, "api.price must be a finite number, 0 or more.")
+        _require(self.max_requests is None or self.max_requests >= 0, "api.max_requests must not be negative.")
+        _require(self.max_cost is None or 0 <= self.max_cost < math.inf, "api.max_cost must be finite, 0 or more.")
+        _require(self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
+
+
 def load_recipe(path: str) -> Config:
     """The config of a recipe file (`get_config() -> Config`).
 

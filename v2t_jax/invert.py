@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax import progress
+from v2t_jax.arrays import as_numpy
+from v2t_jax.bridge import host_errors
 from v2t_jax.correct import correct_in_batches
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_texts
 from v2t_jax.models.embedder import embed_texts
 from v2t_jax.pretrained import Inverter
 
@@ -55,14 +57,14 @@ class Recovered:
 
 
 def check_vectors(vectors: Any, width: int) -> np.ndarray:
-    """Vectors to invert as float32 [n, width]; one vector may come as 1-D.
+    """Vectors to invert, of numpy, JAX or torch, as float32 [n, width]; one vector may come as 1-D.
 
     Raises:
         InputError: not numbers, no rows, wrong width or dimensions, NaN or infinite values, or zero vectors.
     """
     try:
-        array = np.asarray(vectors)
-    except ValueError as error:  # rows of unequal length
+        array = as_numpy(vectors)
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of unequal length; RuntimeError: torch's
         raise InputError(
             f"The vectors are not a regular array ({error}); give one row of {width} numbers a vector."
         ) from error
@@ -151,21 +153,6 @@ def read_vectors(path: str) -> Any:
         raise InputError(f"{path} is truncated, damaged or holds something else than numbers; {advice}.") from error
 
 
-def check_texts(texts: Sequence[str], what: str = "Text") -> None:
-    """Refuses texts that can't be embedded.
-
-    Raises:
-        InputError: a text is blank, or holds bytes that are no text.
-    """
-    for i, text in enumerate(texts):
-        if not text.strip():
-            raise InputError(f"{what} {i + 1} of {len(texts)} is empty; leave it out or give it words.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # bytes of another encoding come from a command line as lone surrogates
-            raise InputError(f"{what} {i + 1} of {len(texts)} is not valid Unicode; give it as UTF-8.") from None
-
-
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Row by row, [n, E] and [n, E] -> [n]"""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -226,7 +213,8 @@ def invert_embeddings(
                 first.close()
             update(min(done, len(e)), cosine=round(cosine, 4))
 
-        found = correct_in_batches(loop, inverter.loop_params(), filled, num_steps, size, on_progress)
+        with host_errors():
+            found = correct_in_batches(loop, inverter.loop_params(), filled, num_steps, size, on_progress)
     trace_ids = found.trace_ids[: len(e)]
     # What is reported is embedded anew from its text, by the victim's own tokenizer: a sequence of pieces that the
     # tokenizer would never make of the text can't flatter.

@@ -35,6 +35,7 @@ from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Decoded, Special
 from v2t_jax.errors import InputError
+from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models import corrector, inverter, t5
 from v2t_jax.models.embedder import Embedder, EmbedderConfig, PieceMap, TextEmbedder, embed_pieces, embed_texts
@@ -46,6 +47,7 @@ PACKAGED = Path(__file__).parent / "assets" / "models"
 SPECIAL = Special(start=0, eos=1, pad=0)
 TOKENIZER = "tokenizer.json"
 UPSTREAM_LENGTH = 127  # tokens that the original's calls generate at most: 128 with the decoder's start id
+CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n---\n"  # what the hub files models by
 
 
 @dataclasses.dataclass
@@ -166,7 +168,7 @@ class Inverter:
                 "record": record,
             }
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            (building / "README.md").write_text(card or f"# {self.name}\n\nNot evaluated yet.\n")
+            (building / "README.md").write_text(CARD_HEAD + (card or f"# {self.name}\n\nNot evaluated yet.\n"))
             if folder.exists():
                 shutil.rmtree(folder)  # a model folder, or empty: see above
             building.chmod(0o755)  # a temporary folder, and what safetensors writes, are their owner's alone
@@ -181,8 +183,29 @@ class Inverter:
             shutil.rmtree(building, ignore_errors=True)
 
 
+def locate_model(name: str) -> Path:
+    """The folder of a model: see `load`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.isdir(PACKAGED / name):
+        return PACKAGED / name
+    if is_hub_name(name):
+        try:
+            return download(name)
+        except InputError as error:
+            raise InputError(f"There is no model folder {name!r} here, and from the hub: {error}") from error
+    packaged = ", ".join(sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())) or "none"
+    raise InputError(
+        f"There is no model {name!r}: give a model folder, a packaged name ({packaged}), or owner/name on the hub."
+    )
+
+
 def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = None) -> Inverter:
-    """A model by packaged name or folder, with its embedder.
+    """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
 
     Args:
         embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
@@ -191,10 +214,7 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
             trained on.
     """
-    folder = Path(name) if os.path.isdir(name) else PACKAGED / name
-    if not os.path.isdir(folder):
-        packaged = ", ".join(sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())) or "none"
-        raise InputError(f"There is no model {name!r}: give a model folder, or a packaged name ({packaged}).")
+    folder = locate_model(name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
-from v2t_jax.errors import InputError
+from v2t_jax.errors import check_texts
 from v2t_jax.models import bert
 from v2t_jax.models.layers import NEGATIVE, Params, dense
 
@@ -141,9 +141,7 @@ class Embedder:
         Raises:
             InputError: a text is empty or blank: its vector would say nothing.
         """
-        for i, text in enumerate(texts):
-            if not text.strip():
-                raise InputError(f"Text {i + 1} of {len(texts)} is empty; leave it out or give it words.")
+        check_texts(texts)
         # Similar lengths share a batch; the batch size is fixed (the last one is padded), so few shapes compile.
         order = np.argsort([len(text) for text in texts], kind="stable")
         result = np.zeros((len(texts), self.width), np.float32)

@@ -1,0 +1,105 @@
+"""The Hugging Face hub: folders by name from it, model folders to it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from v2t_jax import progress
+from v2t_jax.errors import InputError
+
+# Never a pickle.
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be a repository's name, `owner/name`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def download(name: str, patterns: Sequence[str] = PATTERNS) -> Path:
+    """The folder of a repository's files, from the hub's own cache where they are there and unchanged.
+
+    Args:
+        name: `owner/name`.
+        patterns: the files to fetch.
+
+    Raises:
+        InputError: there is no such repository, it may not be read, or the hub can't be reached and the cache has none.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        with progress.stage(f"fetching {name} from the Hugging Face hub"):
+            return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise InputError(f"{name} asks for consent: accept its terms on the hub, then run 'hf auth login'.") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"The hub has no {name}, or it is private: check the name, or run 'hf auth login' first."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{name} is not in the local cache and the hub can't be reached: connect, or give a local folder."
+        ) from error
+    except Exception as error:  # of the hub's client, of its network library, of the disk
+        raise InputError(
+            f"{name} can't be fetched from the hub ({type(error).__name__}: {error}); give a local folder instead."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What `push` sends, or would send."""
+
+    repository: str
+    files: tuple[tuple[str, int], ...]  # (name, bytes)
+    url: str | None = None  # where they are now; None: nothing was sent
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(size for _, size in self.files)
+
+
+def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool = True, api: Any = None) -> Upload:
+    """Sends a model folder to the hub, making the repository if there is none.
+
+    Args:
+        folder: a whole model folder, as `v2t_jax.load` takes it; checking it is the caller's.
+        repository: `owner/name`.
+        private: whether a new repository is closed to others.
+        dry_run: only say what would be sent.
+        api: a `huggingface_hub.HfApi`; by default of the account that is logged in.
+
+    Raises:
+        InputError: the name is none of a repository, nobody is logged in, or the hub refuses.
+    """
+    if not is_hub_name(repository):
+        raise InputError(f"{repository!r} is no repository's name: give it as owner/name.")
+    upload = Upload(repository, tuple((file.name, file.stat().st_size) for file in sorted(folder.iterdir())))
+    if dry_run:
+        return upload
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = api or HfApi(library_name="v2t_jax")
+    try:
+        with progress.stage(f"sending {upload.size / 1e6:.1f} MB to {repository}"):
+            api.create_repo(repository, private=private, exist_ok=True)
+            sent = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                allow_patterns=[name for name, _ in upload.files],
+                commit_message=f"{folder.name}, by v2t_jax",
+            )
+    except LocalTokenNotFoundError as error:
+        raise InputError("Nobody is logged in to the hub: run 'hf auth login' first.") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"The hub did not take {repository} ({reason}); run 'hf auth login' with a token that may write there."
+        ) from error
+    return Upload(repository, upload.files, str(sent.repo_url))
