@@ -22,7 +22,7 @@ from v2t_jax.decode.state import Special
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
 from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import NETWORKS, EmbedderConfig, Pooling, embed
+from v2t_jax.models.embedder import NETWORKS, EmbedderConfig, EncoderConfig, Pooling, embed
 from v2t_jax.models.layers import AttentionProjections, FeedForward, Params, RMSNorm, attend
 
 Case = dict[str, np.ndarray]
@@ -153,6 +153,14 @@ def decode(start: Callable, batch_size: int, settings: dict[str, Any], *argument
     return decoded.ids, decoded.log_probs
 
 
+_embed = jax.jit(embed, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(config: EncoderConfig, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return NETWORKS[type(config)].encode(config, params, ids, mask)
+
+
 def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Our hidden states [B, L, D], zero where padding is, and pooled vectors [B, E] of an encoder's case."""
     json_config, pooling = json.loads(str(case["config"])), cast(Pooling, str(case["pooling"]))
@@ -166,10 +174,9 @@ def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:
         params["dense"] = [{"kernel": dense.astype(np.float32).T}]
     width = case["pooled"].shape[1]
     whole = EmbedderConfig(config, pooling, ("identity",) * (dense is not None), normalise=False, width=width)
-    hidden = jax.jit(functools.partial(NETWORKS[type(config)].encode, config))
     kept = case["mask"][:, :, None] != 0  # what stands at padding is nobody's business
-    hidden_states = np.where(kept, hidden(params["encoder"], case["ids"], case["mask"]), 0)
-    return hidden_states, np.asarray(jax.jit(embed, static_argnums=0)(whole, params, case["ids"], case["mask"]))
+    hidden = np.where(kept, encode(config, params["encoder"], case["ids"], case["mask"]), 0)
+    return hidden, np.asarray(_embed(whole, params, case["ids"], case["mask"]))
 
 
 def check_encoder(case: Case) -> None:

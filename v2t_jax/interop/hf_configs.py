@@ -128,6 +128,8 @@ def mpnet(config: Json, dtype: Dtype) -> BertConfig:
 
 
 def t5_encoder(config: Json, dtype: Dtype) -> T5Config:
+    for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers"):
+        _size(config, name)
     # An encoder's file may leave out or zero what is the decoder's.
     return replace(t5_config_from_huggingface({**config, "num_decoder_layers": 1}), dtype=dtype)
 

@@ -42,6 +42,7 @@ _POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "las
 # How the old format spells the same, with true or false behind each.
 _OLD_POOLING = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "lasttoken"}
 _OLD_POOLING |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean_tokens": "weightedmean"}
+_ENCODERS = ("Transformer", "CLIPModel")
 _DEFAULT_LENGTH = 512  # tokens, where neither the folder nor the network has a limit
 
 
@@ -147,8 +148,8 @@ def load_embedder(
 
 def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
     modules = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
-    # The encoder lies in a folder of its own in some old folders.
-    body = folder / modules[0]["path"] if modules else folder
+    # In some old folders the encoder lies in one of its own.
+    body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
     encoder_json = _read_json(body / "config.json")
     files = weight_files(body)
     tensors = open_weights(files)
@@ -236,8 +237,13 @@ class _Pipeline:
     """weights of the dense layers"""
 
 
+def _kind(module: dict[str, Any]) -> str:
+    """What a module does; versions of sentence-transformers differ in where the class of this name lies."""
+    return module["type"].rsplit(".", 1)[-1]
+
+
 def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderConfig) -> _Pipeline:
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    kinds = [_kind(module) for module in modules]
     # CLIP's module gives the pooled and projected text.
     expected = "(Transformer|CLIPModel)" if isinstance(encoder, ClipTextConfig) else "Transformer Pooling( Dense)*"
     if not re.fullmatch(rf"{expected}( Normalize)?", " ".join(kinds)):
