@@ -51,6 +51,7 @@ types: install ## check types
 
 oracle: $(ORACLE)/.installed ## compare with torch and transformers, live (installs torch into .venv-oracle)
 	$(ORACLE)/bin/pytest -m oracle
+	$(ORACLE)/bin/python -m tests.oracle.table 2> /dev/null
 
 # Torch first, and by version: asked for by another package it would come as the newest, with CUDA.
 $(ORACLE)/.installed: pyproject.toml $(CONSTRAINTS)
