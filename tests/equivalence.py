@@ -4,11 +4,12 @@ Tolerances: layers 1e-5, logits 1e-4 (both relative to the largest value where t
 identical, scores 1e-4. All in float32.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
-from v2t_jax.interop.hf_bert import bert_from_huggingface
+from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
-from v2t_jax.models import bert, corrector, inverter, t5
+from v2t_jax.models import corrector, inverter, t5
+from v2t_jax.models.embedder import NETWORKS, EmbedderConfig, EncoderConfig, Pooling, embed
 from v2t_jax.models.layers import AttentionProjections, FeedForward, Params, RMSNorm, attend
 
 Case = dict[str, np.ndarray]
@@ -151,15 +153,44 @@ def decode(start: Callable, batch_size: int, settings: dict[str, Any], *argument
     return decoded.ids, decoded.log_probs
 
 
-def check_bert(case: Case) -> None:
-    json_config = json.loads(str(case["config"]))
-    config = bert.from_huggingface(json_config)
-    config = bert.BertConfig(**{**config.__dict__, "pooler": True})
-    params = jax.device_put(bert_from_huggingface(state_dict(case), config))
-    hidden = jax.jit(functools.partial(bert.encode, config))(params, case["ids"], case["mask"])
+_embed = jax.jit(embed, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(config: EncoderConfig, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return NETWORKS[type(config)].encode(config, params, ids, mask)
+
+
+def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Our hidden states [B, L, D], zero where padding is, and pooled vectors [B, E] of an encoder's case."""
+    json_config, pooling = json.loads(str(case["config"])), cast(Pooling, str(case["pooling"]))
+    config = encoder_config(json_config)
+    if pooling == "pooler":
+        config = dataclasses.replace(config, pooler=True)  # type: ignore[call-arg]
+    state = state_dict(case)
+    params: Params = {"encoder": encoder_from_huggingface(state, json_config["model_type"], config)}
+    dense = case.get("state/text_projection.weight")
+    if dense is not None:
+        params["dense"] = [{"kernel": dense.astype(np.float32).T}]
+    width = case["pooled"].shape[1]
+    whole = EmbedderConfig(config, pooling, ("identity",) * (dense is not None), normalise=False, width=width)
     kept = case["mask"][:, :, None] != 0  # what stands at padding is nobody's business
-    close(np.where(kept, hidden, 0), np.where(kept, case["hidden"], 0), LAYERS, "hidden states")
-    close(bert.pool_first_token(params, hidden), case["pooled"], LAYERS, "pooled")
+    hidden = np.where(kept, encode(config, params["encoder"], case["ids"], case["mask"]), 0)
+    return hidden, np.asarray(_embed(whole, params, case["ids"], case["mask"]))
+
+
+def check_encoder(case: Case) -> None:
+    """Hidden states and pooled vectors of a text encoder; the vectors' cosine within 1e-5 of 1, too."""
+    hidden, pooled = run_encoder(case)
+    close(hidden, np.where(case["mask"][:, :, None] != 0, case["hidden"], 0), LAYERS, "hidden states")
+    close(pooled, case["pooled"], LAYERS, "pooled")
+    assert one_less_cosine(pooled, case["pooled"]) < 1e-5
+
+
+def one_less_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest of 1 - cosine, over rows, in float64."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (ours.astype(np.float64), theirs.astype(np.float64)))
+    return float(np.max(1 - (a * b).sum(axis=1)))
 
 
 def model_config(case: Case) -> ModelConfig:
@@ -248,10 +279,16 @@ def check_minilm(case: Case) -> None:
     np.testing.assert_allclose((ours * case["embeddings"]).sum(axis=1), 1.0, rtol=0, atol=1e-5)
 
 
+# Text encoders, by their golden file; tests/oracle/encoders.py makes them.
+ENCODERS = (
+    *("bert", "distilbert", "roberta", "xlm_roberta", "mpnet", "dpr_question", "dpr_context", "t5_encoder"),
+    *("t5_v1_1_encoder", "nomic_bert", "modernbert", "clip_text", "clip"),
+    *("llama", "mistral", "qwen3", "gemma3", "gemma3_bidirectional"),
+)
 CHECKS: dict[str, tuple[Callable[[Case], None], ...]] = {
     "t5_v1_0": (check_t5_layers, check_t5_logits, check_t5_decoding),
     "t5_v1_1": (check_t5_layers, check_t5_logits, check_t5_decoding),
-    "bert": (check_bert,),
+    **{name: (check_encoder,) for name in ENCODERS},
     "inverter": (check_inverter,),
     "corrector": (check_corrector,),
     "relative_buckets": (check_relative_buckets,),

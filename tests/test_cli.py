@@ -116,6 +116,41 @@ def test_embed(run: Run, models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "made.npy.part").exists()
 
 
+def test_embed_as_vector_stores_keep_them(run: Run, models: Path, tmp_path: Path) -> None:
+    arguments = ("embed", "--embedder", "M/embedder", "--input", "M/texts.txt", "--output", "T/made.npy")
+
+    def made(*options: str) -> np.ndarray:
+        status, out, err = run(*arguments, *options)
+        assert status == 0 and "->" in out and "say little" not in err
+        return np.load(tmp_path / "made.npy")
+
+    whole = made()
+    part = whole[:, :12] / np.linalg.norm(whole[:, :12], axis=1, keepdims=True)
+    np.testing.assert_allclose(made("--dimensions", "12"), part, atol=1e-6)
+    small = made("--dimensions", "12", "--precision", "int8")
+    assert small.dtype == np.int8 and (small.min(axis=0) == -128).all() and (small.max(axis=0) >= 126).all()
+    signs = made("--dimensions", "12", "--precision", "binary")
+    assert (signs.dtype, signs.shape) == (np.int8, (300, 2))
+    bits = np.unpackbits((signs.astype(np.int16) + 128).astype(np.uint8), axis=1)[:, :12]
+    np.testing.assert_array_equal(bits, part > 0)
+    assert np.abs(made("--prefix", "the cat ") - whole).max() > 1e-3
+    (tmp_path / "few.txt").write_text("a dog\nthe cat\n")
+    few = ("embed", "--embedder", "M/embedder", "--input", "T/few.txt", "--output", "T/few.npy", "--precision", "int8")
+    assert "2 texts say little about it" in run(*few)[2]
+
+
+def test_embedders(run: Run) -> None:
+    status, out, _ = run("embedders", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert status == 0 and rows["gtr-base"]["hub"] == rows["gtr-base-st"]["hub"]
+    assert (rows["gtr-base"]["normalise"], rows["gtr-base-st"]["normalise"]) == (False, True)
+    assert rows["e5-base-v2"]["document_prefix"] == "passage: "
+    fields = {"name", "hub", "width", "max_length", "pooling", "normalise", "licence", "document_prefix"}
+    assert all(set(row) == fields | {"query_prefix", "sha256"} for row in rows.values())
+    status, out, _ = run("embedders")
+    assert status == 0 and all(name in out for name in rows)
+
+
 def test_eval(run: Run, tmp_path: Path) -> None:
     arguments = ("eval", "--model", "M/tiny", "--source", "M/texts.txt", "--limit", "3", "--num-steps", "0", "1")
     arguments += ("--sequence-beam-width", "2")
@@ -250,6 +285,11 @@ MISTAKES = [
     (("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--embedder", "nonsense"), "no embedder 'nonsense'"),
     (("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--embedder", "T/folder"), "missing"),
     (("embed", "--input", "M/texts.txt"), "--output"),
+    (
+        ("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--embedder", "M/embedder", "--dimensions", "99"),
+        "16 dimensions; 99 of them can't be kept",
+    ),
+    (("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--precision", "int4"), "int4"),
     (("eval", *TINY, "--split", "test"), "no split 'test'"),
     (("eval", *TINY, "--limit", "0"), "limit is 0"),
     (("eval", *TINY, "--num-steps", "0", "-2"), "each at least 0"),
@@ -267,7 +307,7 @@ MISTAKES = [
     (("train", RECIPE, "--workdir", "T/w", "--stages", "mapper"), "mapper"),
     (("train", RECIPE, "--workdir", "T/other"), "another config"),
     (("nonsense",), "nonsense"),
-    ((), "invert, embed, eval"),
+    ((), "invert, embed, embedders, eval"),
 ]
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from v2t_jax import progress
 from v2t_jax.config import ApiConfig
@@ -88,14 +89,20 @@ class Invert:
 
 @dataclass(frozen=True)
 class Embed:
-    """Embed the lines of a text file; writes a .npy file [lines, E]."""
+    """Embed the lines of a text file; writes a .npy file [lines, E], or [lines, E / 8] for --precision binary."""
 
     input: str
     """text file, a text a line"""
     output: str
     """the .npy file to write"""
     embedder: str = "all-MiniLM-L6-v2"
-    """an embedder's name, a sentence-transformers folder, or the base URL of an OpenAI-compatible endpoint"""
+    """a name that `v2t embedders` lists, a folder, NAME@FOLDER, ORG/NAME on the hub, or an endpoint's base URL"""
+    dimensions: int | None = None
+    """keep the first ones only (Matryoshka), brought to length 1 again where the embedder does that"""
+    precision: Literal["float32", "int8", "binary"] = "float32"
+    """as a vector store keeps them: int8 by each dimension's range in this file, binary by its signs"""
+    prefix: str | None = None
+    """put before every line; by default the embedder's own for stored documents"""
     batch_size: int = 64
     """texts at a time, or in one request"""
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -104,10 +111,16 @@ class Embed:
         import numpy as np
 
         from v2t_jax.interop.sentence_transformers import load_embedder
+        from v2t_jax.models.embedder import quantise
 
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; give at least 1.")
         embedder = open_embedder(self.embedder, self.api)
+        if not isinstance(embedder, str) and (self.dimensions is not None or self.prefix is not None):
+            raise InputError(
+                "--dimensions and --prefix are for embedders that run here: ask an endpoint for --api.dimensions, and "
+                "put a prefix before the lines yourself."
+            )
         try:
             content = Path(self.input).read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -122,14 +135,17 @@ class Embed:
         try:
             with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved
                 if isinstance(embedder, str):
-                    embedder = load_embedder(embedder)
+                    embedder = load_embedder(embedder, dimensions=self.dimensions, prefix=self.prefix)
                     longest = embedder.config.max_length
-                    cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(lines))
+                    prefixed = [embedder.config.prefix + line for line in lines]
+                    cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(prefixed))
                     if cut:
                         progress.note(
                             f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
                         )
-                vectors = embedder.embed(lines, self.batch_size)
+                vectors = quantise(embedder.embed(lines, self.batch_size), self.precision)
+                if self.precision == "int8" and len(lines) < 100:
+                    progress.note(f"int8 cuts the range of each dimension; {len(lines)} texts say little about it")
                 np.save(file, vectors)  # to a file, not a path: that would get .npy appended
             part.replace(output)
         except OSError as error:
@@ -138,6 +154,38 @@ class Embed:
             with contextlib.suppress(OSError):
                 part.unlink()
         print(f"{len(lines)} vectors of width {vectors.shape[1]} -> {self.output}")
+
+
+@dataclass(frozen=True)
+class Embedders:
+    """List the embedders known by name: pooling, normalisation, prefix, licence, width and maximum length."""
+
+    json: bool = False
+    """print one JSON document and nothing else"""
+
+    def run(self) -> None:
+        from rich.table import Table
+
+        from v2t_jax.interop.embedders import KNOWN
+
+        if self.json:
+            hidden = ("packages", "raw")
+            rows = [{"name": name, **dataclasses.asdict(known)} for name, known in KNOWN.items()]
+            print(json.dumps([{k: v for k, v in row.items() if k not in hidden} for row in rows], indent=1))
+            return
+        table = Table(caption="Prefixes: before stored documents / before queries. v2t embeds texts as documents.")
+        table.add_column("name", no_wrap=True)
+        table.add_column("on the hub", overflow="fold")
+        for column in ("width", "tokens"):
+            table.add_column(column, justify="right")
+        for column in ("pooling", "L2", "licence", "prefixes"):
+            table.add_column(column)
+        for name, known in KNOWN.items():
+            prefixes = " / ".join(escape(repr(p)) if p else "-" for p in (known.document_prefix, known.query_prefix))
+            sizes = (str(known.width), str(known.max_length))
+            unit = "yes" if known.normalise else "no"
+            table.add_row(name, known.hub, *sizes, known.pooling, unit, known.licence, prefixes)
+        Console().print(table)
 
 
 @dataclass(frozen=True)
@@ -206,7 +254,8 @@ class Convert:
     t5: str | None = None
     """folder or hub name of the T5 that both were trained from"""
     embedder: str | None = None
-    """name or folder of the embedder that they invert"""
+    """the embedder that they invert: a name that `v2t embedders` lists, a folder, or an endpoint's base URL"""
+    api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
         from v2t_jax.convert import from_vec2text, to_vec2text
@@ -218,14 +267,15 @@ class Convert:
                 raise InputError("With --from, give one path: the model folder to write.")
             if self.inverter is None or self.t5 is None or self.embedder is None:
                 raise InputError("With --from vec2text, --inverter, --t5 and --embedder are needed.")
-            from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, self.embedder)
+            embedder = open_embedder(self.embedder, self.api)
+            from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, embedder)
             print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
             return
         if len(self.paths) != 2:
             raise InputError("With --to, give two paths: the model folder, and the folder to write.")
         if self.inverter or self.corrector or self.t5:
             raise InputError("--inverter, --corrector and --t5 belong to --from; with --to, give the model folder.")
-        to_vec2text(self.paths[0], Path(self.paths[1]), self.embedder)
+        to_vec2text(self.paths[0], Path(self.paths[1]), open_embedder(self.embedder, self.api))
         print(f"The checkpoints are in {self.paths[1]}/inverter and {self.paths[1]}/corrector.")
 
 
@@ -324,11 +374,12 @@ class Env:
         models = sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
         print(f"packaged models: {', '.join(models) or 'none'}")
         os.environ["HF_HUB_OFFLINE"] = "1"  # say what is here; fetch nothing
-        for name in KNOWN:
+        for name, known in KNOWN.items():
             try:
                 print(f"embedder {name}: {locate(name)}")
             except InputError as error:
-                print(f"embedder {name}: {error}")
+                if known.packages:  # of the others, most are missing on any machine
+                    print(f"embedder {name}: {error}")
 
 
 def train(arguments: list[str]) -> None:
@@ -435,7 +486,8 @@ class _TrainHelp:
 
 
 COMMANDS: dict[str, Any] = {
-    **{"invert": Invert, "embed": Embed, "eval": Evaluate, "convert": Convert, "demo": Demo, "push": Push, "env": Env},
+    **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "demo": Demo, "push": Push},
+    **{"convert": Convert, "env": Env},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 

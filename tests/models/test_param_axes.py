@@ -9,12 +9,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from v2t_jax.config import ModelConfig, T5Config
-from v2t_jax.models import bert, corrector, inverter, t5
+from v2t_jax.models import bert, clip_text, corrector, inverter, llama, modernbert, nomic_bert, t5, t5_encoder
 from v2t_jax.sharding import param_specs
 
 V1_0 = T5Config(vocab_size=8, d_model=8, d_kv=2, d_ff=8, num_heads=2, num_encoder_layers=2, num_decoder_layers=2)
 V1_1 = dataclasses.replace(V1_0, feed_forward="gated-gelu", tie_word_embeddings=False)
 BERT = bert.BertConfig(8, 8, 2, 2, 8, 4, pooler=True)
+MPNET = bert.BertConfig(8, 8, 2, 2, 8, 4, type_vocab_size=0, relative_buckets=32)
+GEMMA = llama.LlamaConfig(8, 8, 2, 1, 4, 8, (True, False), head_norms=True, gemma=True)
 MODEL = ModelConfig(t5=V1_1, embedding_width=4, num_pseudo_tokens=2, max_length=4)
 OPTIONS = dataclasses.replace(MODEL, standardise=True, bag_of_words=True)
 
@@ -25,6 +27,13 @@ OPTIONS = dataclasses.replace(MODEL, standardise=True, bag_of_words=True)
         (t5, V1_0),
         (t5, V1_1),
         (bert, BERT),
+        (bert, MPNET),
+        (t5_encoder, V1_0),
+        (nomic_bert, nomic_bert.NomicBertConfig(8, 8, 2, 2, 8)),
+        (modernbert, modernbert.ModernBertConfig(8, 8, 2, 8, (False, True))),
+        (clip_text, clip_text.ClipTextConfig(8, 8, 2, 2, 8, 4)),
+        (llama, llama.LlamaConfig(8, 8, 2, 1, 4, 8, (False,))),
+        (llama, GEMMA),
         (inverter, MODEL),
         (inverter, OPTIONS),
         (corrector, MODEL),

@@ -8,6 +8,7 @@ settings with their results. `tests/equivalence.py` says how ours is compared wi
 """
 
 import argparse
+import functools
 import itertools
 import json
 import tempfile
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from tests.equivalence import GOLDEN, Case
+from tests.equivalence import ENCODERS, GOLDEN, Case
+from tests.oracle.encoders import encoder_case, make_inputs, randomise, to_numpy
 
 LENGTH = 10  # generated tokens at most
 Inputs = dict[str, torch.Tensor]
@@ -50,26 +52,6 @@ SENTENCES = (
     "one two three four five six seven eight nine ten " * 8,
     "a text that is longer than the embedder reads is cut at its limit of tokens, " * 30,
 )
-
-
-def randomise(model: nn.Module, seed: int) -> None:
-    """Weights large enough that outputs depend on everything: no scale is 1, no bias 0, and no logits are flat."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim == 1:
-                is_scale = "norm" in name.lower() and name.endswith("weight")
-                value = 1 + 0.3 * noise if is_scale else 0.3 * noise
-                value = 3 * value if "final" in name else value
-            elif "shared" in name:
-                value = 0.6 * noise  # small beside the layers' outputs, or a tied head repeats its input
-            elif "embed" in name and "transform" not in name or "relative" in name:
-                value = noise
-            else:
-                value = noise * p.shape[1] ** -0.5
-            p.copy_(value.half().float())
-    model.eval()
 
 
 def make_t5(seed: int, **sizes: Any) -> T5ForConditionalGeneration:
@@ -108,13 +90,6 @@ def state_of(model: nn.Module) -> Case:
 def config_json(model: T5ForConditionalGeneration) -> dict[str, Any]:
     """The config.json of a published model; transformers 5 forgets that a head is not tied."""
     return {**model.config.to_dict(), "tie_word_embeddings": model.config.scale_decoder_outputs}
-
-
-def to_numpy(**tensors: torch.Tensor) -> Case:
-    return {
-        name.replace("__", "/"): (t.to(torch.int32) if not t.is_floating_point() else t).numpy()
-        for name, t in tensors.items()
-    }
 
 
 def decode_results(model: T5ForConditionalGeneration, inputs: Inputs, settings: Any) -> Case:
@@ -167,15 +142,6 @@ def first_varied(make: Callable[[int], tuple[T5ForConditionalGeneration, Inputs]
     return next(filter(is_varied, itertools.count(1000 * seed)))
 
 
-def make_inputs(seed: int, vocab: int, batch: int = 4, source: int = 9, target: int = 7) -> Any:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(2, vocab, (batch, source))
-    lengths = np.array([source, *rng.integers(2, source, batch - 1)])
-    mask = (np.arange(source) < lengths[:, None]).astype(np.int64)
-    labels = rng.integers(2, vocab, (batch, target))
-    return tuple(torch.from_numpy(a) for a in (ids * mask, mask, labels))
-
-
 def t5_case(seed: int, beams: Any = BEAMS, **sizes: Any) -> Case:
     """T5 from its layers to its decoded tokens."""
 
@@ -217,27 +183,6 @@ def t5_case(seed: int, beams: Any = BEAMS, **sizes: Any) -> Case:
         **to_numpy(ids=ids, mask=mask, labels=labels, **seen),
         **to_numpy(encoded=out.encoder_last_hidden_state, logits=out.logits),
         **decode_results(model, inputs, GREEDY + tuple(beams)),
-    }
-
-
-def bert_case(seed: int) -> Case:
-    config = BertConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        max_position_embeddings=20,
-    )
-    model = BertModel(config)
-    randomise(model, seed)
-    ids, mask, _ = make_inputs(seed, config.vocab_size)
-    with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask)
-    return {
-        "config": np.array(json.dumps(config.to_dict())),
-        **state_of(model),
-        **to_numpy(ids=ids, mask=mask, hidden=out.last_hidden_state, pooled=out.pooler_output),
     }
 
 
@@ -366,7 +311,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "t5_v1_1": lambda seed: t5_case(
         seed, BEAMS[1::5], feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=1, num_layers=2
     ),
-    "bert": bert_case,
+    **{name: functools.partial(encoder_case, name) for name in ENCODERS},
     "inverter": lambda seed: network_case(Inverter, seed),
     "corrector": lambda seed: network_case(Corrector, seed),
     "relative_buckets": buckets_case,

@@ -1,4 +1,4 @@
-"""A checkpoint folder as Hugging Face's `save_pretrained` leaves it: its tensors, each read when it is asked for."""
+"""Folders of checkpoints: read, pickles too where torch is there to read their weights alone, and written whole."""
 
 import importlib
 import json
@@ -11,73 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from v2t_jax.errors import InputError
+from v2t_jax.interop.weights import Tensor, open_weights, weight_files
 
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SAFETENSORS = "model.safetensors"
 
 
-class Tensor:
-    """A tensor in a file: its shape, and its values (read, and copied, at every access)."""
+class _Pickled:
+    """A tensor that torch has mapped from a file."""
 
-    def __init__(self, path: Path, source: Any, shape: Any) -> None:
-        self.shape: tuple[int, ...] = tuple(shape)
-        self._path, self._source = path, source
+    def __init__(self, tensor: Any) -> None:
+        self.shape: tuple[int, ...] = tuple(tensor.shape)
+        self._tensor = tensor
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        try:
-            value = self._source[index]
-        except (OSError, SafetensorError, TypeError) as error:
-            raise InputError(f"{self._path} is unreadable or of an unknown dtype ({error}); fetch it again.") from error
-        return value if isinstance(value, np.ndarray) else value.float().numpy()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
+        return self._tensor[index].float().numpy()
 
 
 def open_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by its key; safetensors before `.bin`, one file or shards with an index.
+    """Every tensor of a folder by its key, each read only when it is indexed; safetensors before `.bin`.
 
     Raises:
         InputError: no weights, a damaged or missing file, a pickle that holds more than weights, or a `.bin` without
             torch to read it.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in _files_of(folder):
-        tensors |= _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-    return tensors
+    if any((folder / name).is_file() for name in (SAFETENSORS, f"{SAFETENSORS}.index.json")):
+        return open_weights(weight_files(folder))
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickled:
+        raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor pytorch_model.bin.")
+    return {key: tensor for path in pickled for key, tensor in _open_pickle(path).items()}
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under a prefix, named without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def _files_of(folder: Path) -> list[Path]:
-    for name in (SAFETENSORS, PICKLE):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            shards = read_json(index, "a checkpoint").get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                raise InputError(f"{index} has no weight_map; fetch it again.")
-            files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise InputError(f"{folder} lacks {missing[0]}, which its index names; fetch it again.")
-            return files
-    raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}.")
-
-
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        file = safe_open(path, "numpy")
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
-    return {key: Tensor(path, values, values.get_shape()) for key, values in slices.items()}
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
@@ -99,7 +69,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(loaded, dict) or not all(torch.is_tensor(tensor) for tensor in loaded.values()):
         raise InputError(f"{path} is not a dict of tensors; save a model's state_dict().")
-    return {key: Tensor(path, tensor, tensor.shape) for key, tensor in loaded.items()}
+    return {key: _Pickled(tensor) for key, tensor in loaded.items()}
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

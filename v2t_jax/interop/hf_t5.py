@@ -1,17 +1,13 @@
-"""T5 between Hugging Face's key names and ours, both directions, by one table.
-
-Ours differ in three ways: layers of a stack are stacked on a leading axis, linear weights are [in, out] where torch has
-[out, in], and a tied embedding is stored once.
-"""
+"""T5 between Hugging Face's key names and ours, both directions, by one table. A tied embedding is stored once."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
+from v2t_jax.interop.weights import Entry, Tensor, fill
 from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
 
@@ -25,35 +21,33 @@ _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
-class _Entry(NamedTuple):
-    theirs: str
-    ours: tuple[str, ...]
-    layer: int | None  # index on our leading axis, None where there is no such axis
-    transposed: bool
-
-
-def _entries(config: T5Config) -> Iterator[_Entry]:
+def _entries(config: T5Config) -> Iterator[Entry]:
     """Every tensor of a T5 of this configuration."""
-    yield _Entry("shared.weight", ("token_embedding",), None, False)
+    yield Entry("shared.weight", ("token_embedding",), None, False)
     if not config.tie_word_embeddings:
-        yield _Entry("lm_head.weight", ("lm_head",), None, True)
-    for stack, num_layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-        cross = _CROSS_ATTENTION if stack == "decoder" else ()
-        last = 1 + bool(cross)  # sub-layers: self-attention, (cross-attention,) feed-forward
-        linear = _SELF_ATTENTION + cross
-        linear += tuple(
-            (f"layer.{last}.DenseReluDense.{m}", f"feed_forward/{m}") for m in _FEED_FORWARD[config.feed_forward]
-        )
-        norms = ["self_attention_norm", *(["cross_attention_norm"] if cross else []), "feed_forward_norm"]
-        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        yield _Entry(bias, (stack, "relative_bias"), None, False)
-        yield _Entry(f"{stack}.final_layer_norm.weight", (stack, "final_norm", "scale"), None, False)
-        for i in range(num_layers):
-            block = f"{stack}.block.{i}"
-            for theirs, ours in linear:
-                yield _Entry(f"{block}.{theirs}.weight", (stack, "layers", *ours.split("/")), i, True)
-            for j, norm in enumerate(norms):
-                yield _Entry(f"{block}.layer.{j}.layer_norm.weight", (stack, "layers", norm, "scale"), i, False)
+        yield Entry("lm_head.weight", ("lm_head",), None, True)
+    yield from stack_entries(config, "encoder", config.num_encoder_layers)
+    yield from stack_entries(config, "decoder", config.num_decoder_layers)
+
+
+def stack_entries(config: T5Config, stack: str, num_layers: int) -> Iterator[Entry]:
+    """Every tensor of a T5's encoder or decoder."""
+    cross = _CROSS_ATTENTION if stack == "decoder" else ()
+    last = 1 + bool(cross)  # sub-layers: self-attention, (cross-attention,) feed-forward
+    linear = _SELF_ATTENTION + cross
+    linear += tuple(
+        (f"layer.{last}.DenseReluDense.{m}", f"feed_forward/{m}") for m in _FEED_FORWARD[config.feed_forward]
+    )
+    norms = ["self_attention_norm", *(["cross_attention_norm"] if cross else []), "feed_forward_norm"]
+    bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    yield Entry(bias, (stack, "relative_bias"), None, False)
+    yield Entry(f"{stack}.final_layer_norm.weight", (stack, "final_norm", "scale"), None, False)
+    for i in range(num_layers):
+        block = f"{stack}.block.{i}"
+        for theirs, ours in linear:
+            yield Entry(f"{block}.{theirs}.weight", (stack, "layers", *ours.split("/")), i, True)
+        for j, norm in enumerate(norms):
+            yield Entry(f"{block}.layer.{j}.layer_norm.weight", (stack, "layers", norm, "scale"), i, False)
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:
@@ -62,7 +56,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def t5_from_huggingface(state: Mapping[str, Any], config: T5Config) -> Params:
+def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params:
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`.
 
     A tied head (`lm_head.weight`) and the stacks' copies of the embedding may be there or not; if they are, they must
@@ -75,34 +69,15 @@ def t5_from_huggingface(state: Mapping[str, Any], config: T5Config) -> Params:
     Raises:
         InputError: a key is missing, unknown, of a shape that `config` doesn't mean, or a copy that differs.
     """
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), t5.abstract_params(config))
-    used = set(_IGNORED)
-    for entry in _entries(config):
-        target = _at(params, entry.ours)
-        if entry.layer is not None:
-            target = target[entry.layer]
-        if entry.transposed:
-            target = target.T
-        if entry.theirs not in state:
+    copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
+    ignored = {*_IGNORED, *copies}
+    params = fill(t5.abstract_params(config), _entries(config), state, "T5", lambda key: key in ignored)
+    for key in copies:
+        if key in state and not np.array_equal(state[key][:], state["shared.weight"][:]):
             raise InputError(
-                f"The T5 weights lack {entry.theirs!r}; the file is incomplete or its config describes another model."
+                f"T5 weight {key!r} differs from 'shared.weight', of which it should be a copy; "
+                "for an untied head the config must say tie_word_embeddings = false."
             )
-        value = state[entry.theirs]
-        if value.shape != target.shape:
-            raise InputError(f"T5 weight {entry.theirs!r} has shape {value.shape}; its config means {target.shape}.")
-        target[...] = value
-        used.add(entry.theirs)
-    for key in (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else [])):
-        if key in state:
-            if not np.array_equal(state[key], state["shared.weight"]):
-                raise InputError(
-                    f"T5 weight {key!r} differs from 'shared.weight', of which it should be a copy; "
-                    "for an untied head the config must say tie_word_embeddings = false."
-                )
-            used.add(key)
-    unknown = sorted(set(state) - used)
-    if unknown:
-        raise InputError(f"The T5 weights hold the unknown key {unknown[0]!r}; its config describes another model.")
     return params
 
 

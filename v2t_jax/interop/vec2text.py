@@ -18,8 +18,9 @@ from v2t_jax import progress
 from v2t_jax.config import ModelConfig, Stage, T5Config
 from v2t_jax.data.tokenize import read_tokenizer
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import SAFETENSORS, Tensor, open_checkpoint, part, read_json, whole_folder
+from v2t_jax.interop.checkpoint import SAFETENSORS, open_checkpoint, part, read_json, whole_folder
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
+from v2t_jax.interop.weights import Tensor
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]
@@ -198,7 +199,7 @@ def _read_network(
             wanted = "x".join("any" if size is None else str(size) for size in shape)
             raise InputError(f"{folder} has {name!r} of shape {found}, where its config and the T5 mean {wanted}.")
         used.add(name)
-        return np.asarray(tensors[name], np.float32)
+        return np.asarray(tensors[name][:], np.float32)
 
     def linear(name: str, num_in: int | None, num_out: int | None) -> Params:
         kernel = take(f"{name}.weight", (num_out, num_in))
@@ -248,7 +249,7 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
             )
         for key, end in matched.items():
             ours, theirs = inside[end], outside[key]
-            if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
+            if ours.shape != theirs.shape or not np.array_equal(ours[:], theirs[:]):
                 raise InputError(
                     f"The inverter was saved with another embedder than {name}: {end!r} differs from its {key!r}; "
                     "give the embedder that it was trained for."

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import ModelConfig
 from v2t_jax.models import inverter, t5
-from v2t_jax.models.layers import Params, init_layer_norm, layer_norm, split_key
+from v2t_jax.models.layers import Params, init_norm, layer_norm, split_key
 
 EOS_ID, PAD_ID = 1, 0
 LAYER_NORM_EPSILON = 1e-5
@@ -25,7 +25,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
         "projection_hypothesis": inverter.init_projection(config, keys[3]),
     }
     if config.input_norm:
-        params["input_norm"] = init_layer_norm(config.t5.d_model)
+        params["input_norm"] = init_norm(config.t5.d_model)
     if config.standardise:
         params["statistics"] = inverter.init_statistics(config)
     if config.bag_of_words:

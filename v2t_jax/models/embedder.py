@@ -1,8 +1,9 @@
-"""The embedder under attack: encoder + pooling (+ dense) (+ L2), as sentence-transformers composes them."""
+"""The embedder under attack: encoder + pooling (+ dense layers) (+ L2), as sentence-transformers composes them."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
@@ -12,26 +13,48 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
-from v2t_jax.errors import check_texts
-from v2t_jax.models import bert
+from v2t_jax.config import T5Config
+from v2t_jax.errors import InputError, check_texts
+from v2t_jax.models import bert, clip_text, llama, modernbert, nomic_bert, t5_encoder
 from v2t_jax.models.layers import NEGATIVE, Params, dense
 
 Pooling = Literal["mean", "cls", "pooler", "last", "max"]
+Activation = Literal["identity", "tanh"]
+Precision = Literal["float32", "int8", "binary"]
 LENGTH_MULTIPLE = 16  # batches are padded to a multiple of this, so that few shapes are compiled
+
+EncoderConfig = (
+    bert.BertConfig
+    | T5Config
+    | nomic_bert.NomicBertConfig
+    | modernbert.ModernBertConfig
+    | llama.LlamaConfig
+    | clip_text.ClipTextConfig
+)
+# An encoder's configuration says which network it is: a module with init, encode and PARAM_AXES.
+NETWORKS: dict[type, ModuleType] = {
+    bert.BertConfig: bert,
+    T5Config: t5_encoder,
+    nomic_bert.NomicBertConfig: nomic_bert,
+    modernbert.ModernBertConfig: modernbert,
+    llama.LlamaConfig: llama,
+    clip_text.ClipTextConfig: clip_text,
+}
 
 
 @dataclass(frozen=True)
 class EmbedderConfig:
-    encoder: bert.BertConfig
+    encoder: EncoderConfig
     pooling: Pooling = "mean"
-    dense_activation: Literal["none", "identity", "tanh"] = "none"
-    """none: there is no dense layer after pooling"""
+    dense: tuple[Activation, ...] = ()
+    """the activation of each dense layer behind pooling"""
     normalise: bool = True
     prefix: str = ""
     """put before every text"""
     max_length: int = 256
-    """tokens a text is cut to, [CLS] and [SEP] included"""
+    """tokens a text is cut to, special ones such as [CLS] and [SEP] included"""
     width: int = 384
+    """E; where it is less than the network gives, the first E dimensions are kept (Matryoshka, Kusupati et al. 2022)"""
 
 
 def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"]) -> Float[Array, "B D"]:
@@ -51,17 +74,40 @@ def embed(
     config: EmbedderConfig, params: Params, ids: Int[Array, "B L"], mask: Int[Array, "B L"]
 ) -> Float[Array, "B E"]:
     """Tokenizer ids and mask -> embeddings, float32."""
-    hidden = bert.encode(config.encoder, params["encoder"], ids, mask)
+    hidden = NETWORKS[type(config.encoder)].encode(config.encoder, params["encoder"], ids, mask).astype(jnp.float32)
     if config.pooling == "pooler":
         pooled = bert.pool_first_token(params["encoder"], hidden)
     else:
         pooled = pool(config.pooling, hidden, mask)
-    if config.dense_activation != "none":
-        pooled = dense(params["dense"], pooled)
-        pooled = jnp.tanh(pooled) if config.dense_activation == "tanh" else pooled
+    for activation, layer in zip(config.dense, params.get("dense", ()), strict=True):
+        pooled = dense(layer, pooled)
+        pooled = jnp.tanh(pooled) if activation == "tanh" else pooled
+    pooled = pooled[:, : config.width]
     if config.normalise:
         pooled = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
-    return pooled.astype(jnp.float32)
+    return pooled
+
+
+def quantise(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
+    """Embeddings as vector stores keep them; any embedder's, and as sentence-transformers' `quantize_embeddings` does.
+
+    Args:
+        vectors: [n, E] float32.
+        precision: int8 cuts each dimension's range into 256 steps; binary keeps the signs, eight dimensions a byte
+            less 128, the first dimension in the highest bit.
+        ranges: for int8, smallest and largest value of each dimension [2, E]; by default of `vectors` themselves. Give
+            those of a large sample where few vectors, or several batches, are to be comparable.
+    Returns:
+        [n, E] float32 or int8, or [n, ceil(E / 8)] int8.
+    """
+    if precision == "binary":
+        return (np.packbits(vectors > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
+    if precision == "float32":
+        return vectors.astype(np.float32)
+    low, high = (vectors.min(axis=0), vectors.max(axis=0)) if ranges is None else ranges
+    step = (high - low) / 255
+    steps = np.floor((vectors - low[None]) / np.where(step == 0, 1, step)[None])
+    return (np.clip(steps, 0, 255) - 128).astype(np.int8)
 
 
 _embed = jax.jit(embed, static_argnums=0)
@@ -128,8 +174,8 @@ class Embedder:
         """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16."""
         encodings = self.tokenizer.encode_batch_fast([self.config.prefix + text for text in texts])
         rows = [encoding.ids for encoding in encodings]
-        longest = max(map(len, rows))
-        length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.encoder.max_positions)
+        longest = max(1, *map(len, rows))
+        length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.max_length)
         ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
@@ -169,7 +215,15 @@ class PieceMap:
 
     @classmethod
     def of(cls, embedder: Embedder) -> "PieceMap":
-        around = embedder.tokenizer.encode(embedder.config.prefix).ids
+        """Raises: InputError: the tokenizer doesn't put exactly one token behind a text."""
+        # The space behind a prefix belongs to the text's first piece where it belongs to any.
+        around = embedder.tokenizer.encode(embedder.config.prefix.rstrip()).ids
+        behind = embedder.tokenizer.encode("a").special_tokens_mask[::-1]
+        if behind[:2] != [1, 0]:
+            raise InputError(
+                f"The tokenizer of {embedder.name} doesn't end a text with one token of its own, so its pieces can't "
+                "be a model's; give the model another tokenizer."
+            )
         return cls(tuple(around[:-1]), around[-1])
 
 

@@ -6,15 +6,27 @@ float32 whatever `dtype` is.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
 NEGATIVE = -1e9  # added to masked attention scores: finite, so a fully masked row stays finite (and is ignored)
+
+# Rules for PARAM_AXES tables: stacked layers' attention (`self_attention`) and gated feed-forward, without biases.
+ATTENTION_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"layers/(query|key|value)/kernel", ("layers", "embed", "heads")),
+    (r"layers/attention_out/kernel", ("layers", "heads", "embed")),
+)
+GATED_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"layers/(gate|up)/kernel", ("layers", "embed", "mlp")),
+    (r"layers/down/kernel", ("layers", "mlp", "embed")),
+)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -39,21 +51,25 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        scale = jnp.expand_dims(scale, range(x.ndim - 1))
-        return (x * jax.lax.rsqrt(variance + self.epsilon) * scale).astype(self.dtype)
+        return rms_norm({"scale": scale}, x, self.epsilon).astype(self.dtype)
+
+
+def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
+    """RMSNorm over the last axis with weight `scale`, statistics and result in float32."""
+    x = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    scale = jnp.expand_dims(params["scale"], range(x.ndim - 1))
+    return x * jax.lax.rsqrt(variance + epsilon) * scale
 
 
 def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
-    """LayerNorm over the last axis with weight `scale` and `bias`, statistics and result in float32."""
+    """LayerNorm over the last axis with weight `scale` (and `bias`), statistics and result in float32."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
     shape = (1,) * (x.ndim - 1) + (-1,)
-    return (x - mean) * jax.lax.rsqrt(variance + epsilon) * params["scale"].reshape(shape) + params["bias"].reshape(
-        shape
-    )
+    y = (x - mean) * jax.lax.rsqrt(variance + epsilon) * params["scale"].reshape(shape)
+    return y + params["bias"].reshape(shape) if "bias" in params else y
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
@@ -112,8 +128,16 @@ def init_dense(key: jax.Array, num_in: int, num_out: int, *, bias: bool = True, 
     return params
 
 
-def init_layer_norm(width: int) -> Params:
-    return {"scale": jnp.ones((width,), jnp.float32), "bias": jnp.zeros((width,), jnp.float32)}
+def init_norm(width: int, *, bias: bool = True) -> Params:
+    params = {"scale": jnp.ones((width,), jnp.float32)}
+    if bias:
+        params["bias"] = jnp.zeros((width,), jnp.float32)
+    return params
+
+
+def init_table(key: jax.Array, rows: int, width: int) -> jax.Array:
+    """An embedding table from N(0, 0.02^2)."""
+    return 0.02 * jax.random.normal(key, (rows, width), jnp.float32)
 
 
 def attend(
@@ -134,6 +158,89 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = dropout(weights, dropout_rate, dropout_key)
     return jnp.einsum("bhqs,bshk->bqhk", weights, value)
+
+
+def mask_bias(mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
+    """A mask of 0 and 1 -> what to add to attention scores."""
+    return jnp.where(mask[:, None, None, :] != 0, 0.0, NEGATIVE).astype(jnp.float32)
+
+
+def reach_bias(length: int, *, causal: bool, reach: int | None = None) -> Float[Array, "1 1 {length} {length}"]:
+    """What to add to scores so that a token sees those at most `reach` away, and none after it where `causal`."""
+    ahead = np.arange(length)[None, :] - np.arange(length)[:, None]
+    hidden = np.zeros_like(ahead, bool) if reach is None else np.abs(ahead) > reach
+    hidden |= (ahead > 0) & causal
+    return jnp.asarray(np.where(hidden, NEGATIVE, 0.0), jnp.float32)[None, None]
+
+
+def rotary(length: int, head_width: int, theta: float) -> tuple[Float[Array, "L K"], Float[Array, "L K"]]:
+    """Cosines and sines of rotary position embedding (Su et al. 2021), both halves of a head alike (GPT-NeoX)."""
+    # float32 throughout, as the public implementations: theirs is what the weights were trained with.
+    frequency = 1 / np.float32(theta) ** (np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width))
+    angle = np.arange(length, dtype=np.float32)[:, None] * np.concatenate([frequency, frequency])[None]
+    return jnp.cos(jnp.asarray(angle)), jnp.sin(jnp.asarray(angle))
+
+
+def rotate(x: Float[Array, "B L H K"], cos: Float[Array, "L K"], sin: Float[Array, "L K"]) -> Float[Array, "B L H K"]:
+    """Turns queries or keys by their positions, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cos[None, :, None] + turned * sin[None, :, None]).astype(x.dtype)
+
+
+def self_attention(
+    params: Params,
+    x: Float[Array, "B L D"],
+    bias: Float[Array, "#B #H #L L"],
+    num_heads: int,
+    dtype: Any,
+    *,
+    turn: tuple[jax.Array, jax.Array] | None = None,
+    norm: Callable[[Params, jax.Array], jax.Array] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B L D"]:
+    """Self-attention of a layer with dense parameters `query`, `key`, `value`, `attention_out`.
+
+    Args:
+        bias: added to the scores: masks, relative positions.
+        turn: see `rotary`.
+        norm: of each head's queries and keys, by `query_norm` and `key_norm`.
+        scale: of the scores, by default 1/sqrt(K). Keys and values may have fewer heads: each serves several queries.
+    """
+    query = dense(params["query"], x, dtype).reshape(*x.shape[:-1], num_heads, -1)
+    key, value = (dense(params[m], x, dtype).reshape(*x.shape[:-1], -1, query.shape[-1]) for m in ("key", "value"))
+    if norm is not None:
+        query, key = norm(params["query_norm"], query).astype(dtype), norm(params["key_norm"], key).astype(dtype)
+    if turn is not None:
+        query, key = rotate(query, *turn), rotate(key, *turn)
+    key, value = (jnp.repeat(a, num_heads // a.shape[2], axis=2) for a in (key, value))
+    h = attend(query, key, value, bias, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    return dense(params["attention_out"], h.reshape(*x.shape[:-1], -1), dtype)
+
+
+def init_attention(
+    key: jax.Array, width: int, inner: int | None = None, key_value: int | None = None, *, bias: bool = True
+) -> Params:
+    """Parameters of `self_attention`; `inner` is heads x K, `key_value` the same of keys and values."""
+    inner = inner or width
+    sizes = {"query": inner, "key": key_value or inner, "value": key_value or inner}
+    keys = jax.random.split(key, 4)
+    params = {name: init_dense(k, width, size, bias=bias) for k, (name, size) in zip(keys, sizes.items(), strict=False)}
+    return {**params, "attention_out": init_dense(keys[3], inner, width, bias=bias)}
+
+
+def gated_feed_forward(params: Params, x: jax.Array, activation: Callable, dtype: Any) -> jax.Array:
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+    return dense(params["down"], activation(dense(params["gate"], x, dtype)) * dense(params["up"], x, dtype), dtype)
+
+
+def init_gated_feed_forward(key: jax.Array, width: int, inner: int) -> Params:
+    keys = jax.random.split(key, 3)
+    return {
+        "gate": init_dense(keys[0], width, inner, bias=False),
+        "up": init_dense(keys[1], width, inner, bias=False),
+        "down": init_dense(keys[2], inner, width, bias=False),
+    }
 
 
 class AttentionProjections(nn.Module):

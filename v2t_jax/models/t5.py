@@ -27,6 +27,7 @@ from v2t_jax.models.layers import (
     RMSNorm,
     attend,
     dropout,
+    mask_bias,
     matmul_float32,
     split_key,
 )
@@ -212,11 +213,6 @@ def position_bias(
     if not bidirectional:
         bias = bias + jnp.asarray(np.where(relative > 0, NEGATIVE, 0.0), jnp.float32)[None, None]
     return bias
-
-
-def mask_bias(mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
-    """A mask of 0 and 1 -> what to add to attention scores."""
-    return jnp.where(mask[:, None, None, :] != 0, 0.0, NEGATIVE).astype(jnp.float32)
 
 
 def _run(module: nn.Module, params: Params, *args: Any, method: str | None = None) -> Any:
