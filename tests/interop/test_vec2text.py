@@ -207,9 +207,7 @@ def test_shards(pair: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     jax.tree.map(np.testing.assert_array_equal, read_pair(pair).params, expected.params)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        InputError, match="model-00002-of-00002.safetensors is missing, though model.safetensors.index.json names it"
-    ):
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors is missing, though .* names it"):
         read_pair(pair)
 
 
@@ -288,7 +286,7 @@ def test_settings_of_training_alone_are_no_matter(pair: Path) -> None:
 def test_a_pair_of_other_sizes(folders: dict[str, Path], pair: Path) -> None:
     shutil.rmtree(pair / "t5-base")
     shutil.copytree(folders["vec2text_b"] / "t5-base", pair / "t5-base")
-    with pytest.raises(InputError, match="shared.weight' has shape .*; its config means"):
+    with pytest.raises(InputError, match="has shape .*; its config means"):
         read_pair(pair)
 
 

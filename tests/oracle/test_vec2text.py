@@ -27,7 +27,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-upstream" / "bin" / "python"
 FRESH = {"seed": 11, "d_model": 40, "num_repeat_tokens": 5, "max_seq_length": 12, "steps": 120}
-FRESH["embedder"] = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def run_upstream(*jobs: list[Any]) -> None:
