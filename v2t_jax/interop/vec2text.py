@@ -20,7 +20,6 @@ from v2t_jax.data.tokenize import read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import SAFETENSORS, open_checkpoint, part, read_json, whole_folder
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
-from v2t_jax.interop.weights import Tensor
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]
@@ -142,11 +141,7 @@ def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
     old_corrector = False
     for stage, folder in folders.items():
         with progress.stage(f"reading the {stage} from {folder}"):
-            tensors = open_checkpoint(folder)
-            network, used = _read_network(stage, folder, tensors, t5, settings[stage])
-            unknown = sorted(set(tensors) - used)
-            if unknown:
-                raise InputError(f"{folder} holds the unknown key {unknown[0]!r}; it is no {stage} of vec2text.")
+            network = _read_network(stage, folder, t5, settings[stage])
         params[stage] = network
         widths[stage] = len(network[next(iter(_PROJECTIONS[stage]))]["hidden"]["bias"])
         old_corrector |= stage == "corrector" and "input_norm" not in network
@@ -185,10 +180,8 @@ def _read_settings(stage: Stage, folder: Path) -> Settings:
     return settings
 
 
-def _read_network(
-    stage: Stage, folder: Path, tensors: Mapping[str, Tensor], t5: T5Config, settings: Settings
-) -> tuple[Params, set[str]]:
-    """Parameters of one stage, and the keys that they come from."""
+def _read_network(stage: Stage, folder: Path, t5: T5Config, settings: Settings) -> Params:
+    tensors = open_checkpoint(folder)
     used = {name for name in tensors if name.startswith((_T5, _EMBEDDER) if stage == "inverter" else _T5)}
 
     def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -199,7 +192,7 @@ def _read_network(
             wanted = "x".join("any" if size is None else str(size) for size in shape)
             raise InputError(f"{folder} has {name!r} of shape {found}, where its config and the T5 mean {wanted}.")
         used.add(name)
-        return np.asarray(tensors[name][:], np.float32)
+        return np.array(tensors[name][:], np.float32)  # a copy: a view would keep the whole file mapped
 
     def linear(name: str, num_in: int | None, num_out: int | None) -> Params:
         kernel = take(f"{name}.weight", (num_out, num_in))
@@ -226,7 +219,10 @@ def _read_network(
     if stage == "corrector" and f"{_NORM}.weight" in tensors:
         shape = (t5.d_model,)
         params["input_norm"] = {"scale": take(f"{_NORM}.weight", shape), "bias": take(f"{_NORM}.bias", shape)}
-    return params, used
+    unknown = sorted(set(tensors) - used)
+    if unknown:
+        raise InputError(f"{folder} holds the unknown key {unknown[0]!r}; it is no {stage} of vec2text.")
+    return params
 
 
 def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
