@@ -336,11 +336,22 @@ def test_result_does_not_depend_on_the_split(params, targets, batch_size):
         ("tolerance", float("nan")),
         ("patience", -1),
         ("scan_chunk", 0),
+        ("guess_length", 0),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=field):
         CorrectionSettings(**{field: value})
+
+
+def test_a_first_guess_is_cut_where_it_is_to_be_corrected(params, targets):
+    loop = make_loop(propose_hashed, mode="upstream", sequence_beam_width=2, guess_length=3)
+    whole = loop(params, targets, 0)
+    np.testing.assert_array_equal(whole.ids, hypothesize(params, jnp.asarray(targets), 1)[0][:, 0])
+    guess = loop(params, targets, 2).trace_ids[:, 0]
+    np.testing.assert_array_equal(guess, np.where(np.arange(LENGTH) < 3, whole.ids, 0))
+    with pytest.raises(InputError, match="guess_length"):
+        CorrectionSettings(guess_length=3)
 
 
 def test_patience_in_upstream_mode_is_refused():

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.equivalence import GOLDEN, Case, close, load
+from tests.equivalence import GOLDEN, Case, close
 from v2t_jax.interop.checkpoint import open_checkpoint
 from v2t_jax.interop.vec2text import Pair, read_base, read_vec2text
 from v2t_jax.invert import invert_embeddings
 from v2t_jax.models import corrector, inverter
 from v2t_jax.pretrained import Inverter
 
+BEAMS = "vec2text_beams"
 NAMES = ("vec2text_a", "vec2text_b", "vec2text_gtr")
 LOGITS = 1e-4
 T5_KEYS = "encoder_decoder."
@@ -136,10 +137,6 @@ def golden_of(folder: Path) -> Case:
                 np.testing.assert_array_equal(value.astype(np.float32), tensor[:], err_msg=key)
                 case[f"state/{name}/{key}"] = value
     return case
-
-
-def golden(name: str) -> Case:
-    return load(name)
 
 
 if __name__ == "__main__":

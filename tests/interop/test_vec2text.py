@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import upstream_pair
-from tests.equivalence import Case
+from tests.equivalence import Case, check_t5_decoding
+from tests.equivalence import load as load_golden
 from tests.upstream_pair import NAMES, embedder_of, read_pair, record_of
 from v2t_jax import cli
 from v2t_jax.convert import from_vec2text, to_vec2text
@@ -29,7 +30,7 @@ SHARED = "encoder_decoder.shared.weight"
 
 @pytest.fixture(scope="module")
 def goldens() -> dict[str, Case]:
-    return {name: upstream_pair.golden(name) for name in NAMES}
+    return {name: load_golden(name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,16 @@ def test_logits_are_the_originals(name: str, goldens: dict[str, Case], folders: 
 def test_every_step_is_the_originals(num_steps: int, width: int, goldens: dict[str, Case], model: Inverter) -> None:
     """Here of one pair; 0 steps below, as a command; `make oracle` compares all searches of a fresh pair."""
     upstream_pair.check_search(model, record_of(goldens["vec2text_b"]), num_steps, width)
+
+
+def test_beam_search_of_the_transformers_that_it_runs_on() -> None:
+    """Items stop by another rule there; among these, one shows it."""
+    case = load_golden(upstream_pair.BEAMS)
+    check_t5_decoding(case)
+    settings = json.loads(str(case["decode/0/settings"]))
+    assert settings.pop("hopeful") == "any"
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        check_t5_decoding(case | {"decode/0/settings": np.array(json.dumps(settings))})
 
 
 def test_the_commands(

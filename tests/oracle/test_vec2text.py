@@ -13,7 +13,7 @@ import pytest
 
 from tests import upstream_pair
 from tests.equivalence import close, load
-from tests.upstream_pair import NAMES, SEARCHES, embedder_of, read_pair, read_recorded, record_of
+from tests.upstream_pair import BEAMS, NAMES, SEARCHES, embedder_of, read_pair, read_recorded, record_of
 from v2t_jax import pretrained
 from v2t_jax.convert import from_vec2text
 from v2t_jax.errors import InputError
@@ -51,7 +51,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         upstream_pair.write_pair(load(name), folder / name, head=True)
     fresh = str(folder / "fresh")
-    run_upstream(["make", fresh, FRESH], ["record", fresh], *(["record", str(folder / name)] for name in NAMES))
+    golden = [["record", str(folder / name)] for name in NAMES]
+    run_upstream(["make", fresh, FRESH], ["record", fresh], *golden, ["beams", fresh])
     return folder
 
 
@@ -76,6 +77,14 @@ def test_golden_records_are_what_the_original_does(name: str, root: Path) -> Non
             np.testing.assert_allclose(live[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
         else:
             np.testing.assert_array_equal(live[key], value, err_msg=key)
+
+
+def test_golden_beams_are_what_its_transformers_gives(root: Path) -> None:
+    golden = load(BEAMS)
+    with np.load(root / "fresh" / "beams.npz") as live:
+        assert set(live) == set(golden)
+        np.testing.assert_array_equal(live["decode/0/ids"], golden["decode/0/ids"])
+        np.testing.assert_allclose(live["decode/0/scores"], golden["decode/0/scores"], rtol=1e-5, atol=1e-5)
 
 
 def test_logits_of_a_fresh_pair(root: Path) -> None:

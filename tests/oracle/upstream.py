@@ -2,11 +2,12 @@
 
     python tests/oracle/upstream.py JOBS        (in the environment of tests/oracle/upstream.txt, nothing else)
 
-JOBS is a JSON list of ["make", FOLDER, SPEC] and ["record", FOLDER]. `make` trains a pair from nothing and saves it by
-the original's own `save_pretrained`, with the T5 and the embedder that it stands on; `record` loads whatever pair lies
-in a folder and writes what it does to FOLDER/record.npz. A folder is laid out so that the original finds its "t5-base"
-and "sentence-transformers/..." as relative paths, without network. Nothing of ours is imported here: the two
-environments can't be one.
+JOBS is a JSON list of ["make", FOLDER, SPEC], ["record", FOLDER] and ["beams", FOLDER]. `make` trains a pair from
+nothing and saves it by the original's own `save_pretrained`, with the T5 and the embedder that it stands on; `record`
+loads whatever pair lies in a folder and writes what it does to FOLDER/record.npz; `beams` records the beam search of its
+old transformers, of many items, to FOLDER/beams.npz. A folder is laid out so that the original finds its "t5-base" and
+"sentence-transformers/..." as relative paths, without network. Nothing of ours is imported here: the two environments
+can't be one.
 """
 
 import contextlib
@@ -298,6 +299,47 @@ def search(corrector: Any, e: torch.Tensor, num_steps: int | None, width: int) -
     return case
 
 
+@torch.no_grad()
+def beams() -> None:
+    """A case as tests/equivalence.py has them: items of which some end early, so that stopping rules show."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 30, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    state = {}
+    for name, p in model.named_parameters():
+        scale = 0.7 if "shared" in name else p.shape[-1] ** -0.5
+        p.copy_(torch.full_like(p, 2.5 if "final" in name else 1.0) if p.ndim == 1 else torch.randn(p.shape) * scale)
+        if "shared" in name:
+            p[1] *= 1.6  # the end of sequence
+        p.copy_(p.half().float())
+        state[f"state/{name}"] = p.numpy().astype(np.float16)
+    ids = torch.randint(2, 30, (200, 6))
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        num_beams=4,
+        num_return_sequences=4,
+        max_length=20,
+        early_stopping=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    settings = {"max_length": 19, "num_beams": 4, "early_stopping": False, "hopeful": "any"}
+    np.savez_compressed(
+        "beams.npz",
+        **state,
+        config=np.array(json.dumps(model.config.to_dict())),
+        ids=ids.int().numpy(),
+        labels=ids.int().numpy(),
+        mask=np.ones(ids.shape, np.int32),
+        **{
+            "decode/0/settings": np.array(json.dumps(settings)),
+            "decode/0/ids": found.sequences[:, 1:].int().numpy().reshape(len(ids), 4, -1),
+            "decode/0/scores": found.sequences_scores.numpy().reshape(len(ids), 4),
+        },
+    )
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for work, folder, *changes in json.loads(sys.argv[1]):
@@ -307,6 +349,8 @@ def main() -> None:
             spec = SPEC | changes[0]
             Path("spec.json").write_text(json.dumps(spec))
             make(spec)
+        elif work == "beams":
+            beams()
         else:
             record(json.loads(Path("spec.json").read_text()))
 
