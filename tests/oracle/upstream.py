@@ -5,9 +5,9 @@
 JOBS is a JSON list of ["make", FOLDER, SPEC], ["record", FOLDER] and ["beams", FOLDER]. `make` trains a pair from
 nothing and saves it by the original's own `save_pretrained`, with the T5 and the embedder that it stands on; `record`
 loads whatever pair lies in a folder and writes what it does to FOLDER/record.npz; `beams` records the beam search of
-its old transformers, of many items, to FOLDER/beams.npz. A folder is laid out so that the original finds its "t5-base" and
-"sentence-transformers/..." as relative paths, without network. Nothing of ours is imported here: the two environments
-can't be one.
+its old transformers, of many items, to FOLDER/beams.npz. A folder is laid out so that the original finds its
+"t5-base" and "sentence-transformers/..." as relative paths, without network. Nothing of ours is imported here: the
+two environments can't be one.
 """
 
 import contextlib
