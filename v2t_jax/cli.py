@@ -237,6 +237,47 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Convert models: v2t convert --from vec2text --inverter DIR --corrector DIR --t5 DIR --embedder DIR OUT, and back:
+    v2t convert --to vec2text MODEL OUT."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """the folder to write; with --to, the model and the folder to write"""
+    source: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="from")] = None
+    """vec2text: the original's checkpoints, in PyTorch"""
+    target: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="to")] = None
+    """vec2text: folders inverter and corrector that the original loads"""
+    inverter: str | None = None
+    """folder of the original's inverter"""
+    corrector: str | None = None
+    """folder of its corrector; without one, the model makes first guesses only"""
+    t5: str | None = None
+    """folder or hub name of the T5 that both were trained from"""
+    embedder: str | None = None
+    """name or folder of the embedder that they invert"""
+
+    def run(self) -> None:
+        from v2t_jax.convert import from_vec2text, to_vec2text
+
+        if (self.source is None) == (self.target is None):
+            raise InputError("Give either --from vec2text or --to vec2text.")
+        if self.source is not None:
+            if len(self.paths) != 1:
+                raise InputError("With --from, give one path: the model folder to write.")
+            if self.inverter is None or self.t5 is None or self.embedder is None:
+                raise InputError("With --from vec2text, --inverter, --t5 and --embedder are needed.")
+            from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, self.embedder)
+            print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
+            return
+        if len(self.paths) != 2:
+            raise InputError("With --to, give two paths: the model folder, and the folder to write.")
+        if self.inverter or self.corrector or self.t5:
+            raise InputError("--inverter, --corrector and --t5 belong to --from; with --to, give the model folder.")
+        to_vec2text(self.paths[0], Path(self.paths[1]), self.embedder)
+        print(f"The checkpoints are in {self.paths[1]}/inverter and {self.paths[1]}/corrector.")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Recover held-out sentences from their embeddings, step by step, with a table and a plot."""
 
@@ -443,8 +484,8 @@ class _TrainHelp:
 
 
 COMMANDS: dict[str, Any] = {
-    **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "demo": Demo, "push": Push},
-    "env": Env,
+    **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "convert": Convert, "push": Push},
+    **{"demo": Demo, "env": Env},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 

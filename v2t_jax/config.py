@@ -87,6 +87,8 @@ class ModelConfig:
     """option: inputs as (e - mean) / std with statistics of the training texts; off is the original's maths"""
     bag_of_words: bool = False
     """option: adds a linear term e A E^T to the logits; off is the original's maths"""
+    input_norm: bool = True
+    """the corrector's layer normalisation of its input; the oldest published correctors have none"""
 
     def __post_init__(self) -> None:
         _require(0 <= self.projection_dropout < 1, "model.projection_dropout must be in [0, 1).")

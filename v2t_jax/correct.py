@@ -27,10 +27,12 @@ import numpy as np
 from jax import Array, lax
 
 from v2t_jax.errors import InputError
+from v2t_jax.torch_order import topk_order
 
 MEMORY = 4  # hypotheses remembered in mode "best", as a multiple of W
 PAD_ID, EOS_ID = 0, 1  # every model vocabulary of this package is numbered so
 
+Mode = Literal["best", "upstream"]
 Params = Any  # any pytree of arrays
 Hypothesize = Callable[[Params, Array, int], tuple[Array, Array]]
 Propose = Callable[[Params, Array, Array, Array, int], tuple[Array, Array]]
@@ -53,19 +55,22 @@ class CorrectionSettings:
             off. An embedder computing in bfloat16 may need 1e-4.
         patience: in mode "best" a row also stops after this many steps without a better cosine; 0 = never.
         scan_chunk: steps in one call of the compiled program; in between the host reports and may stop.
+        guess_length: in mode "upstream", tokens of a first guess that goes on to be corrected; None = all. (The
+            original cuts those shorter than the guess it returns for 0 steps.)
     """
 
     sequence_beam_width: int = 4
     num_candidates: int | None = None
-    mode: Literal["best", "upstream"] = "best"
+    mode: Mode = "best"
     tolerance: float = 1e-5
     patience: int = 0
     scan_chunk: int = 4
+    guess_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("best", "upstream"):
             raise InputError(f'mode is {self.mode!r}: choose "best" or "upstream".')
-        least = {"sequence_beam_width": 1, "num_candidates": 1, "patience": 0, "scan_chunk": 1}
+        least = {"sequence_beam_width": 1, "num_candidates": 1, "patience": 0, "scan_chunk": 1, "guess_length": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -74,6 +79,8 @@ class CorrectionSettings:
             raise InputError(f"tolerance is {self.tolerance}: give a number from 0 to below 1, such as 1e-5.")
         if self.mode == "upstream" and self.patience:
             raise InputError('patience works in mode "best" only: leave it 0 in mode "upstream".')
+        if self.mode == "best" and self.guess_length is not None:
+            raise InputError('guess_length works in mode "upstream" only: leave it None in mode "best".')
 
     @property
     def candidates(self) -> int:
@@ -217,7 +224,7 @@ class CorrectionLoop:
         if num_steps < 0:
             raise InputError(f"num_steps is {num_steps}: give 0 or more.")
         e = jnp.asarray(e, jnp.float32)
-        beam, seen = self._start(params, e)
+        beam, seen = self._start(params, e, np.int32(num_steps))
         ids, cosine, done, _ = jax.device_get(seen)
         trace_ids, trace_cosine, steps_run = [ids], [cosine], 0
         if on_step is not None:
@@ -243,12 +250,15 @@ class CorrectionLoop:
             steps_run=steps_run,
         )
 
-    def _start_program(self, params: Params, e: Array) -> tuple[_Beam, _Seen]:
+    def _start_program(self, params: Params, e: Array, num_steps: Array) -> tuple[_Beam, _Seen]:
         """First guesses, embedded and ranked."""
         width, upstream = self.settings.sequence_beam_width, self.settings.mode == "upstream"
         # As many guesses as a step makes candidates: no more rows than it decodes, and more to choose from.
         ids, _ = self._hypothesize(params, e, 1 if upstream else width * self.settings.candidates)
         ids = _pad_after_eos(ids)
+        if self.settings.guess_length is not None:
+            cut = (num_steps > 0) & (jnp.arange(ids.shape[-1]) >= self.settings.guess_length)
+            ids = jnp.where(cut[None, None], PAD_ID, ids)
         emb, cosine = self._embed_pool(params, e, ids)
         if upstream:
             # The original starts from one hypothesis. Copies of it keep the shapes static; being duplicates
@@ -269,12 +279,12 @@ class CorrectionLoop:
         def body(beam: _Beam, offset: Array) -> tuple[_Beam, _Seen]:
             step = first_step + offset + 1
             run = (step <= num_steps) & ~jnp.all(beam.done)
-            beam = lax.cond(run, lambda b: self._step(params, e, b, step), lambda b: b, beam)
+            beam = lax.cond(run, lambda b: self._step(params, e, b, step, num_steps), lambda b: b, beam)
             return beam, _seen(beam, run)
 
         return lax.scan(body, beam, jnp.arange(self.settings.scan_chunk, dtype=jnp.int32))
 
-    def _step(self, params: Params, e: Array, beam: _Beam, step: Array) -> _Beam:
+    def _step(self, params: Params, e: Array, beam: _Beam, step: Array, num_steps: Array) -> _Beam:
         """One round of correction of every item."""
         settings, upstream = self.settings, self.settings.mode == "upstream"
         width = settings.sequence_beam_width
@@ -299,9 +309,12 @@ class CorrectionLoop:
         cosine = jnp.where(jnp.repeat(childless, settings.candidates, axis=1), -jnp.inf, cosine)
         children = _Pool(ids, emb, cosine, jnp.zeros(cosine.shape, bool))
         if upstream:
-            score = cosine
             if width == 1:  # the original without a sequence beam: the corrector's own score, no re-ranking
                 score = log_prob.reshape(batch, -1).astype(jnp.float32)
+            else:  # of equal cosines it takes the first in the last step, and before that any, by torch's sorting
+                in_order = jnp.broadcast_to(jnp.arange(cosine.shape[1], dtype=jnp.int32)[None], cosine.shape)
+                children = _take(children, jnp.where(step == num_steps, in_order, topk_order(cosine)))
+                score = children.cosine
             kept = _keep_distinct(children, score, width)
             return _Beam(*kept, jnp.full_like(beam.step, step), beam.stale, beam.done)
         chosen = jnp.any(index[:, :, None] == jnp.arange(memory)[None, None], axis=1)

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from v2t_jax import progress
 from v2t_jax.bridge import host_bridge, host_embedder
 from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
-from v2t_jax.correct import CorrectionLoop, CorrectionSettings
+from v2t_jax.correct import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
@@ -46,6 +46,7 @@ FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent / "assets" / "models"
 SPECIAL = Special(start=0, eos=1, pad=0)
 TOKENIZER = "tokenizer.json"
+UPSTREAM_LENGTH = 127  # tokens that the original's calls generate at most: 128 with the decoder's start id
 CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n---\n"  # what the hub files models by
 
 
@@ -93,28 +94,38 @@ class Inverter:
     def correction_loop(
         self,
         sequence_beam_width: int = 4,
-        mode: Literal["best", "upstream"] = "best",
+        mode: Mode = "best",
         num_candidates: int | None = None,
         patience: int = 0,
     ) -> CorrectionLoop:
-        """The compiled loop for these settings, made once."""
+        """The compiled loop for these settings, made once.
+
+        In mode "upstream" a bridged model's texts are as long as the original's calls let them be, whatever it was
+        trained on; but a first guess that is to be corrected is cut to the length of the training texts, start id
+        included.
+        """
+        config, guess_length = self.config, None
+        if mode == "upstream" and self.bridged:
+            config = dataclasses.replace(config, max_length=UPSTREAM_LENGTH)
+            guess_length = self.config.max_length - 1
         settings = CorrectionSettings(
             sequence_beam_width=sequence_beam_width,
             mode=mode,
             num_candidates=num_candidates,
             patience=patience,
-            scan_chunk=1 if self.config.max_length > 64 else 2,
+            scan_chunk=1 if config.max_length > 64 else 2,
+            guess_length=guess_length,
         )
         if settings not in self._loops:
             self._loops[settings] = CorrectionLoop(
-                functools.partial(_hypothesize, self.config),
-                functools.partial(_propose, self.config),
-                self._embed_hypotheses(),
+                functools.partial(_hypothesize, config),
+                functools.partial(_propose, config, mode),
+                self._embed_hypotheses(config),
                 settings,
             )
         return self._loops[settings]
 
-    def _embed_hypotheses(self) -> Callable[[Any, jax.Array], jax.Array]:
+    def _embed_hypotheses(self, config: ModelConfig) -> Callable[[Any, jax.Array], jax.Array]:
         """The loop's way from model ids to embeddings: see `bridged`."""
         embedder, vocabulary = self.embedder, self.vocabulary
         if not isinstance(embedder, Embedder):
@@ -122,7 +133,7 @@ class Inverter:
         if self.bridged:
             # Other tokenizers may need more tokens for the same text; what needs twice as many is cut.
             around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
-            length = min(embedder.config.max_length, 2 * self.config.max_length + around)
+            length = min(embedder.config.max_length, 2 * config.max_length + around)
             bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
             return functools.partial(_embed_bridged, embedder.config, bridge)
         return functools.partial(_embed_shared, embedder.config, PieceMap.of(embedder))
@@ -294,7 +305,9 @@ def check_length(config: ModelConfig, embedder: Embedder) -> None:
         raise InputError(f"model.max_length is {config.max_length}, but {embedder.name} reads texts of {room} at most.")
 
 
-def _decode(tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k: int) -> tuple[jax.Array, jax.Array]:
+def _decode(
+    tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k: int, mode: Mode = "best"
+) -> tuple[jax.Array, jax.Array]:
     """k sequences a row, ids [rows, k, L], and their mean log-probabilities [rows, k]."""
     if k == 1:
         single = greedy(tokens_to_logits, cache, batch_size=rows, max_length=config.max_length, special=SPECIAL)
@@ -308,6 +321,7 @@ def _decode(tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k
             num_return=k,
             max_length=config.max_length,
             special=SPECIAL,
+            hopeful="any" if mode == "upstream" else "running",
         )
     lengths = jnp.maximum(jnp.sum(found.ids != SPECIAL.pad, axis=-1), 1)
     return found.ids, found.log_probs / lengths
@@ -319,10 +333,10 @@ def _hypothesize(config: ModelConfig, params: Any, e: jax.Array, k: int) -> tupl
 
 
 def _propose(
-    config: ModelConfig, params: Any, e: jax.Array, ids: jax.Array, embedding: jax.Array, k: int
+    config: ModelConfig, mode: Mode, params: Any, e: jax.Array, ids: jax.Array, embedding: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array]:
     tokens_to_logits, cache = corrector.start_decoding(config, params["corrector"], e, ids, embedding, k)
-    return _decode(tokens_to_logits, cache, config, e.shape[0], k)
+    return _decode(tokens_to_logits, cache, config, e.shape[0], k, mode)
 
 
 def _embed_shared(config: EmbedderConfig, piece_map: PieceMap, params: Any, ids: jax.Array) -> jax.Array:

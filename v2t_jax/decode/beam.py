@@ -51,6 +51,7 @@ def beam_search(
     early_stopping: EarlyStopping = False,
     min_length: int = 0,
     no_repeat_ngram: int = 0,
+    hopeful: Literal["running", "any"] = "running",
 ) -> tuple[Decoded, jax.Array]:
     """The `num_return` best hypotheses of each item.
 
@@ -70,6 +71,8 @@ def beam_search(
             ending at `max_length` with no further loss (for a positive penalty; otherwise as False).
         min_length: tokens before an end of sequence is allowed.
         no_repeat_ngram: size of n-grams that must not repeat, or 0.
+        hopeful: whose best log p `early_stopping` False and "never" judge by: that of the hypotheses which run on, or
+            of any that the step made, those that just ended too (transformers before 4.50, on which the original runs).
 
     Returns:
         `Decoded` with ids [B, num_return, L] and log_probs [B, num_return], and scores [B, num_return]:
@@ -83,6 +86,8 @@ def beam_search(
         raise InputError(f"{num_return} results were asked of {num_beams} beams; ask for 1 to {num_beams} of them.")
     if early_stopping not in (True, False, "never"):
         raise InputError(f'early_stopping is {early_stopping!r}; choose True, False or "never".')
+    if hopeful not in ("running", "any"):
+        raise InputError(f'hopeful is {hopeful!r}; choose "running" or "any".')
     rows = batch_size * num_beams
     check_arguments(cache, rows=rows, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
     # In float64 first: a float32 power would differ from `generate`'s in the last bit, enough to turn a near
@@ -148,6 +153,7 @@ def beam_search(
         # slot.
         horizon = penalties[-1] if early_stopping == "never" and length_penalty > 0 else penalty
         worst = jnp.where(jnp.all(done, axis=1), done_scores[:, -1], DEAD)
+        best = running_log_probs[:, 0] if hopeful == "running" else grown_log_probs[:, 0]
         return _Loop(
             position=loop.position + 1,
             tokens=_take(grown_tokens, running),
@@ -156,7 +162,7 @@ def beam_search(
             done_log_probs=_take(jnp.concatenate([loop.done_log_probs, grown_log_probs], axis=1), kept),
             done_scores=done_scores,
             done=done,
-            improvable=loop.improvable & (running_log_probs[:, 0] / horizon > worst),
+            improvable=loop.improvable & (best / horizon > worst),
             cache=_reorder(new_cache, _take(parents, running)),
         )
 

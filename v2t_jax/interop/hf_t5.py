@@ -63,7 +63,7 @@ def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params
     equal `shared.weight`.
 
     Args:
-        state: arrays of any floating dtype under Hugging Face's names, as a safetensors file holds them.
+        state: arrays of any floating dtype, or tensors still in their file, under Hugging Face's names.
         config: see `t5_config_from_huggingface`.
 
     Raises:

@@ -23,8 +23,9 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
         "projection_target": inverter.init_projection(config, keys[1]),
         "projection_difference": inverter.init_projection(config, keys[2]),
         "projection_hypothesis": inverter.init_projection(config, keys[3]),
-        "input_norm": init_norm(config.t5.d_model),
     }
+    if config.input_norm:
+        params["input_norm"] = init_norm(config.t5.d_model)
     if config.standardise:
         params["statistics"] = inverter.init_statistics(config)
     if config.bag_of_words:
@@ -67,7 +68,7 @@ def encode(
         t5.embed_tokens(config.t5, params["t5"], hypothesis),
     ]
     embeds = jnp.concatenate(parts, axis=1)
-    if "input_norm" in params:  # the oldest published correctors have none
+    if config.input_norm:
         embeds = layer_norm(params["input_norm"], embeds, LAYER_NORM_EPSILON)
     ones = jnp.ones((batch, embeds.shape[1] - hypothesis.shape[1]), jnp.int32)
     mask = jnp.concatenate([ones, (hypothesis != PAD_ID).astype(jnp.int32)], axis=1)

@@ -1,0 +1,143 @@
+"""The original itself, live: its own pairs give the same here, and it reads what ours writes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import upstream_pair
+from tests.equivalence import close, load
+from tests.upstream_pair import NAMES, SEARCHES, embedder_of, read_pair, read_recorded, record_of
+from v2t_jax import pretrained
+from v2t_jax.convert import from_vec2text
+from v2t_jax.errors import InputError
+from v2t_jax.torch_order import rank
+
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.filterwarnings("default"),  # theirs are not ours to mend
+]
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-upstream" / "bin" / "python"
+FRESH = {"seed": 11, "d_model": 40, "num_repeat_tokens": 5, "max_seq_length": 12, "steps": 120}
+FRESH["embedder"] = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def run_upstream(*jobs: list[Any]) -> None:
+    """Jobs of upstream.py, in the environment that it needs."""
+    assert PYTHON.exists(), f"{PYTHON} is missing: `make oracle` makes it"
+    # One thread is far quicker than two at this size. The rest of this test's environment is none of the original's.
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+    command = [str(PYTHON), str(ROOT / "tests" / "oracle" / "upstream.py"), json.dumps(jobs)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def run_v2t(*arguments: str) -> str:
+    command = [sys.executable, "-c", "from v2t_jax.cli import main; main()", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh pair, saved as .bin, and the golden ones; all recorded anew."""
+    folder = tmp_path_factory.mktemp("upstream")
+    for name in NAMES:
+        upstream_pair.write_pair(load(name), folder / name, head=True)
+    fresh = str(folder / "fresh")
+    run_upstream(["make", fresh, FRESH], ["record", fresh], *(["record", str(folder / name)] for name in NAMES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(root: Path) -> Path:
+    sources = [str(root / "fresh" / name) for name in ("inverter", "corrector", "t5-base")]
+    from_vec2text(root / "model", *sources, str(embedder_of(root / "fresh")))
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def model(converted: Path) -> pretrained.Inverter:
+    return pretrained.load(str(converted))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_records_are_what_the_original_does(name: str, root: Path) -> None:
+    live, golden = read_recorded(root / name), record_of(load(name))
+    assert set(live) == set(golden)
+    for key, value in golden.items():
+        if np.issubdtype(value.dtype, np.floating):
+            np.testing.assert_allclose(live[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+        else:
+            np.testing.assert_array_equal(live[key], value, err_msg=key)
+
+
+def test_logits_of_a_fresh_pair(root: Path) -> None:
+    upstream_pair.check_logits(read_pair(root / "fresh"), read_recorded(root / "fresh"))
+
+
+@pytest.mark.parametrize(("num_steps", "width"), SEARCHES)
+def test_every_step_of_a_fresh_pair(num_steps: int, width: int, root: Path, model: pretrained.Inverter) -> None:
+    upstream_pair.check_search(model, read_recorded(root / "fresh"), num_steps, width)
+
+
+def test_the_original_reads_what_ours_writes(root: Path, converted: Path) -> None:
+    """By the commands: one invocation there, one back."""
+    back = root / "back"
+    run_v2t("convert", "--to", "vec2text", str(converted), str(back))
+    for name in ("t5-base", "sentence-transformers"):
+        shutil.copytree(root / "fresh" / name, back / name)
+    shutil.copy(root / "fresh" / "spec.json", back)
+    run_upstream(["record", str(back)])
+    live, ours = read_recorded(root / "fresh"), read_recorded(back)
+    for key in ("inverter_logits", "corrector_logits"):
+        close(ours[key], live[key], 1e-6, key)
+    for search in ("0/0", "3/0", "3/2", "3/4"):
+        texts = f"search/{search}/texts"
+        np.testing.assert_array_equal(ours[texts], live[texts])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9, 16, 17, 25, 64, 100])
+def test_equal_scores_are_ranked_as_torch_does(size: int) -> None:
+    import torch
+
+    rng = np.random.default_rng(size)
+    for different in (1, 2, 1 + size // 4, size):
+        for _ in range(30):
+            scores = rng.integers(0, different, size).astype(np.float32) / 7
+            expected = torch.from_numpy(scores).topk(size).indices.numpy()
+            np.testing.assert_array_equal(rank(scores), expected)
+
+
+def damage(kind: str, file: Path) -> None:
+    import torch
+
+    if kind == "code":
+        torch.save({"weight": torch.zeros(2), "run": Path("/")}, file)
+    elif kind == "list":
+        torch.save([torch.zeros(2)], file)
+    else:
+        file.write_bytes(file.read_bytes()[:3000] if kind == "cut" else b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("code", "is damaged or holds more than weights, so it isn't read .UnpicklingError: Weights only load failed"),
+        ("list", "is not a dict of tensors; save a model's state_dict"),
+        ("cut", "is damaged or holds more than weights"),
+        ("empty", "is damaged or holds more than weights"),
+    ],
+)
+def test_pickles_that_are_not_weights(kind: str, message: str, root: Path, tmp_path: Path) -> None:
+    pair = shutil.copytree(root / "fresh", tmp_path / "pair")
+    damage(kind, pair / "inverter" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=message):
+        read_pair(pair)

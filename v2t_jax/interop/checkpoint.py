@@ -1,0 +1,153 @@
+"""A checkpoint folder as Hugging Face's `save_pretrained` leaves it: its tensors, each read when it is asked for."""
+
+import importlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from v2t_jax.errors import InputError
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+
+
+class Tensor:
+    """A tensor in a file: its shape, and its values (read, and copied, at every access)."""
+
+    def __init__(self, path: Path, source: Any, shape: Any) -> None:
+        self.shape: tuple[int, ...] = tuple(shape)
+        self._path, self._source = path, source
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        try:
+            value = self._source[index]
+        except (OSError, SafetensorError, TypeError) as error:
+            raise InputError(f"{self._path} is unreadable or of an unknown dtype ({error}); fetch it again.") from error
+        return value if isinstance(value, np.ndarray) else value.float().numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
+def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by its key; safetensors before `.bin`, one file or shards with an index.
+
+    Raises:
+        InputError: no weights, a damaged or missing file, a pickle that holds more than weights, or a `.bin` without
+            torch to read it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in _files_of(folder):
+        tensors |= _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+    return tensors
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, named without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _files_of(folder: Path) -> list[Path]:
+    for name in (SAFETENSORS, PICKLE):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_json(index, "a checkpoint").get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise InputError(f"{index} has no weight_map; fetch it again.")
+            files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise InputError(f"{folder} lacks {missing[0]}, which its index names; fetch it again.")
+            return files
+    raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}.")
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        file = safe_open(path, "numpy")
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
+    return {key: Tensor(path, values, values.get_shape()) for key, values in slices.items()}
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        raise InputError(
+            f"Reading {path} needs torch, which isn't installed: run 'pip install torch', or save the weights as "
+            f"{SAFETENSORS}."
+        ) from error
+    try:
+        # Mapped, so that memory holds what was read; files older than the zip format can't be.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises whatever the damage leads to
+        gist = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+        raise InputError(
+            f"{path} is damaged or holds more than weights, so it isn't read ({gist}); save the weights alone, best as "
+            f"{SAFETENSORS}."
+        ) from error
+    if not isinstance(loaded, dict) or not all(torch.is_tensor(tensor) for tensor in loaded.values()):
+        raise InputError(f"{path} is not a dict of tensors; save a model's state_dict().")
+    return {key: Tensor(path, tensor, tensor.shape) for key, tensor in loaded.items()}
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """An object from a JSON file of `what`.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {path.parent} is not {what}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}); fetch it again.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object; fetch it again.")
+    return values
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder, filled under another name and renamed at the end: it appears whole or not at all.
+
+    Raises:
+        InputError: there is something at `folder`, or it can't be written.
+    """
+    check_new(folder)
+    building = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        yield building
+        building.chmod(0o755)  # a temporary folder, and what safetensors writes, are their owner's alone
+        for path in building.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        building.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} can't be written ({error}); free space or give another folder.") from error
+    finally:
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Refuses to write where something lies.
+
+    Raises:
+        InputError: there is something at `folder`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; give a new or an empty folder.")

@@ -1,0 +1,78 @@
+"""The order in which torch ranks equal scores.
+
+The original keeps the first W of `torch.topk` over all candidates, and equal scores are common: candidates that differ
+only behind what the embedder reads, or that spell one text in two ways, have one embedding. On a CPU, `topk` of all n
+values is C++'s `nth_element` and then `sort`, neither of them stable; to select as the original does, mode "upstream"
+follows GNU's versions of both, which are the introselect and introsort of Musser (1997).
+"""
+
+from collections.abc import MutableSequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SMALL = 16  # sort leaves ranges of this many to one last insertion sort, which is stable
+
+
+def topk_order(scores: jax.Array) -> jax.Array:
+    """Indices [B, P] int32 of scores [B, P], best first, as torch.topk(scores, P) ranks them; -inf is absent: last."""
+    shape = jax.ShapeDtypeStruct(scores.shape, jnp.int32)
+    return jax.pure_callback(lambda rows: np.stack([rank(row) for row in np.asarray(rows)]), shape, scores)
+
+
+def rank(scores: np.ndarray) -> np.ndarray:
+    """One row of `topk_order`."""
+    present, absent = np.flatnonzero(scores > -np.inf), np.flatnonzero(scores == -np.inf)
+    queue = [(float(scores[i]), int(i)) for i in present]
+    _nth_element_last(queue)
+    front, last = queue[:-1], queue[-1:]  # the n-th has its place: `topk` sorts the others
+    _partition_for_sort(front, 0, len(front))
+    front.sort(key=lambda item: -item[0])
+    return np.array([i for _, i in front + last] + absent.tolist(), np.int32)
+
+
+Queue = MutableSequence[tuple[float, int]]
+
+
+def _nth_element_last(queue: Queue) -> None:
+    """std::nth_element for the last place: partitions the upper range until three are left, and sorts those."""
+    first = 0
+    while len(queue) - first > 3:
+        first = _partition(queue, first, len(queue))
+    queue[first:] = sorted(queue[first:], key=lambda item: -item[0])
+
+
+def _partition_for_sort(queue: Queue, first: int, last: int) -> None:
+    """std::sort, but for its last pass."""
+    while last - first > SMALL:
+        cut = _partition(queue, first, last)
+        _partition_for_sort(queue, cut, last)
+        last = cut
+
+
+def _partition(queue: Queue, first: int, last: int) -> int:
+    """Moves the median of three to the front and better scores than it before worse ones; returns where those begin."""
+
+    def swap(i: int, j: int) -> None:
+        queue[i], queue[j] = queue[j], queue[i]
+
+    # Of the second, the middle and the last, the one between the others; among equals, the one that comparing finds.
+    a, b, c = first + 1, first + (last - first) // 2, last - 1
+    better = lambda i, j: queue[i][0] > queue[j][0]  # noqa: E731
+    if better(a, b):
+        median = b if better(b, c) else c if better(a, c) else a
+    else:
+        median = a if better(a, c) else c if better(b, c) else b
+    swap(first, median)
+    low, high = first + 1, last
+    while True:
+        while better(low, first):
+            low += 1
+        high -= 1
+        while better(first, high):
+            high -= 1
+        if low >= high:
+            return low
+        swap(low, high)
+        low += 1
