@@ -43,6 +43,8 @@ def test_a_default_prompt_stands_before_every_text(folder):
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name="query")
     prompted = load_embedder(str(folder))
     np.testing.assert_allclose(prompted.embed(["a bird"]), plain.embed(["the cat sees a bird"]), atol=1e-6)
+    assert PieceMap.of(prompted).before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
+    assert load_embedder(f"mean@{folder}").config.prefix == "", "an encoder alone has no prompts"
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=None)
     np.testing.assert_array_equal(load_embedder(str(folder)).embed(["a bird"]), plain.embed(["a bird"]))
 
@@ -324,7 +326,7 @@ def test_the_hub_cannot_be_reached(name, monkeypatch, tmp_path):
     if name == "all-MiniLM-L6-v2":  # installed
         assert (locate(name) / "model.safetensors").is_file()
         return
-    with pytest.raises(InputError, match="are not installed and the hub can't be reached .* give"):
+    with pytest.raises(InputError, match="are not installed and can't be fetched from the hub .* give"):
         locate(name)
 
 
