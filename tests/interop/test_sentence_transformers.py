@@ -143,9 +143,12 @@ def test_pooling_of_a_folder_without_modules(tmp_path):
     assert load_embedder(f"last@{llama}").config.pooling == "last"
 
 
-def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path):
+def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("v2t_jax.progress.note", said.append)
     bert = plain(tmp_path / "bert")
     e5 = load_embedder(f"e5-base-v2@{bert}")
+    assert "gives vectors of 16, but intfloat/e5-base-v2 of 768" in said[0]
     assert (e5.config.prefix, e5.config.pooling, e5.config.normalise) == ("passage: ", "mean", True)
     assert e5.name == f"e5-base-v2@{bert}"
     assert load_embedder(f"e5-base-v2@{bert}", prefix="query: ").config.prefix == "query: "

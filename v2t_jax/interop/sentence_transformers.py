@@ -187,6 +187,8 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         width = layer["kernel"].shape[1]
     if pipeline.dense:
         params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
+    if known is not None and width != known.width:
+        progress.note(f"{folder} gives vectors of {width}, but {known.hub} of {known.width}: is it the right folder?")
     tokenizer = _read_tokenizer(body, folder)
     default_prompt = prompts.get("default_prompt_name")
     prefix = known.document_prefix if known else prompts["prompts"][default_prompt] if default_prompt else ""
