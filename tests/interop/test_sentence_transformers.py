@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,9 +11,10 @@ from tiny_run import make_embedder, make_tokenizer
 from tokenizers import processors
 
 from tests.equivalence import load, state_dict
+from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import KNOWN, load_embedder, locate
-from v2t_jax.models.embedder import PieceMap
+from v2t_jax.models.embedder import PieceMap, embed_pieces
 
 TYPE = "sentence_transformers.models."
 
@@ -154,6 +156,20 @@ def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path, monkeypatch):
     assert load_embedder(f"e5-base-v2@{bert}", prefix="query: ").config.prefix == "query: "
     with pytest.raises(InputError, match="is not the published sentence-transformers/all-MiniLM-L6-v2"):
         load_embedder(f"all-MiniLM-L6-v2@{bert}")
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "modernbert", "mistral"])
+def test_a_models_pieces_are_embedded_as_their_text_is(tmp_path, name):
+    """The way inside the compiled loop: padding of another length and id must change nothing."""
+    embedder = load_embedder(f"mean@{plain(tmp_path / name, name)}")
+    vocabulary, texts = Vocabulary.full(embedder.tokenizer), ["a dog", "the old river sees one cat"]
+    ids = np.zeros((2, 9), np.int32)
+    for row, pieces in zip(ids, vocabulary.encode(texts), strict=True):
+        row[: len(pieces)], row[len(pieces)] = pieces, 1
+    made = embed_pieces(
+        embedder.config, PieceMap.of(embedder), embedder.params, jnp.asarray(vocabulary.pieces), jnp.asarray(ids)
+    )
+    np.testing.assert_allclose(made, embedder.embed(texts), atol=2e-5)
 
 
 def test_the_first_dimensions(folder):
