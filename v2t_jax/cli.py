@@ -248,11 +248,11 @@ class Convert:
     target: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="to")] = None
     """vec2text: folders inverter and corrector that the original loads"""
     inverter: str | None = None
-    """folder of the original's inverter"""
+    """folder or hub name of the original's inverter"""
     corrector: str | None = None
-    """folder of its corrector; without one, the model makes first guesses only"""
+    """the same of its corrector; without one, the model makes first guesses only"""
     t5: str | None = None
-    """folder or hub name of the T5 that both were trained from"""
+    """folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names"""
     embedder: str | None = None
     """the embedder that they invert: a name that `v2t embedders` lists, a folder, or an endpoint's base URL"""
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -265,8 +265,8 @@ class Convert:
         if self.source is not None:
             if len(self.paths) != 1:
                 raise InputError("With --from, give one path: the model folder to write.")
-            if self.inverter is None or self.t5 is None or self.embedder is None:
-                raise InputError("With --from vec2text, --inverter, --t5 and --embedder are needed.")
+            if self.inverter is None or self.embedder is None:
+                raise InputError("With --from vec2text, --inverter and --embedder are needed.")
             embedder = open_embedder(self.embedder, self.api)
             from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, embedder)
             print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
@@ -486,8 +486,8 @@ class _TrainHelp:
 
 
 COMMANDS: dict[str, Any] = {
-    **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "demo": Demo, "push": Push},
-    **{"convert": Convert, "env": Env},
+    **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "convert": Convert, "push": Push},
+    **{"demo": Demo, "env": Env},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 

@@ -7,39 +7,60 @@ from v2t_jax.config import Stage
 from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import check_new
+from v2t_jax.interop.hub import folder_of, is_hub_name
 from v2t_jax.interop.sentence_transformers import load_embedder, locate
-from v2t_jax.interop.vec2text import check_embedder, read_base, read_vec2text, write_vec2text
-from v2t_jax.models.embedder import TextEmbedder
+from v2t_jax.interop.vec2text import check_embedder, read_base, read_settings, read_vec2text, write_vec2text
+from v2t_jax.models.embedder import Embedder, TextEmbedder
 from v2t_jax.pretrained import Inverter, load, locate_model
 
 RECORD = "vec2text"  # what the original's config.json files said, kept in the model folder for the way back
 
 
-def from_vec2text(folder: Path, inverter: str, corrector: str | None, t5: str, embedder: str | TextEmbedder) -> None:
-    """Converts checkpoints of the original into a model folder.
+def build(inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder) -> tuple[Inverter, dict]:
+    """A model from checkpoints of the original, and what their config.json files say, by stage.
 
     Args:
-        folder: the model folder to write.
-        inverter, corrector: folders of the original's checkpoints; without a corrector only first guesses are made.
-        t5: folder or hub name of the T5 that both were trained from.
-        embedder: the embedder that they invert, or its name or folder (see `load_embedder`).
+        inverter, corrector: folders or hub names; without a corrector only first guesses are made.
+        t5: folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names.
+        embedder: name or folder of the embedder that they invert, or the embedder itself.
 
     Raises:
-        InputError: see `read_base`, `load_embedder`, `read_vec2text` and `check_embedder`; the embedder's vectors have
-            another width; or the folder can't be written.
+        InputError: see `read_base`, `load_embedder`, `read_vec2text` and `check_embedder`; or the embedder's vectors
+            have another width.
+    """
+    folders: dict[Stage, Path] = {"inverter": folder_of(inverter)}
+    if corrector is not None:
+        folders["corrector"] = folder_of(corrector)
+    base = read_base(t5 or read_settings("inverter", folders["inverter"])["model_name_or_path"])
+    pair = read_vec2text(folders, base.config)
+    victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
+    if isinstance(victim, Embedder):
+        if isinstance(embedder, str):
+            check_embedder(folders["inverter"], locate(embedder), embedder)
+        # The original embeds hypotheses cut to the length of its training texts.
+        victim = victim.shortened(min(pair.config.max_length, victim.config.max_length))
+    model = Inverter(
+        name=inverter if is_hub_name(inverter) else folders["inverter"].resolve().name,
+        config=pair.config,
+        params=pair.params,
+        embedder=victim,
+        vocabulary=Vocabulary.full(base.tokenizer),
+        bridged=True,
+    )
+    return model, pair.settings
+
+
+def from_vec2text(
+    folder: Path, inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder
+) -> None:
+    """Converts checkpoints of the original into a model folder; arguments and errors as `build`.
+
+    Raises:
+        InputError: the folder can't be written, or holds something already.
     """
     check_new(folder)
-    base = read_base(t5)
-    stages: dict[Stage, str | None] = {"inverter": inverter, "corrector": corrector}
-    pair = read_vec2text({stage: Path(path) for stage, path in stages.items() if path is not None}, base.config)
-    if isinstance(embedder, str):
-        check_embedder(Path(inverter), locate(embedder), embedder)
-        embedder = load_embedder(embedder)
-        # The original embeds hypotheses cut to the length of its training texts.
-        embedder = embedder.shortened(min(pair.config.max_length, embedder.config.max_length))
-    name = Path(inverter).resolve().name
-    model = Inverter(name, pair.config, pair.params, embedder, Vocabulary.full(base.tokenizer), bridged=True)
-    model.save(folder, record={RECORD: pair.settings}, card=_card(name, embedder.name, corrector is not None))
+    model, settings = build(inverter, corrector, t5, embedder)
+    model.save(folder, record={RECORD: settings}, card=_card(model.name, model.embedder.name, model.has_corrector))
 
 
 def to_vec2text(model: str, folder: Path, embedder: str | TextEmbedder | None = None) -> None:

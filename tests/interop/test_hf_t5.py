@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tests.equivalence import Case, load, state_dict, t5_of
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
+from v2t_jax.interop.hf_t5 import load_t5, save_t5, t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
 from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
 
@@ -109,3 +110,27 @@ def test_refuses_a_config_of_something_else(change: dict, words: str) -> None:
     config = {name: value for name, value in config.items() if value is not None}
     with pytest.raises(InputError, match=words):
         t5_config_from_huggingface(config)
+
+
+@pytest.mark.parametrize("config", [TINY, V1_1], ids=["v1.0", "v1.1"])
+def test_a_folder_of_ours(config: T5Config, tmp_path: Path) -> None:
+    params = make(config)
+    save_t5(tmp_path / "t5", config, params)
+    loaded_config, loaded = load_t5(str(tmp_path / "t5"))
+    assert loaded_config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    with pytest.raises(InputError, match="t5 exists already; give a new or an empty folder"):
+        save_t5(tmp_path / "t5", config, params)
+    (tmp_path / "t5" / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(InputError, match="model.safetensors is damaged"):
+        load_t5(str(tmp_path / "t5"))
+    (tmp_path / "t5" / "config.json").unlink()
+    with pytest.raises(InputError, match="config.json is missing: .* is not a T5 folder"):
+        load_t5(str(tmp_path / "t5"))
+
+
+def test_no_such_t5() -> None:
+    with pytest.raises(InputError, match="no name on the hub"):
+        load_t5("no/such/folder")
+    with pytest.raises(InputError, match="hub"):  # tests are offline
+        load_t5("no-such/t5")

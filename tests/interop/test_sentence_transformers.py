@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,9 +11,10 @@ from tiny_run import make_embedder, make_tokenizer
 from tokenizers import processors
 
 from tests.equivalence import load, state_dict
+from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import KNOWN, load_embedder, locate
-from v2t_jax.models.embedder import PieceMap
+from v2t_jax.models.embedder import PieceMap, embed_pieces
 
 TYPE = "sentence_transformers.models."
 
@@ -43,6 +45,8 @@ def test_a_default_prompt_stands_before_every_text(folder):
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name="query")
     prompted = load_embedder(str(folder))
     np.testing.assert_allclose(prompted.embed(["a bird"]), plain.embed(["the cat sees a bird"]), atol=1e-6)
+    assert PieceMap.of(prompted).before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
+    assert load_embedder(f"mean@{folder}").config.prefix == "", "an encoder alone has no prompts"
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=None)
     np.testing.assert_array_equal(load_embedder(str(folder)).embed(["a bird"]), plain.embed(["a bird"]))
 
@@ -106,10 +110,10 @@ def test_weights_in_several_files(folder):
     np.testing.assert_array_equal(parts.embed(["a dog"]), whole.embed(["a dog"]))
     assert len(parts.weights_sha256) == 64 and parts.weights_sha256 != whole.weights_sha256
     (folder / "b.safetensors").unlink()
-    with pytest.raises(InputError, match="b.safetensors is missing, though model.safetensors.index.json names it"):
+    with pytest.raises(InputError, match="lacks b.safetensors, which its index names"):
         load_embedder(str(folder))
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(InputError, match="not a readable index"):
+    with pytest.raises(InputError, match="holds no JSON object"):
         load_embedder(str(folder))
 
 
@@ -141,14 +145,31 @@ def test_pooling_of_a_folder_without_modules(tmp_path):
     assert load_embedder(f"last@{llama}").config.pooling == "last"
 
 
-def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path):
+def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("v2t_jax.progress.note", said.append)
     bert = plain(tmp_path / "bert")
     e5 = load_embedder(f"e5-base-v2@{bert}")
+    assert "gives vectors of 16, but intfloat/e5-base-v2 of 768" in said[0]
     assert (e5.config.prefix, e5.config.pooling, e5.config.normalise) == ("passage: ", "mean", True)
     assert e5.name == f"e5-base-v2@{bert}"
     assert load_embedder(f"e5-base-v2@{bert}", prefix="query: ").config.prefix == "query: "
     with pytest.raises(InputError, match="is not the published sentence-transformers/all-MiniLM-L6-v2"):
         load_embedder(f"all-MiniLM-L6-v2@{bert}")
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "modernbert", "mistral"])
+def test_a_models_pieces_are_embedded_as_their_text_is(tmp_path, name):
+    """The way inside the compiled loop: padding of another length and id must change nothing."""
+    embedder = load_embedder(f"mean@{plain(tmp_path / name, name)}")
+    vocabulary, texts = Vocabulary.full(embedder.tokenizer), ["a dog", "the old river sees one cat"]
+    ids = np.zeros((2, 9), np.int32)
+    for row, pieces in zip(ids, vocabulary.encode(texts), strict=True):
+        row[: len(pieces)], row[len(pieces)] = pieces, 1
+    made = embed_pieces(
+        embedder.config, PieceMap.of(embedder), embedder.params, jnp.asarray(vocabulary.pieces), jnp.asarray(ids)
+    )
+    np.testing.assert_allclose(made, embedder.embed(texts), atol=2e-5)
 
 
 def test_the_first_dimensions(folder):
@@ -247,7 +268,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
     ("damage", "message"),
     [
         (lambda folder: add_dense(folder, "torch.nn.modules.activation.ReLU"), "the activation 'relu'"),
-        (change_dense(in_features=15), "doesn't hold what its config.json means"),
+        (change_dense(in_features=15), "don't hold what config.json means"),
         (change_dense(use_residual=True), "use_residual"),
         (change_dense(module_input_name="token_embeddings"), "module_input_name 'token_embeddings'"),
         (config(hidden_act="relu"), "hidden_act = 'relu'; only 'gelu' is read"),
@@ -264,21 +285,21 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
             change_weights(lambda state: state.update(adapter=np.zeros(2))),
             "bert weights hold the unknown key 'adapter'",
         ),
-        (pickled, r"as a pickle \(pytorch_model.bin\), which can run code"),
+        (pickled, r"pytorch_model.bin (needs torch, which|is damaged or holds more than weights)"),
         (another_order, "holds Normalize, Pooling, Transformer; supported are"),
         (no_pooling, "exactly one supported mode"),
         (two_poolings, "exactly one supported mode"),
         (prompt_left_out, "include_prompt"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "lacks 'hidden_size'"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "lack or garble"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
         (lambda folder: (folder / "modules.json").write_text('[{"path": ""}]'), "lack or garble 'type'"),
         (lambda folder: (folder / "modules.json").write_text("[1]"), "lack or garble"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable JSON"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "only safetensors weights"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 500), "truncated"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights: neither model.safetensors nor"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 500), "damaged or no safetensors file"),
         (lambda folder: change(folder / "sentence_bert_config.json", max_seq_length=2), "cut to 2 tokens"),
     ],
 )
@@ -324,7 +345,7 @@ def test_the_hub_cannot_be_reached(name, monkeypatch, tmp_path):
     if name == "all-MiniLM-L6-v2":  # installed
         assert (locate(name) / "model.safetensors").is_file()
         return
-    with pytest.raises(InputError, match="are not installed and the hub can't be reached .* give"):
+    with pytest.raises(InputError, match="is not installed: .*give .* folder.* hub can't be reached"):
         locate(name)
 
 

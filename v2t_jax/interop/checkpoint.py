@@ -1,56 +1,106 @@
-"""Folders of checkpoints: read, pickles too where torch is there to read their weights alone, and written whole."""
+"""A checkpoint folder as Hugging Face's `save_pretrained` leaves it: its tensors, each read when it is asked for."""
 
+import hashlib
 import importlib
 import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from v2t_jax.errors import InputError
-from v2t_jax.interop.weights import Tensor, open_weights, weight_files
 
-SAFETENSORS = "model.safetensors"
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
-class _Pickled:
-    """A tensor that torch has mapped from a file."""
+class StoredTensor:
+    """A tensor in a file: its shape, and its values, read at every access (of a pickle, a view of the mapped file)."""
 
-    def __init__(self, tensor: Any) -> None:
-        self.shape: tuple[int, ...] = tuple(tensor.shape)
-        self._tensor = tensor
+    def __init__(self, path: Path, source: Any, shape: Any) -> None:
+        self.shape: tuple[int, ...] = tuple(shape)
+        self._path, self._source = path, source
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self._tensor[index].float().numpy()
+        try:
+            value = self._source[index]
+        except (OSError, SafetensorError, TypeError) as error:
+            raise InputError(f"{self._path} is unreadable or of an unknown dtype ({error}); fetch it again.") from error
+        return value if isinstance(value, np.ndarray) else value.float().numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
 
 
-def open_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by its key, each read only when it is indexed; safetensors before `.bin`.
+def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder by its key; safetensors before `.bin`, one file or shards with an index.
 
     Raises:
         InputError: no weights, a damaged or missing file, a pickle that holds more than weights, or a `.bin` without
             torch to read it.
     """
-    if any((folder / name).is_file() for name in (SAFETENSORS, f"{SAFETENSORS}.index.json")):
-        return open_weights(weight_files(folder))
-    pickled = sorted(folder.glob("pytorch_model*.bin"))
-    if not pickled:
-        raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor pytorch_model.bin.")
-    return {key: tensor for path in pickled for key, tensor in _open_pickle(path).items()}
+    return open_weights(weight_files(folder))
 
 
-def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def open_weights(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of files by its key; see `open_checkpoint`."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        tensors |= _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+    return tensors
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """The sha256 of a file; of several, that of their sha256s, in hexadecimal and in order."""
+    hashes = []
+    for path in files:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def part(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
     """The tensors under a prefix, named without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _open_pickle(path: Path) -> dict[str, Tensor]:
+def weight_files(folder: Path) -> list[Path]:
+    """The file of a folder's weights, or all that its index names: safetensors before `.bin`.
+
+    Raises:
+        InputError: there is none, or the index is damaged or names files that are missing.
+    """
+    for name in (SAFETENSORS, PICKLE):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_json(index, "a checkpoint").get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise InputError(f"{index} has no weight_map; fetch it again.")
+            files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise InputError(f"{folder} lacks {missing[0]}, which its index names; fetch it again.")
+            return files
+    raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}; fetch it again.")
+
+
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    try:
+        file = safe_open(path, "numpy")
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
+    return {key: StoredTensor(path, values, values.get_shape()) for key, values in slices.items()}
+
+
+def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
@@ -69,11 +119,11 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(loaded, dict) or not all(torch.is_tensor(tensor) for tensor in loaded.values()):
         raise InputError(f"{path} is not a dict of tensors; save a model's state_dict().")
-    return {key: _Pickled(tensor) for key, tensor in loaded.items()}
+    return {key: StoredTensor(path, tensor, tensor.shape) for key, tensor in loaded.items()}
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """An object from a JSON file of `what`.
+def read_json(path: Path, what: str, kind: type = dict) -> Any:
+    """An object, or another `kind` of value, from a JSON file of `what`.
 
     Raises:
         InputError: the file is missing, damaged, or holds something else.
@@ -84,19 +134,23 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"{path} is missing: {path.parent} is not {what}.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); fetch it again.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no JSON object; fetch it again.")
+    if not isinstance(values, kind):
+        raise InputError(f"{path} holds no JSON {'object' if kind is dict else kind.__name__}; fetch it again.")
     return values
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder, filled under another name and renamed at the end: it appears whole or not at all.
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder, filled under another name and renamed at the end: it appears whole or not at all.
+
+    Args:
+        replace: whether what lies at `folder` goes.
 
     Raises:
         InputError: there is something at `folder`, or it can't be written.
     """
-    check_new(folder)
+    if not replace:
+        check_new(folder)
     building = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +159,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         building.chmod(0o755)  # a temporary folder, and what safetensors writes, are their owner's alone
         for path in building.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        building.replace(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        building.rename(folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} can't be written ({error}); free space or give another folder.") from error
     finally:

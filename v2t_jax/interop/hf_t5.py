@@ -1,12 +1,18 @@
 """T5 between Hugging Face's key names and ours, both directions, by one table. A tied embedding is stored once."""
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
+from v2t_jax import progress
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
+from v2t_jax.interop.checkpoint import SAFETENSORS, open_checkpoint, read_json, whole_folder
+from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.weights import Entry, Tensor, fill
 from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
@@ -56,11 +62,35 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def load_t5(name: str) -> tuple[T5Config, Params]:
+    """Sizes and parameters (float32, on the host) of a T5 v1.0, v1.1 or Flan, by folder or hub name.
+
+    Raises:
+        InputError: see `folder_of`, `open_checkpoint`, `t5_config_from_huggingface` and `t5_from_huggingface`.
+    """
+    folder = folder_of(name)
+    with progress.stage(f"loading the T5 {name}"):
+        config = t5_config_from_huggingface(read_json(folder / "config.json", "a T5 folder"))
+        return config, t5_from_huggingface(open_checkpoint(folder), config)
+
+
+def save_t5(folder: Path, config: T5Config, params: Params) -> None:
+    """The inverse: config.json and model.safetensors as transformers reads them; whole or not at all.
+
+    Raises:
+        InputError: there is something at `folder`, or it can't be written.
+    """
+    with whole_folder(folder) as building:
+        values = t5_config_to_huggingface(config)
+        (building / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        save_file(t5_to_huggingface(params, config), building / SAFETENSORS, metadata={"format": "pt"})
+
+
 def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params:
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`.
 
     A tied head (`lm_head.weight`) and the stacks' copies of the embedding may be there or not; if they are, they must
-    equal `shared.weight`.
+    equal `shared.weight`. An untied head that isn't there is a copy of it too: transformers leaves those out.
 
     Args:
         state: arrays of any floating dtype, or tensors still in their file, under Hugging Face's names.
@@ -69,6 +99,8 @@ def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params
     Raises:
         InputError: a key is missing, unknown, of a shape that `config` doesn't mean, or a copy that differs.
     """
+    if "lm_head.weight" not in state and "shared.weight" in state:
+        state = {**state, "lm_head.weight": state["shared.weight"]}
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = {*_IGNORED, *copies}
     params = fill(t5.abstract_params(config), _entries(config), state, "T5", lambda key: key in ignored)
@@ -119,6 +151,8 @@ def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
             f"The T5 config asks for the feed-forward {feed_forward!r}; supported are {', '.join(_FEED_FORWARD)}."
         )
     num_decoder_layers = config.get("num_decoder_layers")
+    # Since transformers 5 the older field is always true, and this one tells the two forms apart.
+    tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
     return T5Config(
         vocab_size=config["vocab_size"],
         d_model=config["d_model"],
@@ -128,9 +162,34 @@ def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
         num_encoder_layers=config["num_layers"],
         num_decoder_layers=config["num_layers"] if num_decoder_layers is None else num_decoder_layers,
         feed_forward=feed_forward,
-        tie_word_embeddings=config.get("tie_word_embeddings", True),
+        tie_word_embeddings=tied is not False,
         relative_attention_num_buckets=config["relative_attention_num_buckets"],
         relative_attention_max_distance=config.get("relative_attention_max_distance", 128),
         layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
         dropout_rate=config.get("dropout_rate", 0.1),
     )
+
+
+def t5_config_to_huggingface(config: T5Config) -> dict[str, Any]:
+    """The inverse, for transformers before and since version 5."""
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_kv": config.d_kv,
+        "d_ff": config.d_ff,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "feed_forward_proj": config.feed_forward,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "relative_attention_num_buckets": config.relative_attention_num_buckets,
+        "relative_attention_max_distance": config.relative_attention_max_distance,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "dropout_rate": config.dropout_rate,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }

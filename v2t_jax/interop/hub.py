@@ -1,5 +1,6 @@
 """The Hugging Face hub: folders by name from it, model folders to it."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any
 from v2t_jax import progress
 from v2t_jax.errors import InputError
 
-# Never a pickle.
-PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
+PICKLES = ("*.bin",)  # only where there is nothing else; they are read by torch's loader of weights alone
+OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
 
 
 def is_hub_name(name: str) -> bool:
@@ -18,24 +20,41 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def download(name: str, patterns: Sequence[str] = PATTERNS) -> Path:
+def folder_of(name: str, patterns: Sequence[str] | None = None) -> Path:
+    """A local folder as it is, else a repository's: see `download`."""
+    return Path(name) if os.path.isdir(name) else download(name, patterns)
+
+
+def download(name: str, patterns: Sequence[str] | None = None) -> Path:
     """The folder of a repository's files, from the hub's own cache where they are there and unchanged.
 
     Args:
-        name: `owner/name`.
-        patterns: the files to fetch.
+        name: `owner/name`, or one of the old names without an owner, such as `t5-base`.
+        patterns: the files to fetch; by default those of a model.
 
     Raises:
         InputError: there is no such repository, it may not be read, or the hub can't be reached and the cache has none.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         with progress.stage(f"fetching {name} from the Hugging Face hub"):
-            return Path(snapshot_download(name, allow_patterns=list(patterns)))
+            wanted = [*(patterns or PATTERNS)]
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
+            if patterns is None and next(folder.rglob("*.safetensors"), None) is None:
+                wanted += PICKLES
+                folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
+            return folder
     except GatedRepoError as error:
         raise InputError(f"{name} asks for consent: accept its terms on the hub, then run 'hf auth login'.") from error
+    except HFValidationError as error:
+        raise InputError(f"There is no folder {name!r}, and it is no name on the hub (owner/name) either.") from error
     except RepositoryNotFoundError as error:
         raise InputError(
             f"The hub has no {name}, or it is private: check the name, or run 'hf auth login' first."

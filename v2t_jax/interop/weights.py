@@ -1,18 +1,14 @@
-"""Weights as PyTorch projects keep them: tensors in safetensors files, read one by one into our parameters.
+"""Weights as PyTorch projects keep them, read tensor by tensor into our parameters.
 
 Ours differ in three ways: layers of a stack are stacked on a leading axis, linear weights are [in, out] where torch has
 [out, in], and matrices that are stored as one are kept apart.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from v2t_jax.errors import InputError
 from v2t_jax.models.layers import Params
@@ -35,76 +31,6 @@ class Entry(NamedTuple):
     transposed: bool
     part: tuple[int, int] = (0, 1)
     """(i, n): ours is the i-th of n equal parts of theirs, cut over its first axis"""
-
-
-class _Stored:
-    """A tensor in a safetensors file; nothing of it is in memory."""
-
-    def __init__(self, path: Path, file: Any, key: str):
-        self._path, self._slice = path, file.get_slice(key)
-        self.shape = tuple(self._slice.get_shape())
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        try:
-            return self._slice[index]
-        except (OSError, SafetensorError, TypeError) as error:
-            raise InputError(f"{self._path} is unreadable or of an unknown dtype ({error}): fetch it again.") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors file of a folder, or all that its index names.
-
-    Raises:
-        InputError: there is none, or the index is damaged or names files that are missing.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file() or not index.is_file():
-        if not single.is_file() and (pickled := [*folder.glob("pytorch_model*.bin")]):
-            raise InputError(
-                f"{folder} holds its weights as a pickle ({pickled[0].name}), which can run code and is not read: "
-                "save them with transformers' save_pretrained, which writes model.safetensors."
-            )
-        if not single.is_file():
-            raise InputError(f"{single} is missing: only safetensors weights are read.")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not a readable index of weights ({error}): fetch it again.") from error
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file} is missing, though {index.name} names it: fetch the folder again.")
-    return files
-
-
-def open_weights(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Every tensor of safetensors files by its key; each is read only when it is indexed.
-
-    Raises:
-        InputError: a file is missing, truncated or not a safetensors file.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            file = safe_open(path, framework="numpy")
-            tensors |= {key: _Stored(path, file, key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing: only safetensors weights are read.") from None
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path} is unreadable, truncated or not a safetensors file ({error}): fetch it again."
-            ) from error
-    return tensors
-
-
-def sha256_of(files: Iterable[Path]) -> str:
-    """The sha256 of a file; of several, that of their sha256s, in hexadecimal and in order."""
-    hashes = []
-    for path in files:
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def fill(
