@@ -218,6 +218,9 @@ class Config:
     stages: tuple[Stage, ...] = STAGES
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
+    initial_t5: str = ""
+    """folder or hub name of a T5 that both networks start from, as the original's do; its sizes replace those of
+    model.t5, and the embedder must share its tokenizer, as GTR does"""
     initial_embedding: Literal["random", "embedder"] = "random"
     """embedder: token embeddings start from the embedder's own word embeddings, centred and rescaled"""
     initial_embedding_std: float = 0.02
@@ -243,6 +246,10 @@ class Config:
             f"partial_hypotheses needs an even number of rows in the corrector's (micro-)batches, not {rows}.",
         )
         _require(self.initial_embedding_std > 0, "initial_embedding_std must be above 0.")
+        _require(
+            not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size),
+            "initial_t5 brings its own token embeddings: leave initial_embedding and data.vocabulary_size as they are.",
+        )
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax import progress
-from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, to_dict
+from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, to_dict
 from v2t_jax.data.pipeline import Batches, TokenStore, tokenize
 from v2t_jax.data.sources import read_texts
-from v2t_jax.data.tokenize import Vocabulary, frequent_pieces
+from v2t_jax.data.tokenize import Vocabulary, frequent_pieces, read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
+from v2t_jax.interop.checkpoint import sha256_of, weight_files
+from v2t_jax.interop.hf_t5 import load_t5
+from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
@@ -69,6 +72,7 @@ class Setup:
     vocabulary: Vocabulary
     stores: list[TokenStore]
     held_out: list[str]  # normalised, short enough for the model
+    initial_t5: Params | None  # that both networks start from
 
     @property
     def pieces(self) -> jax.Array:
@@ -83,6 +87,7 @@ class Setup:
             "embedder": self.embedder.weights_sha256,
             "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
             "tokens": tokens.hexdigest(),
+            **({"initial_t5": sha256_of(weight_files(folder_of(self.config.initial_t5)))} if self.initial_t5 else {}),
         }
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -168,9 +173,29 @@ def prepare(config: Config) -> Setup:
             f"No held-out text of {config.data.held_out} has fewer than model.max_length={config.model.max_length} "
             "pieces: use more text or a larger max_length."
         )
-    t5 = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
+    t5, pretrained = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size), None
+    if config.initial_t5:
+        t5, pretrained = pretrained_t5(config, vocabulary)
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
-    return Setup(config, model, embedder, vocabulary, stores, held_out)
+    return Setup(config, model, embedder, vocabulary, stores, held_out, pretrained)
+
+
+def pretrained_t5(config: Config, vocabulary: Vocabulary) -> tuple[T5Config, Params]:
+    """The T5 that the recipe starts from, under the recipe's own dtype, dropout and the like.
+
+    Raises:
+        InputError: there is none, or it has another tokenizer than the embedder.
+    """
+    loaded, params = load_t5(config.initial_t5)
+    tokenizer = read_tokenizer(folder_of(config.initial_t5) / "tokenizer.json")
+    in_order = np.array_equal(vocabulary.pieces, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
+    if not in_order or tokenizer.get_vocab() != vocabulary.tokenizer.get_vocab():
+        raise InputError(
+            f"{config.initial_t5} and {config.embedder} have different tokenizers: choose an embedder with T5's, such "
+            "as gtr-base, or leave initial_t5 empty."
+        )
+    kept = {name: getattr(config.model.t5, name) for name in ("dropout_rate", "dtype", "remat", "scan_unroll")}
+    return dataclasses.replace(loaded, **kept), params
 
 
 def initial_params(setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Batches) -> Params:
@@ -178,6 +203,8 @@ def initial_params(setup: Setup, stage: Stage, trained: dict[Stage, Params], bat
     config, model = setup.config, setup.model
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
     params = NETWORKS[stage].init(model, key)
+    if setup.initial_t5 is not None:
+        params["t5"] = jax.tree.map(jnp.asarray, setup.initial_t5)
     if config.initial_embedding == "embedder":
         words = setup.embedder.params["encoder"]["word_embedding"][setup.pieces]
         if words.shape[1] != model.t5.d_model:
