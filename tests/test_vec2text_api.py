@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import upstream_pair
-from tests.equivalence import Case
+from tests.equivalence import Case, load
 from v2t_jax import vec2text
 from v2t_jax.errors import InputError
 from v2t_jax.pretrained import Inverter
@@ -15,12 +15,12 @@ from v2t_jax.pretrained import Inverter
 
 @pytest.fixture(scope="module")
 def record() -> Case:
-    return upstream_pair.record_of(upstream_pair.golden("vec2text_b"))
+    return upstream_pair.record_of(load("vec2text_b"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return upstream_pair.write_pair(upstream_pair.golden("vec2text_b"), tmp_path_factory.mktemp("pair"))
+    return upstream_pair.write_pair(load("vec2text_b"), tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

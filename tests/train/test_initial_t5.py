@@ -10,6 +10,7 @@ import pytest
 from tiny_run import make_embedder, make_recipe
 
 from tests import upstream_pair
+from tests.equivalence import load
 from v2t_jax.config import Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5
@@ -19,7 +20,7 @@ from v2t_jax.train import loop
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("initial")
-    pair = upstream_pair.write_pair(upstream_pair.golden("vec2text_gtr"), folder / "pair")
+    pair = upstream_pair.write_pair(load("vec2text_gtr"), folder / "pair")
     # The pair's embedder has pieces of its own, to be bridged: here it gets the T5's.
     shutil.copy(pair / "t5-base" / "tokenizer.json", upstream_pair.embedder_of(pair))
     made = make_recipe(folder)

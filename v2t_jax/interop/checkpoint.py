@@ -34,7 +34,7 @@ class StoredTensor:
         return value if isinstance(value, np.ndarray) else value.float().numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
+        return np.array(self[:], dtype, copy=copy)
 
 
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
