@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"arrays", "compile_cache", "config", "errors", "progress", "torch_order"},
     {"sharding", "models", "decode"},
     {"assets", "blackbox", "bridge", "data", "correct", "endpoint", "interop", "vector_cache"},
-    {"pretrained", "convert", "invert", "trace", "train", "eval", "vec2text"},
+    {"loop_functions", "pretrained", "convert", "invert", "trace", "train", "eval", "vec2text"},
     {"bench", "cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -11,12 +11,8 @@ Nothing is unpickled; every file's sha256 is checked before it is used.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +23,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from v2t_jax import progress
-from v2t_jax.bridge import host_bridge, host_embedder
 from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
-from v2t_jax.decode.beam import beam_search
-from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import Decoded, Special
 from v2t_jax.errors import InputError
+from v2t_jax.interop.checkpoint import sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.loop_functions import guesser, hypothesis_embedder, proposer
 from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import Embedder, EmbedderConfig, PieceMap, TextEmbedder, embed_pieces, embed_texts
-from v2t_jax.models.embedder import embed as embed_tokens
+from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder
 from v2t_jax.models.layers import Params
 
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent / "assets" / "models"
-SPECIAL = Special(start=0, eos=1, pad=0)
 TOKENIZER = "tokenizer.json"
 UPSTREAM_LENGTH = 127  # tokens that the original's calls generate at most: 128 with the decoder's start id
 CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n---\n"  # what the hub files models by
@@ -118,25 +110,12 @@ class Inverter:
         )
         if settings not in self._loops:
             self._loops[settings] = CorrectionLoop(
-                functools.partial(_hypothesize, config),
-                functools.partial(_propose, config, mode),
-                self._embed_hypotheses(config),
+                guesser(config),
+                proposer(config, mode),
+                hypothesis_embedder(config, self.embedder, self.vocabulary, self.bridged),
                 settings,
             )
         return self._loops[settings]
-
-    def _embed_hypotheses(self, config: ModelConfig) -> Callable[[Any, jax.Array], jax.Array]:
-        """The loop's way from model ids to embeddings: see `bridged`."""
-        embedder, vocabulary = self.embedder, self.vocabulary
-        if not isinstance(embedder, Embedder):
-            return functools.partial(_embed_texts, host_embedder(_to_vectors(vocabulary, embedder), embedder.width))
-        if self.bridged:
-            # Other tokenizers may need more tokens for the same text; what needs twice as many is cut.
-            around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
-            length = min(embedder.config.max_length, 2 * config.max_length + around)
-            bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
-            return functools.partial(_embed_bridged, embedder.config, bridge)
-        return functools.partial(_embed_shared, embedder.config, PieceMap.of(embedder))
 
     def save(self, folder: Path, record: dict[str, Any], quantise: bool = False, card: str = "") -> None:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
@@ -146,18 +125,13 @@ class Inverter:
         """
         if folder.exists() and not (folder / "pieces.safetensors").is_file() and any(folder.iterdir()):
             raise InputError(f"{folder} holds files that aren't a model's and would be lost; give another folder.")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        except OSError as error:
-            raise InputError(f"{folder} can't be written ({error.strerror}); give another folder.") from error
-        try:
+        with whole_folder(folder, replace=True) as building:
             for stage, params in self.params.items():
                 save_file(_flatten(params, quantise), building / f"{stage}.safetensors")
             save_file({"pieces": self.vocabulary.pieces}, building / "pieces.safetensors")
             if self.bridged:
                 (building / TOKENIZER).write_text(self.vocabulary.tokenizer.to_str(), encoding="utf-8")
-            files = {file.name: _sha256(file) for file in sorted(building.iterdir())}
+            files = {file.name: sha256_of([file]) for file in sorted(building.iterdir())}
             config = {
                 "format_version": FORMAT_VERSION,
                 "name": self.name,
@@ -169,18 +143,6 @@ class Inverter:
             }
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (building / "README.md").write_text(CARD_HEAD + (card or f"# {self.name}\n\nNot evaluated yet.\n"))
-            if folder.exists():
-                shutil.rmtree(folder)  # a model folder, or empty: see above
-            building.chmod(0o755)  # a temporary folder, and what safetensors writes, are their owner's alone
-            for file in building.iterdir():
-                file.chmod(0o644)
-            building.rename(folder)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"The model can't be written to {folder} ({error}); free space or give another folder."
-            ) from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
 
 
 def locate_model(name: str) -> Path:
@@ -243,7 +205,7 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
             path = folder / Path(file).name
             if not os.access(path, os.R_OK) or not path.is_file():
                 raise InputError(f"{path} is missing or unreadable; fetch the model again.")
-            if _sha256(path) != sha256:
+            if sha256_of([path]) != sha256:
                 raise InputError(
                     f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
                 )
@@ -305,69 +267,6 @@ def check_length(config: ModelConfig, embedder: Embedder) -> None:
         raise InputError(f"model.max_length is {config.max_length}, but {embedder.name} reads texts of {room} at most.")
 
 
-def _decode(
-    tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k: int, mode: Mode = "best"
-) -> tuple[jax.Array, jax.Array]:
-    """k sequences a row, ids [rows, k, L], and their mean log-probabilities [rows, k]."""
-    if k == 1:
-        single = greedy(tokens_to_logits, cache, batch_size=rows, max_length=config.max_length, special=SPECIAL)
-        found = Decoded(single.ids[:, None], single.log_probs[:, None])
-    else:
-        found, _ = beam_search(
-            tokens_to_logits,
-            cache,
-            batch_size=rows,
-            num_beams=k,
-            num_return=k,
-            max_length=config.max_length,
-            special=SPECIAL,
-            hopeful="any" if mode == "upstream" else "running",
-        )
-    lengths = jnp.maximum(jnp.sum(found.ids != SPECIAL.pad, axis=-1), 1)
-    return found.ids, found.log_probs / lengths
-
-
-def _hypothesize(config: ModelConfig, params: Any, e: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    tokens_to_logits, cache = inverter.start_decoding(config, params["inverter"], e, k)
-    return _decode(tokens_to_logits, cache, config, e.shape[0], k)
-
-
-def _propose(
-    config: ModelConfig, mode: Mode, params: Any, e: jax.Array, ids: jax.Array, embedding: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-    tokens_to_logits, cache = corrector.start_decoding(config, params["corrector"], e, ids, embedding, k)
-    return _decode(tokens_to_logits, cache, config, e.shape[0], k, mode)
-
-
-def _embed_shared(config: EmbedderConfig, piece_map: PieceMap, params: Any, ids: jax.Array) -> jax.Array:
-    return embed_pieces(config, piece_map, params["embedder"], params["pieces"], ids)
-
-
-def _embed_bridged(config: EmbedderConfig, bridge: Callable, params: Any, ids: jax.Array) -> jax.Array:
-    return embed_tokens(config, params["embedder"], *bridge(ids))
-
-
-def _embed_texts(on_host: Callable[[jax.Array], jax.Array], params: Any, ids: jax.Array) -> jax.Array:
-    return on_host(ids)
-
-
-def _to_tokens(vocabulary: Vocabulary, embedder: Embedder, length: int) -> Callable[[np.ndarray], Any]:
-    """Model ids [rows, L] -> the embedder's ids and mask [rows, length] of their texts."""
-    embedder = embedder.shortened(length)
-
-    def to_tokens(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tokens, mask = embedder.tokenise(vocabulary.decode(ids))
-        missing = ((0, 0), (0, max(length - tokens.shape[1], 0)))
-        return np.pad(tokens, missing)[:, :length], np.pad(mask, missing)[:, :length]
-
-    return to_tokens
-
-
-def _to_vectors(vocabulary: Vocabulary, embedder: TextEmbedder) -> Callable[[np.ndarray], np.ndarray]:
-    """Model ids [rows, L] -> embeddings [rows, E] of their texts; a blank text has the zero vector, hence cosine 0."""
-    return lambda ids: embed_texts(embedder, vocabulary.decode(ids))
-
-
 def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
     """Nested parameters -> flat names. Quantised matrices are int8, one scale per output column (rows of tables)."""
     flat: dict[str, np.ndarray] = {}
@@ -416,7 +315,3 @@ def _embedding_norm(config: dict[str, Any]) -> tuple[float, float] | None:
 def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
     record: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
     return record | ({"max_length": embedder.config.max_length} if isinstance(embedder, Embedder) else {})
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
