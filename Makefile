@@ -51,7 +51,7 @@ types: install ## check types
 	$(VENV)/bin/mypy v2t_jax $(wildcard configs)
 
 oracle: $(ORACLE)/.installed $(UPSTREAM)/.installed ## compare with torch, transformers and vec2text, live (installs them)
-	$(ORACLE)/bin/pytest -m oracle
+	$(ORACLE)/bin/pytest -m oracle -n 2 --dist loadfile
 	$(ORACLE)/bin/python -m tests.oracle.table 2> /dev/null
 
 # Torch first, and by version: asked for by another package it would come as the newest, with CUDA.
