@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"sharding", "models", "decode"},
     {"assets", "blackbox", "bridge", "data", "correct", "endpoint", "interop", "vector_cache"},
     {"loop_functions", "pretrained", "convert", "invert", "trace", "train", "eval", "vec2text"},
-    {"bench", "cli"},
+    {"bench", "cli", "commands"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

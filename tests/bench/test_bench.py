@@ -35,7 +35,7 @@ def test_importing_the_benchmarks_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"False\n"
 
 
-def test_torch_is_asked_for_by_one_function_of_one_module() -> None:
+def test_torch_is_asked_for_by_two_functions_alone() -> None:
     """tests/test_imports.py looks at import statements; `importlib.import_module("torch")` is none."""
     package = Path(v2t_jax.__file__).parent
     asking = []
@@ -45,7 +45,7 @@ def test_torch_is_asked_for_by_one_function_of_one_module() -> None:
                 calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
                 named = [a for call in calls for a in call.args if isinstance(a, ast.Constant) and a.value == "torch"]
                 asking += [f"{path.relative_to(package)}:{function.name}" for _ in named]
-    assert asking == ["bench/__init__.py:load_torch"]
+    assert sorted(asking) == ["bench/__init__.py:load_torch", "interop/checkpoint.py:_open_pickle"]
 
 
 class NoTorch:

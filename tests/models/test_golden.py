@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests import upstream_pair
 from tests.equivalence import CHECKS, GOLDEN, Case, load
 
 PAIRS = [
@@ -18,5 +19,8 @@ def test_equals_torch(name: str, check: Callable[[Case], None]) -> None:
 
 def test_every_golden_file_is_checked_and_small() -> None:
     files = {path.stem: path.stat().st_size for path in GOLDEN.glob("*.npz")}
+    pairs = {name: files.pop(name) for name in upstream_pair.NAMES}  # checked by tests/interop/test_vec2text.py
+    assert files.pop(upstream_pair.BEAMS) < 50_000  # there too
     assert set(files) == set(CHECKS)
     assert max(files.values()) < 150_000
+    assert max(pairs.values()) < 400_000
