@@ -260,7 +260,7 @@ VECTORS = {
 MISTAKES = [
     *((("invert", "--embeddings", f"T/{name}.npy", *TINY), said) for name, said in VECTORS.items()),
     (("invert", "--embeddings", "T/many.npz", *TINY), "archive"),
-    (("invert", "--embeddings", "T/folder", *TINY), "can't be read"),
+    (("invert", "--embeddings", "T/folder", *TINY), "is a folder, a pipe or a device"),
     (("invert", *TINY), "either --text TEXT or --embeddings"),
     (("invert", "--text", "a", "--embeddings", "M/good.npy", *TINY), "either --text TEXT or --embeddings"),
     (("invert", "--text", "a cat", "--text", " ", *TINY), "Text 2 of 2 is empty"),
@@ -292,7 +292,7 @@ MISTAKES = [
     (("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--precision", "int4"), "int4"),
     (("eval", *TINY, "--split", "test"), "no split 'test'"),
     (("eval", *TINY, "--limit", "0"), "limit is 0"),
-    (("eval", *TINY, "--num-steps", "0", "-2"), "each at least 0"),
+    (("eval", *TINY, "--num-steps", "0", "-2"), "num_steps is -2; give a number from 0"),
     (("eval", *TINY, "--sequence-beam-width", "0"), "each at least 1"),
     (("eval", *TINY, "--plot", "T/folder"), "plot can't be written"),
     (("eval", *TINY, "--source", "T/nothing.txt"), "no file"),
@@ -374,7 +374,7 @@ def test_a_reader_who_leaves_is_no_error(models: Path) -> None:
 
 def test_control_c_ends_in_one_line(models: Path) -> None:
     command = [*V2T, "invert", "--embeddings", "good.npy", "--model", "tiny"]
-    command += ["--num-steps", "1000000", "--mode", "upstream"]
+    command += ["--num-steps", "100000", "--mode", "upstream"]
     with subprocess.Popen(command, cwd=models, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = ""
@@ -398,3 +398,51 @@ def test_control_c_that_jax_swallows_ends_all_the_same(monkeypatch: pytest.Monke
     left.clear()
     cli.lost(SimpleNamespace(exc_type=KeyboardInterrupt))
     assert left.is_set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("invert", "--text", "cat", "--num-steps", "99999999999"), "num_steps is 99999999999; give a number from 0"),
+        (("invert", "--text", "cat", "--model", "M/tiny", "--sequence-beam-width", "65"), "give at most 64"),
+        (("invert", "--text", "cat", "--model", ""), "There is no model ''"),
+        (("invert", "--embeddings", "T/pipe"), "is a folder, a pipe or a device"),
+        (("embed", "--input", "M/texts.txt", "--output", "T/pipe"), "is a folder or a device"),
+        (("train", RECIPE, "--workdir", ""), "The work directory is empty"),
+        (("train", RECIPE, "--workdir", "T/w", "--seed", "-1"), "seed is -1"),
+        (("train", RECIPE, "--workdir", "T/w", "--stages", "corrector"), "put inverter before it in stages"),
+        (("train", "T/leaves.py", "--workdir", "T/w"), "doesn't run (SystemExit: 3)"),
+        (("train", "T/untyped.py", "--workdir", "T/w"), "config.embedder is None"),
+    ],
+)
+def test_more_bad_input(run: Run, tmp_path: Path, arguments: tuple[str, ...], complaint: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+    (tmp_path / "untyped.py").write_text(
+        "from v2t_jax.config import Config\n\n\ndef get_config():\n    return Config(embedder=None)\n"
+    )
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and complaint in err and err.count("v2t: ") == 1
+    assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "w").exists()
+
+
+def test_output_through_a_link_replaces_what_it_points_to(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "real.npy").write_bytes(b"")
+    (tmp_path / "link.npy").symlink_to("real.npy")
+    (tmp_path / "lines.txt").write_text("the cat\n")
+    assert run("embed", "--embedder", "M/embedder", "--input", "T/lines.txt", "--output", "T/link.npy")[0] == 0
+    assert (tmp_path / "link.npy").is_symlink() and np.load(tmp_path / "real.npy").shape == (1, WIDTH)
+
+
+@pytest.mark.parametrize("close", ["exec >&-", "exec 2>&-", "exec >/dev/full"])
+def test_closed_and_full_outputs(close: str) -> None:
+    ended = subprocess.run(["sh", "-c", f'{close}; exec "$@"', "sh", *V2T, "env"], capture_output=True, check=False)
+    assert ended.returncode == (2 if "full" in close else 0)
+    assert b"Traceback" not in ended.stderr and (b"No space left" in ended.stderr) == ("full" in close)
+
+
+def test_no_such_device(models: Path) -> None:
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    command = [*V2T, "invert", "--model", str(models / "tiny"), "--text", "cat"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 2 and "v2t: JAX finds no device for JAX_PLATFORMS='cuda'" in ended.stderr

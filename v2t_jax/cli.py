@@ -45,6 +45,7 @@ def train(arguments: list[str]) -> None:
     prog = f"v2t train {arguments[0]}"
     chosen: Any = parsed(lambda: tyro.cli(schema, args=arguments[1:], prog=prog))
     start_jax()
+    check_devices()
     from v2t_jax.train.loop import TrainingStopped
     from v2t_jax.train.loop import train as run
 
@@ -105,10 +106,33 @@ def format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
 
 def start_jax() -> None:
     """Loads JAX, which takes a second or more, and lets it keep its compiled programs."""
-    with progress.stage("starting JAX"):
-        from v2t_jax.compile_cache import enable_compilation_cache
+    try:
+        with progress.stage("starting JAX"):
+            from v2t_jax.compile_cache import enable_compilation_cache
 
-        enable_compilation_cache()
+            enable_compilation_cache()
+    except ValueError as error:  # of a setting in the environment
+        raise InputError(
+            f"JAX doesn't start ({error}); look at the environment variables that begin with JAX_."
+        ) from error
+
+
+def check_devices() -> None:
+    """Refuses to go on where JAX has no device.
+
+    Raises:
+        InputError: that, such as JAX_PLATFORMS naming what isn't there.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(
+            f"JAX finds no device for JAX_PLATFORMS={platforms!r} ({str(error) or type(error).__name__}); unset or "
+            "mend it, and see what there is with 'v2t env'."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -154,6 +178,12 @@ def main() -> None:
     """The command line. A mistake of the user's ends in one sentence and exit status 2."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the whole run)
+        elif isinstance(stream, io.TextIOWrapper):  # an encoding that lacks a character is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     hook, sys.unraisablehook = sys.unraisablehook, lost
     progress.enable()
     warnings.formatwarning = format_warning
@@ -166,14 +196,23 @@ def main() -> None:
             lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="v2t", description=__doc__)
         )
         start_jax()
+        if not isinstance(command, Env):  # that reports what doesn't work
+            check_devices()
         command.run()
         sys.stdout.flush()
     except InputError as error:
         print(f"v2t: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # `v2t ... | head`: the reader has gone, so the rest goes nowhere, silently
+    except OSError as error:
+        # What is left of the output goes nowhere, silently.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        if isinstance(error, BrokenPipeError):  # `v2t ... | head`: the reader has gone
+            raise SystemExit(0) from None
+        print(
+            f"v2t: {error.filename or 'the output'}: {error.strerror or error}; mend that and try again.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         leave()
     finally:

@@ -132,7 +132,10 @@ class Embed:
             raise InputError(f"{self.input} is empty; give a text a line.")
         lines = content.removesuffix("\n").split("\n")  # splitlines() would also cut at form feeds and the like
         check_texts(lines, "Line")
-        output, part = Path(self.output), Path(f"{self.output}.part")
+        output = Path(self.output).resolve()  # what a link points to is replaced, not the link
+        if not self.output or (output.exists() and not output.is_file()):
+            raise InputError(f"The output {self.output!r} is a folder or a device; give the name of a .npy file.")
+        part = output.with_name(f"{output.name}.part")
         try:
             with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved
                 if isinstance(embedder, str):
@@ -357,7 +360,7 @@ class Env:
         from v2t_jax.compile_cache import enable_compilation_cache
         from v2t_jax.data.sources import WORDNET
         from v2t_jax.interop.sentence_transformers import KNOWN, locate
-        from v2t_jax.pretrained import PACKAGED
+        from v2t_jax.pretrained import packaged_models
 
         print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
         names = "v2t_jax jax jaxlib flax optax orbax-checkpoint transformers tokenizers safetensors numpy sacrebleu"
@@ -368,12 +371,11 @@ class Env:
                 print(f"{name} is not installed")
         try:
             print(f"devices: {', '.join(f'{d.platform} {d.device_kind}' for d in jax.devices())}")
-        except RuntimeError as error:  # that JAX doesn't start is what the report is about
+        except (RuntimeError, AssertionError) as error:  # that JAX doesn't start is what the report is about
             print(f"devices: none, JAX doesn't start: {error}")
         print(f"compiled programs: {enable_compilation_cache() or 'not kept'}")
         print(f"packaged text: wordnet, {WORDNET.stat().st_size / 1e6:.1f} MB" if WORDNET.is_file() else "no wordnet")
-        models = sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
-        print(f"packaged models: {', '.join(models) or 'none'}")
+        print(f"packaged models: {', '.join(packaged_models()) or 'none'}")
         os.environ["HF_HUB_OFFLINE"] = "1"  # say what is here; fetch nothing
         for name, known in KNOWN.items():
             try:

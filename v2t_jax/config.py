@@ -239,6 +239,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages is empty: name inverter, corrector or both.")
+        _require(
+            "corrector" not in self.stages or "inverter" in self.stages[: self.stages.index("corrector")],
+            "The corrector needs an inverter for its hypotheses: put inverter before it in stages.",
+        )
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be a number from 0 to {2**32 - 1}.")
         _require(self.log_every_steps >= 1, "log_every_steps must be at least 1.")
         rows = self.corrector.batch_size // self.corrector.optimizer.accumulate_steps
         _require(
@@ -310,11 +315,11 @@ def load_recipe(path: str) -> Config:
         config = get_config() if callable(get_config) else None
     except InputError:
         raise
-    except Exception as error:  # whatever somebody's file may raise
+    except (Exception, SystemExit) as error:  # whatever somebody's file may raise
         raise InputError(f"The recipe {path} doesn't run ({type(error).__name__}: {error}); mend it.") from error
     if not isinstance(config, Config):
         raise InputError(f"The recipe {path} must define get_config() that returns a v2t_jax.config.Config.")
-    return config
+    return from_dict(Config, to_dict(config), "config")  # a dataclass doesn't look at its fields' types
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from jax import Array, lax
 from v2t_jax.errors import InputError
 from v2t_jax.torch_order import topk_order
 
+MOST_STEPS = 100_000
+MOST_BEAMS = 64  # W, and K: a step decodes B * W * K sequences
 MEMORY = 4  # hypotheses remembered in mode "best", as a multiple of W
 PAD_ID, EOS_ID = 0, 1  # every model vocabulary of this package is numbered so
 
@@ -75,6 +77,9 @@ class CorrectionSettings:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"{name} is {value}: give at least {minimum}.")
+        for name in ("sequence_beam_width", "num_candidates"):
+            if (getattr(self, name) or 0) > MOST_BEAMS:
+                raise InputError(f"{name} is {getattr(self, name)}: give at most {MOST_BEAMS}.")
         if not 0 <= self.tolerance < 1:
             raise InputError(f"tolerance is {self.tolerance}: give a number from 0 to below 1, such as 1e-5.")
         if self.mode == "upstream" and self.patience:
@@ -181,6 +186,14 @@ def _take(pool: _Pool, index: Array) -> _Pool:
     return _Pool(*(jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1) for x in pool))
 
 
+def check_num_steps(num_steps: int) -> None:
+    """Raises:
+    InputError: num_steps is negative, or would never end.
+    """
+    if not 0 <= num_steps <= MOST_STEPS:
+        raise InputError(f"num_steps is {num_steps}; give a number from 0 to {MOST_STEPS}.")
+
+
 def _check_embeddings(e: np.ndarray | Array) -> None:
     if e.ndim != 2 or e.shape[0] == 0:
         raise InputError(f"The embeddings have shape {e.shape}: give [texts, width] with at least one row.")
@@ -221,8 +234,7 @@ class CorrectionLoop:
             InputError: e is not [B, E] with at least one row, or num_steps is negative.
         """
         _check_embeddings(e)
-        if num_steps < 0:
-            raise InputError(f"num_steps is {num_steps}: give 0 or more.")
+        check_num_steps(num_steps)
         e = jnp.asarray(e, jnp.float32)
         beam, seen = self._start(params, e, np.int32(num_steps))
         ids, cosine, done, _ = jax.device_get(seen)

@@ -14,7 +14,7 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.arrays import as_numpy
 from v2t_jax.bridge import host_errors
-from v2t_jax.correct import correct_in_batches
+from v2t_jax.correct import check_num_steps, correct_in_batches
 from v2t_jax.errors import InputError, check_texts
 from v2t_jax.models.embedder import embed_texts
 from v2t_jax.pretrained import Inverter
@@ -88,10 +88,12 @@ def check_vectors(vectors: Any, width: int) -> np.ndarray:
     if not finite.all():
         row = int(np.argmin(finite))
         raise InputError(f"Vector {row + 1} of {len(array)} holds NaN or infinite values; remove or repair it.")
-    zero = ~np.any(array, axis=1)
+    zero = np.linalg.norm(array.astype(np.float64), axis=1) < 1e-12
     if zero.any():
         row = int(np.argmax(zero))
-        raise InputError(f"Vector {row + 1} of {len(array)} is all zeros, which no text embeds to; remove it.")
+        raise InputError(
+            f"Vector {row + 1} of {len(array)} is all zeros, or as good as, which no text embeds to; remove it."
+        )
     return array
 
 
@@ -131,6 +133,8 @@ def read_vectors(path: str) -> Any:
         InputError: the file is missing, empty, or not a plain array.
     """
     file, advice = Path(path), "save the array of vectors with numpy.save"
+    if file.exists() and not file.is_file():
+        raise InputError(f"{path!r} is a folder, a pipe or a device; {advice}.")
     try:
         with file.open("rb") as content:
             magic = content.read(len(np.lib.format.MAGIC_PREFIX))
@@ -184,8 +188,7 @@ def invert_embeddings(
         InputError: see `check_vectors`; a setting is out of range; or num_steps > 0 and the model has no corrector.
     """
     e = check_vectors(vectors, inverter.config.embedding_width)
-    if num_steps < 0:
-        raise InputError(f"num_steps is {num_steps}; give 0 or more.")
+    check_num_steps(num_steps)
     if num_steps and not inverter.has_corrector:
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
     if batch_size is not None and batch_size < 1:

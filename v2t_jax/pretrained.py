@@ -153,17 +153,21 @@ def locate_model(name: str) -> Path:
     """
     if os.path.isdir(name):
         return Path(name)
-    if os.path.isdir(PACKAGED / name):
+    if name in packaged_models():
         return PACKAGED / name
     if is_hub_name(name):
         try:
             return download(name)
         except InputError as error:
             raise InputError(f"There is no model folder {name!r} here, and from the hub: {error}") from error
-    packaged = ", ".join(sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())) or "none"
+    packaged = ", ".join(packaged_models()) or "none"
     raise InputError(
         f"There is no model {name!r}: give a model folder, a packaged name ({packaged}), or owner/name on the hub."
     )
+
+
+def packaged_models() -> list[str]:
+    return sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
 
 
 def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = None) -> Inverter:
@@ -181,7 +185,7 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} is not a model folder: it has no config.json.") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{folder}/config.json is unreadable or damaged ({error}); fetch the model again.") from error
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder}/config.json is not of model format {FORMAT_VERSION}; fetch the model again.")
@@ -194,6 +198,7 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         or not isinstance(config["files"], dict)
         or not isinstance(embedder_record, dict)
         or not all(isinstance(embedder_record.get(key), str) for key in ("name", "weights_sha256"))
+        or not (isinstance(embedder_record.get("max_length", 1), int) and embedder_record.get("max_length", 1) > 0)
     ):
         raise InputError(
             f"{folder}/config.json has a field name, embedder or files of another form; fetch the model again."

@@ -7,12 +7,14 @@ word n-gram with a held-out text, contain one or are contained in one, are dropp
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -216,10 +218,14 @@ def _read_tfds(source: str) -> Iterator[str]:
         raise InputError(
             f"{source!r} names no data set and field: write tfds:NAME:FIELD, e.g. tfds:ag_news_subset:title."
         )
-    tfds = _import("tensorflow_datasets", "tensorflow-datasets", "TFDS sources")
+    with contextlib.redirect_stdout(sys.stderr):  # it talks, and stdout may be somebody's JSON
+        tfds = _import("tensorflow_datasets", "tensorflow-datasets", "TFDS sources")
     try:
-        records = tfds.data_source(name, split="train")
-    except (ValueError, OSError, RuntimeError, NotImplementedError, ImportError) as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            records = tfds.data_source(name, split="train")
+    except ImportError as error:
+        raise InputError(f"TFDS cannot open {name!r} ({error}): install what it lacks.") from error
+    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"TFDS cannot open {name!r} ({reason}): prepare it with file_format='array_record'."

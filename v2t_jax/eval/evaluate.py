@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from v2t_jax import progress
+from v2t_jax.correct import check_num_steps
 from v2t_jax.data.sources import read_texts
 from v2t_jax.errors import InputError
 from v2t_jax.eval.metrics import score, text_scores
@@ -46,8 +47,10 @@ def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int]) -> 
     Raises:
         InputError: none, or one that is too small.
     """
-    if not num_steps or min(num_steps) < 0:
-        raise InputError(f"num_steps is {tuple(num_steps)}; give one number or more, each at least 0.")
+    if not num_steps:
+        raise InputError("num_steps is empty; give one number or more.")
+    for steps in num_steps:
+        check_num_steps(steps)
     if not sequence_beam_width or min(sequence_beam_width) < 1:
         raise InputError(
             f"sequence_beam_width is {tuple(sequence_beam_width)}; give one number or more, each at least 1."

@@ -132,7 +132,7 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {path.parent} is not {what}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); fetch it again.") from error
     if not isinstance(values, kind):
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else kind.__name__}; fetch it again.")

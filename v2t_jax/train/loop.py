@@ -126,10 +126,6 @@ def _train(config: Config, workdir: Path) -> Path:
     params: dict[Stage, Params] = {}
     with stop_signals() as stopped:
         for stage in config.stages:
-            if stage == "corrector" and "inverter" not in params:
-                raise InputError(
-                    "The corrector needs an inverter for its hypotheses: put inverter before it in stages."
-                )
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
     norms = np.linalg.norm(setup.embedder.embed(setup.held_out[:NORM_TEXTS]), axis=1)
     norm = (float(norms.mean()), float(norms.std()))
@@ -276,7 +272,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             state = checkpoints.restore(state)
         progress.note(f"{stage}: going on from step {int(state.step)}")
     step, last = int(state.step), settings.num_steps
-    recent = {"loss": math.nan}
+    recent: dict[str, Any] = {}
     unchecked: list[tuple[int, jax.Array, jax.Array]] = []
     since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
     compiled: set[int] = set()
@@ -335,7 +331,8 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
                 since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
             if logging:
                 log.write(recent)
-            update(step, loss=recent["loss"], accuracy=recent.get("token_accuracy", 0.0))
+            shown = {"loss": "loss", "token_accuracy": "accuracy"}
+            update(step, **{name: recent[key] for key, name in shown.items() if key in recent})
             if saving:
                 save(state)
             every = config.evaluation.every_steps

@@ -14,6 +14,8 @@ def check_workdir(config: Config, workdir: Path) -> None:
     Raises:
         InputError: that, or it can't be written, or its config.json is damaged.
     """
+    if workdir == Path():
+        raise InputError("The work directory is empty; give a folder of its own, such as --workdir runs/tiny.")
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
