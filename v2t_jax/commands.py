@@ -179,17 +179,19 @@ class Embedders:
             return
         table = Table(caption="Prefixes: before stored documents / before queries. v2t embeds texts as documents.")
         table.add_column("name", no_wrap=True)
-        table.add_column("on the hub", overflow="fold")
+        table.add_column("on the hub", no_wrap=True)
         for column in ("width", "tokens"):
             table.add_column(column, justify="right")
-        for column in ("pooling", "L2", "licence", "prefixes"):
-            table.add_column(column)
+        for column in ("pooling", "L2", "licence"):
+            table.add_column(column, no_wrap=True)
+        table.add_column("prefixes", overflow="fold")
         for name, known in KNOWN.items():
             prefixes = " / ".join(escape(repr(p)) if p else "-" for p in (known.document_prefix, known.query_prefix))
             sizes = (str(known.width), str(known.max_length))
             unit = "yes" if known.normalise else "no"
             table.add_row(name, known.hub, *sizes, known.pooling, unit, known.licence, prefixes)
-        Console().print(table)
+        # Wider than most terminals, whose lines then wrap: names and prefixes that are cut short would be of no use.
+        Console(width=max(Console().width, 180)).print(table)
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,8 @@ class Push:
     """a model folder, or a packaged model's name"""
     repository: tyro.conf.Positional[str]
     """where to: owner/name"""
+    embedder: str | None = None
+    """where the model's embedder lies, if not where it did when the model was made"""
     public: bool = False
     """let everybody read a repository that this makes"""
     upload: bool = False
@@ -333,7 +337,7 @@ class Push:
         from v2t_jax.interop.hub import push
         from v2t_jax.pretrained import load, locate_model
 
-        embedder = load(self.model).embedder.name  # refuses what is damaged or lacks its embedder
+        embedder = load(self.model, self.embedder).embedder.name  # refuses what is damaged or lacks its embedder
         if os.path.isdir(embedder):
             progress.note(f"The model names the folder {embedder} as its embedder: others have to give --embedder.")
         sent = push(locate_model(self.model), self.repository, private=not self.public, dry_run=not self.upload)

@@ -46,13 +46,18 @@ def run(hub_url: str, home: Path, code: str, *arguments: str, **environment: str
 
 
 def test_there_and_back(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder, tmp_path / "tiny")
+    (folder / ".env").write_text("SECRET=1")
+    (folder / ".git").mkdir()
     dry = run(hub.url, tmp_path, V2T, "push", str(folder), "me/tiny", HF_TOKEN=hub.TOKEN)
     assert dry.returncode == 0 and "Nothing was sent" in dry.stdout and "inverter.safetensors" in dry.stdout
     assert hub.requests == []
     sent = run(hub.url, tmp_path, V2T, "push", str(folder), "me/tiny", "--upload", HF_TOKEN=hub.TOKEN)
     assert sent.returncode == 0, sent.stderr
     assert f"The model is at {hub.url}/me/tiny" in sent.stdout and hub.private == {"me/tiny": True}
-    assert hub.repositories["me/tiny"] == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert hub.repositories["me/tiny"] == {
+        file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")
+    }
     hub.repositories["me/tiny"]["pytorch_model.bin"] = b"a pickle"
     options = ("--text", "the red cat", "--num-steps", "0", "--sequence-beam-width", "2", "--batch-size", "1", "--json")
     local = run(hub.url, tmp_path, V2T, "invert", "--model", str(folder), *options)

@@ -353,3 +353,59 @@ def test_every_known_embedder_is_described():
     for name, known in KNOWN.items():
         assert known.hub.count("/") == 1 and known.licence and known.width % 64 == 0 and known.max_length >= 77, name
     assert len(KNOWN) >= 20
+
+
+def test_a_folder_of_a_known_name_is_that_embedder(tmp_path, monkeypatch):
+    """Not merely a folder: its prefix, its hash and its way of pooling are the table's."""
+    monkeypatch.chdir(tmp_path)
+    make_embedder(tmp_path / "e5-base-v2")
+    found = load_embedder("e5-base-v2")
+    assert found.config.prefix == "passage: " and found.name == f"e5-base-v2@{tmp_path / 'e5-base-v2'}"
+    assert load_embedder(found.name).config == found.config
+    make_embedder(tmp_path / "all-MiniLM-L6-v2")
+    with pytest.raises(InputError, match="is not the published sentence-transformers/all-MiniLM-L6-v2"):
+        load_embedder("all-MiniLM-L6-v2")
+
+
+def test_a_relative_folder_is_recorded_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_embedder(tmp_path / "mine")
+    assert load_embedder("mine:8").name == f"{tmp_path / 'mine'}:8"
+    assert load_embedder("mean@mine").name == f"mean@{tmp_path / 'mine'}"
+
+
+def test_dense_layers_that_were_left_behind(tmp_path):
+    folder = make_embedder(tmp_path / "embedder")
+    (folder / "modules.json").unlink()
+    with pytest.raises(InputError, match=r"lacks modules.json and the 1 dense layer\(s\)"):
+        load_embedder(f"gtr-base-st@{folder}")
+
+
+@pytest.mark.parametrize("path", ["../other", "/etc"])
+def test_modules_outside_the_folder_are_not_read(tmp_path, path):
+    folder = make_embedder(tmp_path / "embedder")
+    make_embedder(tmp_path / "other")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(InputError, match="lies outside the folder"):
+        load_embedder(str(folder))
+
+
+def test_layer_norms_as_tensorflow_named_them(tmp_path):
+    folder = make_embedder(tmp_path / "embedder")
+    expected = load_embedder(str(folder)).embed(["a dog"])
+    state = load_file(folder / "model.safetensors")
+    old = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in state.items()
+    }
+    assert set(old) != set(state)
+    save_file(old, folder / "model.safetensors")
+    np.testing.assert_array_equal(load_embedder(str(folder)).embed(["a dog"]), expected)
+
+
+def test_names_without_end():
+    for name in ("x" + ":1" * 3000, "folder:" + "9" * 5000):
+        with pytest.raises(InputError, match="There is no embedder"):
+            load_embedder(name)

@@ -27,6 +27,8 @@ class KnownEmbedder:
     """put before searches; where a task is to be described, that of web search"""
     raw: bool = False
     """the folder's modules.json is not used: encoder, pooling and normalisation of this table"""
+    dense: int = 0
+    """dense layers behind the pooling"""
     sha256: str = ""
     """of the weights; empty where we haven't seen them"""
     packages: tuple[tuple[str, str], ...] = ()
@@ -64,8 +66,10 @@ KNOWN = {
         "mixedbread-ai/mxbai-embed-large-v1", 1024, 512, "cls", False, "Apache-2.0", "", _BGE_QUERY
     ),
     "gtr-base": KnownEmbedder("sentence-transformers/gtr-t5-base", 768, 512, "mean", False, "Apache-2.0", raw=True),
-    "gtr-base-st": KnownEmbedder("sentence-transformers/gtr-t5-base", 768, 512, "mean", True, "Apache-2.0"),
-    "sentence-t5-base": KnownEmbedder("sentence-transformers/sentence-t5-base", 768, 256, "mean", True, "Apache-2.0"),
+    "gtr-base-st": KnownEmbedder("sentence-transformers/gtr-t5-base", 768, 512, "mean", True, "Apache-2.0", dense=1),
+    "sentence-t5-base": KnownEmbedder(
+        "sentence-transformers/sentence-t5-base", 768, 256, "mean", True, "Apache-2.0", dense=1
+    ),
     "dpr-ctx-single-nq-base": KnownEmbedder(
         "facebook/dpr-ctx_encoder-single-nq-base", 768, 512, "cls", False, "CC-BY-NC-4.0"
     ),
@@ -85,6 +89,7 @@ KNOWN = {
     "embeddinggemma-300m": KnownEmbedder(
         *("google/embeddinggemma-300m", 768, 2048, "mean", True, "Gemma"),
         *("title: none | text: ", "task: search result | query: "),
+        dense=2,
     ),
     "e5-mistral-7b-instruct": KnownEmbedder(
         "intfloat/e5-mistral-7b-instruct", 4096, 4096, "last", True, "MIT", "", f"{_WEB_SEARCH} "

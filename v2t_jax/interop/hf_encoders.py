@@ -182,6 +182,9 @@ def encoder_from_huggingface(
     for prefix in architecture.prefixes:
         if any(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    # As TensorFlow's BERT named them; the oldest files still do.
+    old = {".gamma": ".weight", ".beta": ".bias"}
+    tensors = {re.sub(r"(?<=LayerNorm)\.(gamma|beta)$", lambda m: old[m[0]], key): t for key, t in tensors.items()}
     abstract = jax.eval_shape(functools.partial(NETWORKS[type(config)].init, config), jax.random.key(0))
     if isinstance(config, T5Config):
         entries = [

@@ -1,5 +1,6 @@
 """The Hugging Face hub: folders by name from it, model folders to it."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from v2t_jax import progress
 from v2t_jax.errors import InputError
 
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
-PICKLES = ("*.bin",)  # only where there is nothing else; they are read by torch's loader of weights alone
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
 
 
@@ -47,9 +47,9 @@ def download(name: str, patterns: Sequence[str] | None = None) -> Path:
         with progress.stage(f"fetching {name} from the Hugging Face hub"):
             wanted = [*(patterns or PATTERNS)]
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
-            if patterns is None and next(folder.rglob("*.safetensors"), None) is None:
-                wanted += PICKLES
-                folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
+            pickles = [] if patterns is not None else _pickles(folder)
+            if pickles:
+                snapshot_download(name, allow_patterns=pickles, ignore_patterns=OTHER_RUNTIMES)
             return folder
     except GatedRepoError as error:
         raise InputError(f"{name} asks for consent: accept its terms on the hub, then run 'hf auth login'.") from error
@@ -67,6 +67,16 @@ def download(name: str, patterns: Sequence[str] | None = None) -> Path:
         raise InputError(
             f"{name} can't be fetched from the hub ({type(error).__name__}: {error}); give a local folder instead."
         ) from error
+
+
+def _pickles(folder: Path) -> list[str]:
+    """Patterns of the pickles that stand where no safetensors do; torch's loader of weights alone reads them."""
+    lacking = [
+        config.parent.relative_to(folder)
+        for config in folder.rglob("config.json")
+        if not any(config.parent.glob("*.safetensors")) and not config.parent.name.endswith(("Pooling", "Normalize"))
+    ]
+    return [(place / "pytorch_model*.bin*").as_posix() for place in lacking]
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,10 @@ def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool =
     """
     if not is_hub_name(repository):
         raise InputError(f"{repository!r} is no repository's name: give it as owner/name.")
-    upload = Upload(repository, tuple((file.name, file.stat().st_size) for file in sorted(folder.iterdir())))
+    # Nothing else that lies there: nobody means to publish a .env or a .git.
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = sorted({"config.json", "README.md", *record["files"]} & {file.name for file in folder.iterdir()})
+    upload = Upload(repository, tuple((name, (folder / name).stat().st_size) for name in names))
     if dry_run:
         return upload
     from huggingface_hub import HfApi

@@ -6,7 +6,7 @@ An embedder's name says all that must be known to find it again:
     FOLDER            as its modules.json says, or, without one, as `_default_pooling` says
     ORG/NAME          a repository of the hub, read as FOLDER is
     NAME@FOLDER       one of the table, its files in FOLDER
-    POOLING@FOLDER    the encoder of FOLDER and this pooling (mean, cls, pooler, last, max), and nothing behind it
+    POOLING@FOLDER    the encoder of FOLDER (or ORG/NAME) and this pooling (mean, cls, pooler, last, max), no more
     ...:256           any of them, the first 256 dimensions kept
 """
 
@@ -31,7 +31,7 @@ from v2t_jax.interop.checkpoint import open_checkpoint, open_weights, read_json,
 from v2t_jax.interop.embedders import KNOWN, KnownEmbedder
 from v2t_jax.interop.hf_configs import longest_text
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
-from v2t_jax.interop.hub import download
+from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.interop.weights import Tensor
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.clip_text import ClipTextConfig
@@ -61,20 +61,23 @@ class _Name:
 
     @classmethod
     def of(cls, name: str) -> "_Name":
+        if name in KNOWN:  # a folder of this name is taken for what it says it is
+            return cls(known=KNOWN[name], hub=KNOWN[name].hub, folder=name if os.path.isdir(name) else None)
         if os.path.isdir(name):
             return cls(folder=name)
-        if found := re.fullmatch(r"(.+):(\d+)", name):
+        found = re.fullmatch(r"(.+?):(\d{1,6})", name)
+        if found and not re.search(r":\d+$", found[1]):
             return dataclasses.replace(cls.of(found[1]), dimensions=int(found[2]))
-        what, _, folder = name.partition("@")
-        if os.path.isdir(folder) and (what in KNOWN or what in get_args(Pooling)):
+        what, _, where = name.rpartition("@")
+        if (os.path.isdir(where) or is_hub_name(where)) and (what in KNOWN or what in get_args(Pooling)):
             pooling: Any = None if what in KNOWN else what
-            return cls(known=KNOWN.get(what), pooling=pooling, folder=folder)
-        if name in KNOWN:
-            return cls(known=KNOWN[name], hub=KNOWN[name].hub)
-        if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
-            return cls(hub=name)
+            local = os.path.isdir(where)
+            return cls(KNOWN.get(what), pooling, folder=where if local else None, hub=None if local else where)
+        if is_hub_name(name):
+            return cls(known=next((k for k in KNOWN.values() if k.hub == name and not k.raw), None), hub=name)
         raise InputError(
-            f"There is no embedder {name[:200]!r}: give a folder, a hub name (ORG/NAME), NAME@FOLDER, or one of "
+            f"There is no embedder {name[:200]!r}: give a folder (a model's, that moved, with --embedder), a hub name "
+            "(ORG/NAME), NAME@FOLDER, or one of "
             f"{', '.join(KNOWN)}."
         )
 
@@ -117,6 +120,11 @@ def load_embedder(
         InputError: a missing, corrupt or altered file, or an architecture, module or setting that isn't supported.
     """
     parsed, folder = _Name.of(name), locate(name)
+    if parsed.folder is not None:  # what is recorded of it must hold in other folders too
+        before, _, behind = name.rpartition(parsed.folder)
+        name = f"{before}{os.path.abspath(parsed.folder)}{behind}"
+        if parsed.known is not None and not before:
+            name = f"{parsed.folder}@{name}"
     if dimensions is not None and parsed.dimensions is not None:
         raise InputError(f"{name} says how many dimensions to keep; give them in one place.")
     try:
@@ -141,6 +149,11 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
     modules_file = folder / "modules.json"
     modules = read_json(modules_file, "a complete embedder folder", list) if modules_file.is_file() else []
     # In some old folders the encoder lies in one of its own.
+    for module in modules:
+        # By its letters: the hub's cache links its files elsewhere.
+        whole, inside = os.path.abspath(folder), os.path.abspath(folder / module["path"])
+        if os.path.commonpath([whole, inside]) != whole:
+            raise InputError(f"{modules_file} names {module['path']!r}, which lies outside the folder; fetch it again.")
     body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
     encoder_json = _read_json(body / "config.json")
     files = weight_files(body)
@@ -150,6 +163,11 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
     except InputError as error:
         raise InputError(f"{body}: {error}") from error
     known = name.known
+    if known is not None and known.dense and not known.raw and not modules:
+        raise InputError(
+            f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder; fetch "
+            f"{known.hub} whole, or give mean@FOLDER for the encoder and the mean alone."
+        )
     if name.pooling is not None or (known is not None and known.raw) or not modules:
         pooling = name.pooling or (known.pooling if known else _default_pooling(body, encoder_json, encoder, tensors))
         pipeline, prompts = _Pipeline(pooling, normalise=known is not None and known.normalise), {}
