@@ -252,12 +252,6 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         raise InputError(
             f"The model {config['name']} was trained on other weights of {embedder.name} than those installed."
         )
-    if not (recorded and embedder.weights_sha256) and embedder.name != embedder_record["name"]:
-        warnings.warn(
-            f"The model {config['name']} was trained for {embedder_record['name']}; that {embedder.name} is the same "
-            "embedder can't be checked.",
-            stacklevel=2,
-        )
     bridged = tokenizer is not None
     if tokenizer is None:
         if not isinstance(embedder, Embedder):
@@ -267,6 +261,12 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
             )
         check_length(model, embedder)
         tokenizer = embedder.tokenizer
+    if not (recorded and embedder.weights_sha256) and embedder.name != embedder_record["name"]:
+        warnings.warn(
+            f"The model {config['name']} was trained for {embedder_record['name']}; that {embedder.name} is the same "
+            "embedder can't be checked.",
+            stacklevel=2,
+        )
     vocabulary = Vocabulary(tokenizer, tensors["pieces"]["pieces"])
     return Inverter(config["name"], model, params, embedder, vocabulary, bridged, _embedding_norm(config))
 

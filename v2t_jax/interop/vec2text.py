@@ -292,8 +292,8 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
         return True
     for dtype in (np.float16, jnp.bfloat16):
         with np.errstate(over="ignore"):
-            rounded = [values.astype(dtype).astype(np.float32) for values in (a, b)]
-        if np.array_equal(*rounded) and (np.array_equal(a, rounded[0]) or np.array_equal(b, rounded[1])):
+            rounded_a, rounded_b = (values.astype(dtype).astype(np.float32) for values in (a, b))
+        if np.array_equal(rounded_a, rounded_b) and (np.array_equal(a, rounded_a) or np.array_equal(b, rounded_b)):
             return True
     return False
 
