@@ -177,6 +177,7 @@ def test_a_folder_without_config(tmp_path):
         ({"files": {}}, "lacks inverter.safetensors or pieces.safetensors"),
         ({"embedder": "name"}, "of another form"),
         ({"embedder": {"name": "all-MiniLM-L6-v2"}}, "of another form"),
+        ({"embedder": {"name": "all-MiniLM-L6-v2", "weights_sha256": "", "prefix": 5}}, "of another form"),
         ({"embedder": {"name": "no-such-embedder", "weights_sha256": "0"}}, "There is no embedder"),
         ({"embedder": {"name": "a-service", "weights_sha256": ""}}, "a-service, of which no weights are known"),
         ({"embedding_norm": [1, "0"]}, "embedding_norm that isn't two numbers"),
@@ -224,6 +225,27 @@ def test_another_embedder(folder, tmp_path):
     edit_config(folder, lambda c: c | {"embedder": c["embedder"] | {"name": str(other)}})
     with pytest.raises(InputError, match="was trained on other weights"):
         load(str(folder))
+
+
+def test_an_embedder_that_cannot_be_compared(model, folder):
+    unknown = dataclasses.replace(model.embedder, name="another", weights_sha256="")
+    with pytest.warns(UserWarning, match="was trained for .*; that another is the same embedder can't be checked"):
+        load(str(folder), unknown)
+    load(str(folder), dataclasses.replace(unknown, name=model.embedder.name))  # no warning, which would be an error
+    load(str(folder), dataclasses.replace(model.embedder, name="moved"))
+    edit_config(folder, lambda c: c | {"embedder": c["embedder"] | {"weights_sha256": ""}})
+    with pytest.warns(UserWarning, match="that moved is the same embedder can't be checked"):
+        load(str(folder), dataclasses.replace(model.embedder, name="moved"))
+
+
+def test_a_prefix_is_kept(model, folder, tmp_path):
+    assert load(str(folder)).embedder.config.prefix == ""
+    embedder = load_embedder(model.embedder.name, prefix="the ")
+    dataclasses.replace(model, embedder=embedder).save(tmp_path / "prefixed", record={})
+    loaded = load(str(tmp_path / "prefixed"))
+    assert loaded.embedder.config == embedder.config
+    np.testing.assert_array_equal(loaded.embedder.embed(["cat"]), embedder.embed(["cat"]))
+    assert np.abs(loaded.embedder.embed(["cat"]) - model.embedder.embed(["cat"])).max() > 1e-3
 
 
 def test_files_outside_the_folder_are_not_read(folder, tmp_path):

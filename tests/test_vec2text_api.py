@@ -1,5 +1,8 @@
 """The original's Python API on a pair that the original trained."""
 
+import functools
+import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,8 +11,10 @@ import pytest
 
 from tests import upstream_pair
 from tests.equivalence import Case, load
-from v2t_jax import vec2text
+from v2t_jax import convert, vec2text
 from v2t_jax.errors import InputError
+from v2t_jax.interop.sentence_transformers import KNOWN, load_embedder
+from v2t_jax.interop.vec2text_embedders import COMPUTED, default_name
 from v2t_jax.pretrained import Inverter
 
 
@@ -57,6 +62,49 @@ def test_strings(corrector: Inverter) -> None:
     assert len(recovered) == 2
     references = corrector.vocabulary.normalise(texts, corrector.config.max_length)
     assert recovered == vec2text.invert_embeddings(corrector.embedder.embed(references), corrector)
+
+
+def test_strings_as_the_original_embeds_them(corrector: Inverter, folder: Path) -> None:
+    """Whole, where the model's own texts, and with them its hypotheses, are shorter."""
+    text = "the old dog and a cat and a bird and the old dog and a cat and a bird"
+    embedder = load_embedder(str(upstream_pair.embedder_of(folder)))
+    assert len(embedder.tokenizer.encode(text).ids) > corrector.embedder.config.max_length
+    embedded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vec2text, "invert", lambda _, e, **options: embedded.append(e) or [])
+        vec2text.invert_strings([text], corrector, mode="upstream")
+    np.testing.assert_allclose(embedded[0], embedder.embed([text]), atol=1e-6)
+    assert np.abs(embedded[0] - corrector.embedder.embed([text])).max() > 1e-3
+    for texts, message in (([], "There are no texts"), (["a", " "], "Text 2 of 2 is empty")):
+        with pytest.raises(InputError, match=message):
+            vec2text.invert_strings(texts, corrector, mode="upstream")
+
+
+def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: Inverter, tmp_path: Path) -> None:
+    pair = shutil.copytree(folder, tmp_path / "pair")
+    loading = functools.partial(vec2text.load_corrector, str(pair / "inverter"), str(pair / "corrector"))
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(convert, "load_embedder", lambda name: asked.append(name) or corrector.embedder)
+        patch.setattr(convert, "locate", lambda name: upstream_pair.embedder_of(folder))
+        assert loading(t5=str(pair / "t5-base")).config == corrector.config
+    assert asked == ["all-MiniLM-L6-v2"]
+    names = ("gtr_base", "gtr_base_st", "gte_base_st", "sentence-transformers/gtr-t5-xl")
+    expected = ["gtr-base", "gtr-base-st", "gte-base", "sentence-transformers/gtr-t5-xl"]
+    assert [default_name(name) for name in names] == expected
+    assert all(known.name in KNOWN or "/" in known.name for known in COMPUTED.values() if known.name is not None)
+    for changes, message in (
+        (
+            {"embedder_model_name": "gte_base"},
+            "No embedder of the name 'gte_base' is known, .*: give embedder='pooler@",
+        ),
+        ({"embedder_model_name": "mine"}, "No embedder of the name 'mine' is known, .*: give embedder=..."),
+        ({"embedder_model_api": "ada"}, "trained for ada, which is behind an API: give embedder=HttpEmbedder"),
+    ):
+        file = pair / "inverter" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        with pytest.raises(InputError, match=message):
+            loading()
 
 
 def test_what_is_refused(corrector: Inverter, folder: Path, record: Case) -> None:

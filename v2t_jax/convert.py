@@ -3,40 +3,58 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 from v2t_jax.config import Stage
+from v2t_jax.data.sources import read_texts
 from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import check_new
 from v2t_jax.interop.hub import folder_of, is_hub_name
 from v2t_jax.interop.sentence_transformers import load_embedder, locate
 from v2t_jax.interop.vec2text import check_embedder, read_base, read_settings, read_vec2text, write_vec2text
+from v2t_jax.interop.vec2text_embedders import check_computation, default_name
 from v2t_jax.models.embedder import Embedder, TextEmbedder
 from v2t_jax.pretrained import Inverter, load, locate_model
 
 RECORD = "vec2text"  # what the original's config.json files said, kept in the model folder for the way back
+NORM_TEXTS = 128  # lines whose embeddings' lengths are recorded
 
 
-def build(inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder) -> tuple[Inverter, dict]:
+def build(
+    inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
+) -> tuple[Inverter, dict]:
     """A model from checkpoints of the original, and what their config.json files say, by stage.
 
     Args:
         inverter, corrector: folders or hub names; without a corrector only first guesses are made.
         t5: folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names.
-        embedder: name or folder of the embedder that they invert, or the embedder itself.
+        embedder: name or folder of the embedder that they invert, or the embedder itself; by default what the
+            inverter's config.json names.
 
     Raises:
-        InputError: see `read_base`, `load_embedder`, `read_vec2text` and `check_embedder`; or the embedder's vectors
-            have another width.
+        InputError: see `read_base`, `load_embedder`, `read_vec2text`, `check_embedder` and `check_computation`; no
+            embedder is given or known; or its vectors have another width.
     """
     folders: dict[Stage, Path] = {"inverter": folder_of(inverter)}
     if corrector is not None:
         folders["corrector"] = folder_of(corrector)
-    base = read_base(t5 or read_settings("inverter", folders["inverter"])["model_name_or_path"])
+    settings = read_settings("inverter", folders["inverter"])
+    theirs, api = settings["embedder_model_name"], settings.get("embedder_model_api")
+    if embedder is None and api:
+        raise InputError(
+            f"The inverter was trained for {api}, which is behind an API: give embedder=HttpEmbedder(...)."
+        )
+    if embedder is None:
+        embedder = default_name(theirs)
+    base = read_base(t5 or settings["model_name_or_path"])
     pair = read_vec2text(folders, base.config)
     victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
     if isinstance(victim, Embedder):
         if isinstance(embedder, str):
             check_embedder(folders["inverter"], locate(embedder), embedder)
+        if not api:  # beside an API the name means nothing
+            check_computation(theirs, victim)
         # The original embeds hypotheses cut to the length of its training texts.
         victim = victim.shortened(min(pair.config.max_length, victim.config.max_length))
     model = Inverter(
@@ -47,7 +65,23 @@ def build(inverter: str, corrector: str | None, t5: str | None, embedder: str | 
         vocabulary=Vocabulary.full(base.tokenizer),
         bridged=True,
     )
+    model.embedding_norm = _embedding_norm(model)
     return model, pair.settings
+
+
+def _embedding_norm(model: Inverter) -> tuple[float, float] | None:
+    """Mean and deviation of the lengths of the embedder's vectors, for the warning of foreign ones.
+
+    The texts of the original's training are not at hand; WordNet's, cut as those were, stand for them.
+    """
+    if not isinstance(model.embedder, Embedder) or model.embedder.normalised:
+        return None  # known, or every text costs a request
+    texts = read_texts("wordnet", "held_out", limit=NORM_TEXTS)
+    readable = [text for text in model.vocabulary.normalise(texts, model.config.max_length) if text.strip()]
+    if not readable:
+        return None
+    norms = np.linalg.norm(model.embedder.embed(readable), axis=1)
+    return float(norms.mean()), float(norms.std())
 
 
 def from_vec2text(

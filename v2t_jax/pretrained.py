@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         or not isinstance(config["files"], dict)
         or not isinstance(embedder_record, dict)
         or not all(isinstance(embedder_record.get(key), str) for key in ("name", "weights_sha256"))
+        or not isinstance(embedder_record.get("prefix", ""), str)
         or not (isinstance(embedder_record.get("max_length", 1), int) and embedder_record.get("max_length", 1) > 0)
     ):
         raise InputError(
@@ -243,6 +245,8 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         longest = embedder_record.get("max_length", embedder.config.max_length)
         if longest < embedder.config.max_length:
             embedder = embedder.shortened(longest)
+        prefix = embedder_record.get("prefix", embedder.config.prefix)
+        embedder = dataclasses.replace(embedder, config=dataclasses.replace(embedder.config, prefix=prefix))
     recorded = embedder_record["weights_sha256"]
     if recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
         raise InputError(
@@ -257,6 +261,12 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
             )
         check_length(model, embedder)
         tokenizer = embedder.tokenizer
+    if not (recorded and embedder.weights_sha256) and embedder.name != embedder_record["name"]:
+        warnings.warn(
+            f"The model {config['name']} was trained for {embedder_record['name']}; that {embedder.name} is the same "
+            "embedder can't be checked.",
+            stacklevel=2,
+        )
     vocabulary = Vocabulary(tokenizer, tensors["pieces"]["pieces"])
     return Inverter(config["name"], model, params, embedder, vocabulary, bridged, _embedding_norm(config))
 
@@ -319,4 +329,7 @@ def _embedding_norm(config: dict[str, Any]) -> tuple[float, float] | None:
 
 def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
     record: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
-    return record | ({"max_length": embedder.config.max_length} if isinstance(embedder, Embedder) else {})
+    if isinstance(embedder, Embedder):
+        # The prefix always: by the name alone it may be the table's, the folder's, or one that was asked for.
+        record |= {"max_length": embedder.config.max_length, "prefix": embedder.config.prefix}
+    return record

@@ -11,13 +11,17 @@ The same names and arguments; embeddings may be arrays of numpy, JAX or torch. W
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from v2t_jax.convert import build
 from v2t_jax.errors import InputError
 from v2t_jax.invert import Recovered
 from v2t_jax.invert import invert_embeddings as invert
 from v2t_jax.invert import invert_strings as invert_texts
-from v2t_jax.models.embedder import TextEmbedder
+from v2t_jax.models.embedder import Embedder, TextEmbedder
 from v2t_jax.pretrained import Inverter
+
+UPSTREAM_TOKENS = 128  # that the original embeds of a text to be inverted
 
 
 class Published(NamedTuple):
@@ -61,13 +65,14 @@ def load_pretrained_corrector(embedder: str, victim: TextEmbedder | None = None)
 
 
 def load_corrector(
-    inversion_model: str, corrector_model: str, *, embedder: str | TextEmbedder, t5: str | None = None
+    inversion_model: str, corrector_model: str, *, embedder: str | TextEmbedder | None = None, t5: str | None = None
 ) -> Inverter:
     """A pair of the original's checkpoints, converted in memory.
 
     Args:
         inversion_model, corrector_model: folders, or names on the hub.
-        embedder: name or folder of the embedder that they invert, or the embedder itself.
+        embedder: name or folder of the embedder that they invert, or the embedder itself; by default what their
+            config.json names.
         t5: folder or hub name of the T5 that they were trained from; by default what their config.json names.
 
     Raises:
@@ -105,9 +110,27 @@ def invert_strings(
     sequence_beam_width: int = 0,
     mode: Literal["best", "upstream"] = "best",
 ) -> list[str]:
-    """Embeds texts and recovers them from their embeddings; arguments and errors as `invert_embeddings`."""
+    """Embeds texts and recovers them from their embeddings; arguments and errors as `invert_embeddings`.
+
+    In mode "best" texts are first cut to what the model recovers at most, and brought to its tokenizer's normal form;
+    in mode "upstream" they are embedded as they are, up to 128 tokens of the embedder's, as the original does.
+
+    Raises:
+        InputError: no texts, or a blank one.
+    """
     options = _options(num_steps, sequence_beam_width, mode)
+    if mode == "upstream":
+        return [found.text for found in invert(corrector, _embed(strings, corrector.embedder), **options)]
     return [found.text for found in invert_texts(corrector, strings, **options)]
+
+
+def _embed(strings: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
+    if not strings:
+        raise InputError("There are no texts to recover; give at least one.")
+    if isinstance(embedder, Embedder):  # cut, for hypotheses, to the length of the training texts
+        positions = getattr(embedder.config.encoder, "max_positions", UPSTREAM_TOKENS)
+        embedder = embedder.shortened(min(UPSTREAM_TOKENS, positions))
+    return embedder.embed(strings)
 
 
 def invert_embeddings_and_return_hypotheses(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -21,11 +22,15 @@ from tests.upstream_pair import NAMES, embedder_of, read_pair, record_of
 from v2t_jax import cli
 from v2t_jax.convert import from_vec2text, to_vec2text
 from v2t_jax.errors import InputError
+from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.interop.vec2text import check_embedder, read_base
+from v2t_jax.interop.vec2text_embedders import check_computation
+from v2t_jax.invert import warn_of_foreign_vectors
 from v2t_jax.models import corrector
 from v2t_jax.pretrained import Inverter, load
 
 GTR = "vec2text_gtr"  # of a T5 embedder; some of its steps turn on how equal cosines are ranked
+WRAPPED = "embedder.0.auto_model."
 SHARED = "encoder_decoder.shared.weight"
 
 
@@ -273,12 +278,23 @@ def test_tensors_that_do_not_fit(pair: Path, stage: str, change: Callable[[Case]
         ("inverter", {"embedder_fake_with_zeros": True}, "embedder_fake_with_zeros True"),
         ("inverter", {"embedding_zero_except_topk": 5}, "embedding_zero_except_topk 5"),
         ("corrector", {"corrector_ignore_hypothesis_embedding": True}, "corrector_ignore_hypothesis_embedding True"),
-        ("inverter", {"architectures": ["InversionModelDecoderOnly"]}, "holds a InversionModelDecoderOnly, not"),
+        ("inverter", {"architectures": ["InversionModelDecoderOnly"]}, "has architectures .*DecoderOnly.*, not"),
         ("corrector", {"architectures": ["InversionModel"]}, "give a folder of vec2text's corrector"),
         ("inverter", {"max_seq_length": None}, "inverter/config.json lacks the field 'max_seq_length'"),
         ("corrector", {"num_repeat_tokens": None}, "corrector/config.json lacks the field 'num_repeat_tokens'"),
         ("inverter", {"embedder_model_name": None}, "lacks the field 'embedder_model_name'"),
         ("inverter", {"num_repeat_tokens": "16"}, "num_repeat_tokens '16'; it must be a whole number above 0"),
+        ("inverter", {"architectures": 5}, r"has architectures 5, not \['InversionModel'\]"),
+        ("inverter", {"architectures": {"a": 1}}, "has architectures {'a': 1}, not"),
+        ("corrector", {"architectures": "CorrectorEncoderModel"}, "has architectures 'CorrectorEncoderModel', not"),
+        ("inverter", {"embedder_model_name": ["gtr_base"]}, r"embedder_model_name \['gtr_base'\]; it must be a name"),
+        ("inverter", {"model_name_or_path": 5}, "model_name_or_path 5; it must be a name"),
+        ("inverter", {"embedder_model_api": 5}, "embedder_model_api 5, not a name"),
+        (
+            "corrector",
+            {"embedder_model_name": "gtr_base"},
+            "embedder_model_name is 'gtr_base' and the inverter's 'sent",
+        ),
         ("corrector", {"max_seq_length": 99}, "The corrector's max_seq_length is 99 and the inverter's 16"),
         ("corrector", {"num_repeat_tokens": 4}, "The corrector's num_repeat_tokens is 4 and the inverter's 3"),
     ],
@@ -360,6 +376,77 @@ def test_another_embedder(pair: Path, folders: dict[str, Path], tmp_path: Path) 
 def test_an_embedder_inside_the_inverter_is_compared_whatever_its_kind(folders: dict[str, Path]) -> None:
     folder = folders[GTR]
     check_embedder(folder / "inverter", embedder_of(folder), "gtr")
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_an_inverter_saved_in_half_precision(pair: Path, stored: str) -> None:
+    noise = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    bias = "encoder.layer.0.output.dense.bias"
+    edit(embedder_of(pair), lambda s: s.update({bias: noise[: len(s[bias])]}))
+    halved = noise.astype(jnp.dtype(stored))
+    edit(pair / "inverter", lambda s: s.update({f"{WRAPPED}{bias}": halved[: len(s[f"{WRAPPED}{bias}"])]}))
+    check_embedder(pair / "inverter", embedder_of(pair), "the name")
+    edit(embedder_of(pair), lambda s: s[bias].__imul__(1.01))
+    with pytest.raises(InputError, match="another embedder than the name"):
+        check_embedder(pair / "inverter", embedder_of(pair), "the name")
+
+
+def test_an_embedder_that_lacks_something(pair: Path) -> None:
+    extras = ("embedder.0.auto_model.embeddings.position_ids", "embedder.2.linear.weight")
+    edit(pair / "inverter", lambda s: s.update(dict.fromkeys(extras, np.zeros((1, 8), np.float32))))
+    check_embedder(pair / "inverter", embedder_of(pair), "the name")
+    edit(embedder_of(pair), lambda s: [s.pop(f"pooler.dense.{part}") for part in ("weight", "bias")])
+    with pytest.raises(InputError, match="has '0.auto_model.pooler.dense.bias', which the name lacks"):
+        check_embedder(pair / "inverter", embedder_of(pair), "the name")
+
+
+def test_old_names_of_layer_normalisation(pair: Path) -> None:
+    def rename(state: Case) -> None:
+        for new, old in (("weight", "gamma"), ("bias", "beta")):
+            for key in [key for key in state if key.endswith(f"LayerNorm.{new}")]:
+                state[key.removesuffix(new) + old] = state.pop(key)
+
+    edit(embedder_of(pair), rename)
+    check_embedder(pair / "inverter", embedder_of(pair), "the name")
+
+
+def test_what_is_behind_the_encoder_is_compared(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The encoders of both GTRs have the same weights."""
+    plain = embedder_of(folders[GTR])
+    pipeline = shutil.copytree(plain, tmp_path / "gtr_st")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (pipeline / "modules.json").write_text(json.dumps(modules))
+    for path in list(kinds)[1:]:
+        (pipeline / path).mkdir()
+    (pipeline / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    layer = {"in_features": 768, "out_features": 768, "bias": False, "activation_function": "torch.nn.Identity"}
+    (pipeline / "2_Dense" / "config.json").write_text(json.dumps(layer))
+    save_file({"linear.weight": np.eye(768, dtype=np.float32)}, pipeline / "2_Dense" / "model.safetensors")
+    arguments = convert_arguments(folders[GTR], tmp_path / "out")[:-1]
+    meant = "for gtr_base .pooling mean, dense layers 0, not normalised., but .* is pooling"
+    with pytest.raises(InputError, match=f"{meant} mean, dense layers 1, normalised: give .* gtr-base@DIR"):
+        from_vec2text(*arguments, str(pipeline))
+    with pytest.raises(InputError, match=f"{meant} max, dense layers 0, not normalised: "):
+        from_vec2text(*arguments, f"max@{plain}")
+    with pytest.raises(InputError, match=f"{meant} mean, dense layers 0, not normalised, prefix 'query: ': "):
+        from_vec2text(*arguments, load_embedder(str(plain), prefix="query: "))
+    theirs = load_embedder(str(pipeline))
+    check_computation("gtr_base_st", theirs)
+    check_computation("gtr_base", load_embedder(f"gtr-base@{pipeline}"))
+    with pytest.raises(InputError, match="for gtr_base_st .* give the embedder as gtr-base-st@DIR"):
+        check_computation("gtr_base_st", load_embedder(f"gtr-base@{pipeline}"))
+    with pytest.raises(InputError, match="as its modules.json says, which mean@.* leaves aside"):
+        check_computation("sentence-transformers/gtr-t5-xl", load_embedder(f"mean@{pipeline}"))
+    check_computation("sentence-transformers/gtr-t5-xl", theirs)  # noted, not refused
+
+
+@pytest.mark.filterwarnings("error")
+def test_vectors_of_the_wrong_normalisation_are_noticed(model: Inverter, goldens: dict[str, Case]) -> None:
+    e = record_of(goldens[GTR])["e"]
+    warn_of_foreign_vectors(model, e)
+    with pytest.warns(UserWarning, match="7 of 7 have other lengths"):
+        warn_of_foreign_vectors(model, e / np.linalg.norm(e, axis=1, keepdims=True))
 
 
 def test_an_embedder_of_another_width(pair: Path, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ T5 that both stand on, and its tokenizer, are not in them: they come from that T
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders
@@ -38,6 +40,10 @@ _OLD_CORRECTOR = "embedding_transform"
 # Before there was a dropout between them, the second linear layer was number 2.
 _HIDDEN, _OUTPUT, _OLD_OUTPUT = "0", "3", "2"
 _T5, _EMBEDDER, _NORM = "encoder_decoder.", "embedder.", "layernorm"
+# Of an embedder inside an inverter: what is computed, not learnt; and what sentence-transformers has behind it.
+_BUFFERS = ("position_ids", "inv_freq")
+_BEHIND_ENCODER = re.compile(r"[1-9]\d*\.linear\.")
+_OLD_NORM = {"gamma": "weight", "beta": "bias"}
 _NEEDED = ("model_name_or_path", "embedder_model_name", "max_seq_length", "num_repeat_tokens")
 # Settings that change the maths, and the only value with which ours is the same. A setting of training alone
 # (dropout, freezing, noise) may have any.
@@ -121,6 +127,12 @@ def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
             raise InputError(
                 f"The {stage}'s {name} is {value} and the inverter's {first[name]}: give two checkpoints of one pair."
             )
+    names = {values["embedder_model_name"] for values in settings.values()}
+    if len(names) > 1 and not first.get("embedder_model_api"):  # beside an API the name means nothing
+        raise InputError(
+            f"The corrector's embedder_model_name is {settings['corrector']['embedder_model_name']!r} and the "
+            f"inverter's {first['embedder_model_name']!r}: give two checkpoints of one pair."
+        )
     params: dict[Stage, Params] = {}
     widths: dict[Stage, int] = {}
     old_corrector = False
@@ -157,12 +169,20 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
         InputError: it is another stage's, lacks a field, or has a setting with which the maths would be another.
     """
     settings = read_json(folder / "config.json", f"a checkpoint of vec2text's {stage}")
-    kinds = settings.get("architectures") or [KINDS[stage]]
-    if kinds != [KINDS[stage]]:
-        raise InputError(f"{folder} holds a {kinds[0]}, not an {KINDS[stage]}: give a folder of vec2text's {stage}.")
+    kinds = settings.get("architectures")
+    if kinds not in (None, [], [KINDS[stage]]):
+        raise InputError(
+            f"{folder}/config.json has architectures {kinds!r}, not {[KINDS[stage]]!r}: give a folder of vec2text's "
+            f"{stage}."
+        )
     for name in _NEEDED:
         if name not in settings:
             raise InputError(f"{folder}/config.json lacks the field {name!r}; fetch the checkpoint again.")
+    for name in ("model_name_or_path", "embedder_model_name"):
+        if not isinstance(settings[name], str) or not settings[name]:
+            raise InputError(f"{folder}/config.json has {name} {settings[name]!r}; it must be a name.")
+    if not isinstance(settings.get("embedder_model_api"), str | None):
+        raise InputError(f"{folder}/config.json has embedder_model_api {settings['embedder_model_api']!r}, not a name.")
     for name in ("max_seq_length", "num_repeat_tokens"):
         if type(settings[name]) is not int or settings[name] < 1:
             raise InputError(f"{folder}/config.json has {name} {settings[name]!r}; it must be a whole number above 0.")
@@ -222,36 +242,60 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
     """Holds the embedder's weights that an inverter was saved with against those of the embedder's folder.
 
     Tensors are matched by the ends of their names, for the two wrap them differently. An inverter of an embedder that
-    can't be seen (an API) holds none, and passes.
+    can't be seen (an API) holds none, and passes. Dense layers behind a pooling are in folders of their own, which
+    aren't compared.
 
     Raises:
-        InputError: a tensor differs, or none is found in both.
+        InputError: a tensor differs, or is found in the inverter alone.
     """
     with progress.stage(f"comparing embedders with {name}"):
         inside, outside = part(open_checkpoint(inverter), _EMBEDDER), open_checkpoint(embedder)
-        found = {key: next((end for end in _ends(key) if end in inside), None) for key in outside}
-        matched = {key: end for key, end in found.items() if end is not None}
-        if inside and not matched:
+        pairs = [(end, key) for key in outside for end in _ends(key) if end in inside]
+        if inside and not pairs:
             raise InputError(
                 f"The inverter was saved with another kind of embedder than {name}: none of its keys is like "
                 f"{min(inside)!r}; give the embedder that it was trained for."
             )
-        for key, end in matched.items():
-            ours, theirs = inside[end], outside[key]
-            if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
+        for end, key in pairs:
+            if inside[end].shape != outside[key].shape or not _equal(inside[end][:], outside[key][:]):
                 raise InputError(
                     f"The inverter was saved with another embedder than {name}: {end!r} differs from its {key!r}; "
                     "give the embedder that it was trained for."
                 )
+        missing = set(inside) - {end for end, _ in pairs}
+        missing = {key for key in missing if not key.endswith(_BUFFERS) and not _BEHIND_ENCODER.match(key)}
+        if missing:
+            raise InputError(
+                f"The inverter was saved with an embedder that has {min(missing)!r}, which {name} lacks; give the "
+                "embedder that it was trained for."
+            )
 
 
 def _ends(key: str) -> Iterator[str]:
     """Names that a key of an embedder's folder may have inside an inverter."""
-    for name in (key, key.partition(".")[2]):  # with and without the folder's own prefix, such as "encoder."
+    key = re.sub(r"LayerNorm\.(gamma|beta)$", lambda found: f"LayerNorm.{_OLD_NORM[found[1]]}", key)
+    names = [key, key.partition(".")[2]]  # with and without the folder's own prefix, such as "encoder."
+    if key == "shared.weight":
+        names += ["embed_tokens.weight", "encoder.embed_tokens.weight"]
+    for name in names:
         yield name
         yield f"0.auto_model.{name}"  # wrapped by sentence-transformers
-    if key == "shared.weight":
-        yield "embed_tokens.weight"
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors are equal once both are in the coarser of their dtypes.
+
+    Which that is, the values say: of a pickle, only they are at hand.
+    """
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    if np.array_equal(a, b):
+        return True
+    for dtype in (np.float16, jnp.bfloat16):
+        with np.errstate(over="ignore"):
+            rounded_a, rounded_b = (values.astype(dtype).astype(np.float32) for values in (a, b))
+        if np.array_equal(rounded_a, rounded_b) and (np.array_equal(a, rounded_a) or np.array_equal(b, rounded_b)):
+            return True
+    return False
 
 
 def write_vec2text(

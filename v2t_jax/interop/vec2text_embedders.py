@@ -1,0 +1,102 @@
+"""What the original computes with the embedders that it knows by name, and how the same is given here.
+
+The facts are those of its `load_embedder_and_tokenizer` and `call_embedding_model` (vec2text 0.0.13): a plain network
+gives its pooler's output where it has a pooler, trained or not, else the masked mean of its tokens; a pipeline of
+sentence-transformers gives what its modules.json says. A prefix is never put before a text.
+"""
+
+from typing import NamedTuple, get_args
+
+from v2t_jax import progress
+from v2t_jax.errors import InputError
+from v2t_jax.models.embedder import Embedder, Pooling
+
+
+class Computed(NamedTuple):
+    """What makes a vector of the encoder's output, and the name that `load_embedder` knows it by."""
+
+    pooling: Pooling
+    num_dense: int
+    normalise: bool
+    name: str | None
+    """None: only a folder can be given"""
+
+    @property
+    def advice(self) -> str:
+        if self.name is not None:
+            # Only names of the table of embedders may have a folder behind them.
+            return self.name if "/" in self.name else f"{self.name}@DIR"
+        return f"{self.pooling}@DIR"
+
+
+_MINILM_L6, _MINILM_L12 = (Computed("mean", 0, True, f"all-MiniLM-{layers}-v2") for layers in ("L6", "L12"))
+_GTR_PIPELINE = Computed("mean", 1, True, "gtr-base-st")
+_POOLER, _MEAN = Computed("pooler", 0, False, None), Computed("mean", 0, False, None)
+COMPUTED = {
+    "bert": Computed("pooler", 0, False, "google-bert/bert-base-uncased"),
+    "bert__random_init": _POOLER,
+    "contriever": _POOLER,
+    "dpr": Computed("cls", 0, False, "dpr-ctx-single-nq-base"),
+    "dpr_st": Computed("cls", 0, False, "sentence-transformers/facebook-dpr-question_encoder-multiset-base"),
+    "gte_base": _POOLER,
+    "gte_base_st": Computed("mean", 0, True, "gte-base"),
+    "gtr_base": Computed("mean", 0, False, "gtr-base"),
+    "gtr_base__random_init": _MEAN,
+    "gtr_base_st": _GTR_PIPELINE,
+    "gtr_large": _MEAN,
+    "ance_tele": _POOLER,
+    "paraphrase-distilroberta": _POOLER,
+    "medicalai/ClinicalBERT": Computed("mean", 0, False, "medicalai/ClinicalBERT"),
+    "sentence-transformers/gtr-t5-base": _GTR_PIPELINE,
+    "sentence-transformers/all-MiniLM-L6-v2": _MINILM_L6,
+    "sentence-transformers/all-MiniLM-L12-v2": _MINILM_L12,
+    # By the name of our table it would come with a prefix.
+    "nomic-ai/nomic-embed-text-v1": Computed("mean", 0, True, "nomic-ai/nomic-embed-text-v1"),
+}
+PIPELINES = "sentence-transformers/"  # other names that begin so are read by their modules.json
+
+
+def check_computation(theirs: str, embedder: Embedder) -> None:
+    """Holds what is behind the embedder's encoder against what the original has there; weights can't show it.
+
+    Args:
+        theirs: the checkpoint's `embedder_model_name`.
+
+    Raises:
+        InputError: pooling, dense layers, normalisation or prefix differ.
+    """
+    config, expected = embedder.config, COMPUTED.get(theirs)
+    if expected is None:
+        if theirs.startswith(PIPELINES) and embedder.name.partition("@")[0] in get_args(Pooling):
+            raise InputError(
+                f"The inverter was trained for {theirs} as its modules.json says, which {embedder.name} leaves aside: "
+                "give the folder alone."
+            )
+        progress.note(f"The inverter was trained for {theirs}; whether {embedder.name} pools as that can't be checked.")
+        return
+    if (config.pooling, len(config.dense), config.normalise, config.prefix) != (*expected[:3], ""):
+        raise InputError(
+            f"The inverter was trained for {theirs} ({_described(*expected[:3], '')}), but {embedder.name} is "
+            f"{_described(config.pooling, len(config.dense), config.normalise, config.prefix)}: "
+            f"give the embedder as {expected.advice}."
+        )
+
+
+def _described(pooling: str, num_dense: int, normalise: bool, prefix: str) -> str:
+    parts = [f"pooling {pooling}", f"dense layers {num_dense}", "normalised" if normalise else "not normalised"]
+    return ", ".join([*parts, *([f"prefix {prefix!r}"] if prefix else [])])
+
+
+def default_name(theirs: str) -> str:
+    """The embedder to load for a checkpoint's `embedder_model_name`.
+
+    Raises:
+        InputError: none is known by name.
+    """
+    known = COMPUTED.get(theirs)
+    if known is not None and known.name is not None:
+        return known.name
+    if known is None and theirs.startswith(PIPELINES):
+        return theirs
+    advice = f"embedder={known.advice!r}" if known else "embedder=..."
+    raise InputError(f"No embedder of the name {theirs!r} is known, which the inverter was trained for: give {advice}.")
