@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -137,6 +138,40 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
     if not isinstance(values, kind):
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else kind.__name__}; fetch it again.")
     return values
+
+
+def size(config: dict[str, Any], *names: str, default: int | None = None) -> int:
+    """A whole number from 1 to 2**31 - 1 from a `config.json`, under the first of these names that is there.
+
+    Raises:
+        InputError: it is something else, or there is none and no default.
+    """
+    for name in names:
+        if config.get(name) is not None:
+            value = config[name]
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise InputError(f"config.json says {name} = {value!r}; it must be a whole number from 1 to 2**31 - 1.")
+            return value
+    if default is None:
+        raise InputError(f"config.json lacks {names[0]!r}; it must be the one beside the weights.")
+    return default
+
+
+def number(config: dict[str, Any], *names: str, default: float, or_zero: bool = False) -> float:
+    """A positive number from a `config.json`, as `size`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    for name in names:
+        if config.get(name) is not None:
+            value = config[name]
+            fits = type(value) in (int, float) and 0 <= value <= sys.float_info.max and (value > 0 or or_zero)
+            if not fits:
+                kind = "0 or a positive number" if or_zero else "a positive number"
+                raise InputError(f"config.json says {name} = {value!r}; it must be {kind}.")
+            return float(value)
+    return default
 
 
 @contextmanager
