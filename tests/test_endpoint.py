@@ -148,6 +148,17 @@ def test_width_that_changes_between_runs(endpoint: Endpoint, api: Api) -> None:
     assert api().plan(TEXTS[:4]).cached == 2
 
 
+@pytest.mark.parametrize("tokens", [10**400, 2**53, -1, True, 7.0, "7", None, [7]])
+def test_usage_that_is_no_count_is_as_good_as_none(endpoint: Endpoint, api: Api, tokens: Any) -> None:
+    endpoint.always = changed(lambda good: good.pop("usage") and None)
+    without = api()
+    without.embed(["a bird"])
+    endpoint.always = changed(lambda good: good["usage"].update(total_tokens=tokens))
+    embedder = api(model="other")
+    embedder.embed(["a bird"])
+    assert embedder.budget.tokens == without.budget.tokens > 0
+
+
 def test_indices_in_another_order(endpoint: Endpoint, api: Api) -> None:
     endpoint.always = changed(lambda good: good["data"].reverse())
     np.testing.assert_array_equal(api().embed(TEXTS, batch_size=16), EXPECTED)

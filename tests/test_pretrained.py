@@ -156,10 +156,29 @@ def test_weights_that_are_no_safetensors(folder):
         load(str(folder))
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [{"other": np.arange(4)}, {}, {"pieces": np.zeros((2, 2), np.int32)}, {"pieces": np.zeros(4, np.float32)}],
+)
+def test_pieces_that_are_none(folder, tensors):
+    save_file(tensors, folder / "pieces.safetensors")
+    sha256 = hashlib.sha256((folder / "pieces.safetensors").read_bytes()).hexdigest()
+    edit_config(folder, lambda c: c | {"files": c["files"] | {"pieces.safetensors": sha256}})
+    with pytest.raises(InputError, match="pieces.safetensors holds no row of whole numbers by the name 'pieces'"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("max_length", [True, None, "32", 3.5, 2, 0])
+def test_a_length_of_the_embedder_that_is_none(folder, max_length):
+    edit_config(folder, lambda c: c | {"embedder": c["embedder"] | {"max_length": max_length}})
+    with pytest.raises(InputError, match="embedder.max_length = .*; it must be a whole number of at least 3"):
+        load(str(folder))
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'"text"', b"null"])
 def test_a_damaged_config(folder, content):
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match="fetch the model again"):
+    with pytest.raises(InputError, match="config.json (is not readable JSON|holds no JSON object).*; fetch it again"):
         load(str(folder))
 
 

@@ -310,7 +310,7 @@ def _checked_url(url: str) -> str:
 def _settle_usage(answer: Any, settle: Callable[[int], None]) -> None:
     usage = answer.get("usage") if isinstance(answer, dict) else None
     tokens = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else None
-    if isinstance(tokens, int) and tokens >= 0:
+    if type(tokens) is int and 0 <= tokens < 2**53:  # whatever else a server sends is as good as nothing
         settle(tokens)
 
 

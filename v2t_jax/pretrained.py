@@ -12,6 +12,7 @@ Nothing is unpickled; every file's sha256 is checked before it is used.
 import dataclasses
 import functools
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import sha256_of, whole_folder
+from v2t_jax.interop.checkpoint import read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.loop_functions import guesser, hypothesis_embedder, proposer
@@ -182,13 +183,8 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
             trained on.
     """
     folder = locate_model(name)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} is not a model folder: it has no config.json.") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{folder}/config.json is unreadable or damaged ({error}); fetch the model again.") from error
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+    config = read_json(folder / "config.json", "a model folder")
+    if config.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder}/config.json is not of model format {FORMAT_VERSION}; fetch the model again.")
     for field in ("name", "embedder", "model", "files"):
         if field not in config:
@@ -200,10 +196,15 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         or not isinstance(embedder_record, dict)
         or not all(isinstance(embedder_record.get(key), str) for key in ("name", "weights_sha256"))
         or not isinstance(embedder_record.get("prefix", ""), str)
-        or not (isinstance(embedder_record.get("max_length", 1), int) and embedder_record.get("max_length", 1) > 0)
     ):
         raise InputError(
             f"{folder}/config.json has a field name, embedder or files of another form; fetch the model again."
+        )
+    longest = embedder_record.get("max_length", math.inf)
+    if "max_length" in embedder_record and (type(longest) is not int or longest < 3):
+        raise InputError(
+            f"{folder}/config.json says embedder.max_length = {longest!r}; it must be a whole number of at least 3: "
+            "fetch the model again."
         )
     model = from_dict(ModelConfig, config["model"], "model")
     with progress.stage(f"loading the model {config['name']}"):
@@ -235,6 +236,12 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         }
         if "inverter" not in params or "pieces" not in tensors:
             raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; fetch the model again.")
+        pieces = tensors["pieces"].get("pieces")
+        if pieces is None or pieces.ndim != 1 or not np.issubdtype(pieces.dtype, np.integer):
+            raise InputError(
+                f"{folder}/pieces.safetensors holds no row of whole numbers by the name 'pieces'; fetch the model "
+                "again."
+            )
     if embedder is None and not embedder_record["weights_sha256"]:
         raise InputError(
             f"The model {config['name']} was trained for {embedder_record['name']}, of which no weights are known: "
@@ -242,7 +249,6 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         )
     if embedder is None or isinstance(embedder, str):
         embedder = load_embedder(embedder or embedder_record["name"])
-        longest = embedder_record.get("max_length", embedder.config.max_length)
         if longest < embedder.config.max_length:
             embedder = embedder.shortened(longest)
         prefix = embedder_record.get("prefix", embedder.config.prefix)
@@ -267,7 +273,7 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
             "embedder can't be checked.",
             stacklevel=2,
         )
-    vocabulary = Vocabulary(tokenizer, tensors["pieces"]["pieces"])
+    vocabulary = Vocabulary(tokenizer, pieces)
     return Inverter(config["name"], model, params, embedder, vocabulary, bridged, _embedding_norm(config))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.equivalence import Case, load, state_dict, t5_of
 from v2t_jax.config import T5Config
@@ -103,13 +104,34 @@ def test_reads_published_configs() -> None:
         ({"model_type": "bert"}, "model_type 'bert'"),
         ({"d_model": None}, "lacks 'd_model'"),
         ({"feed_forward_proj": "gated-silu"}, "feed-forward 'gated-silu'"),
+        ({"feed_forward_proj": [1]}, r"feed-forward \[1\]"),
+        ({"d_model": "32"}, "d_model = '32'; it must be a whole number from 1"),
+        ({"d_ff": 10**400}, "d_ff = 10000.*; it must be a whole number from 1"),
+        ({"num_heads": "x"}, "num_heads = 'x'"),
+        ({"num_layers": 2.0}, "num_layers = 2.0"),
+        ({"num_layers": True}, "num_layers = True"),
+        ({"num_decoder_layers": "2"}, "num_decoder_layers = '2'"),
+        ({"relative_attention_num_buckets": None}, "lacks 'relative_attention_num_buckets'"),
+        ({"relative_attention_max_distance": "x"}, "relative_attention_max_distance = 'x'"),
+        ({"dropout_rate": "x"}, "dropout_rate = 'x'; it must be 0 or a positive number"),
+        ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon = 'x'; it must be a positive number"),
+        ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon = 10000"),
     ],
 )
 def test_refuses_a_config_of_something_else(change: dict, words: str) -> None:
     config = {**json.loads(str(load("t5_v1_0")["config"])), **change}
-    config = {name: value for name, value in config.items() if value is not None}
     with pytest.raises(InputError, match=words):
         t5_config_from_huggingface(config)
+    with pytest.raises(InputError, match=words):  # null is as good as nothing
+        t5_config_from_huggingface({name: value for name, value in config.items() if value is not None})
+
+
+def test_null_is_the_default_and_no_dropout_is_a_rate() -> None:
+    config = json.loads(str(load("t5_v1_0")["config"]))
+    nulls = ("num_decoder_layers", "relative_attention_max_distance", "layer_norm_epsilon", "dropout_rate")
+    read = t5_config_from_huggingface(config | dict.fromkeys(nulls))
+    assert (read.num_decoder_layers, read.dropout_rate, read.layer_norm_epsilon) == (read.num_encoder_layers, 0.1, 1e-6)
+    assert t5_config_from_huggingface(config | {"dropout_rate": 0}).dropout_rate == 0.0
 
 
 @pytest.mark.parametrize("config", [TINY, V1_1], ids=["v1.0", "v1.1"])
@@ -127,6 +149,21 @@ def test_a_folder_of_ours(config: T5Config, tmp_path: Path) -> None:
     (tmp_path / "t5" / "config.json").unlink()
     with pytest.raises(InputError, match="config.json is missing: .* is not a T5 folder"):
         load_t5(str(tmp_path / "t5"))
+
+
+def test_a_head_is_a_copy_only_where_transformers_leaves_it_out(tmp_path: Path) -> None:
+    """Its version 5, whose configs have `scale_decoder_outputs`; elsewhere the file was cut short."""
+    params = make(V1_1)
+    save_t5(tmp_path / "t5", V1_1, params)
+    file, settings = tmp_path / "t5" / "model.safetensors", tmp_path / "t5" / "config.json"
+    save_file({key: value for key, value in load_file(file).items() if key != "lm_head.weight"}, file)
+    with pytest.raises(InputError, match="T5 weights lack 'lm_head.weight'"):
+        load_t5(str(tmp_path / "t5"))
+    values = json.loads(settings.read_text()) | {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+    settings.write_text(json.dumps(values))
+    config, loaded = load_t5(str(tmp_path / "t5"))
+    assert config == V1_1
+    np.testing.assert_array_equal(loaded["lm_head"].T, params["token_embedding"])
 
 
 def test_no_such_t5() -> None:

@@ -285,6 +285,13 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
             change_weights(lambda state: state.update(adapter=np.zeros(2))),
             "bert weights hold the unknown key 'adapter'",
         ),
+        (
+            change_weights(lambda state: state.update({QUERY: state[QUERY].astype(np.int8)})),
+            f"bert weight '{QUERY}' is of dtype int8; quantised weights aren't read",
+        ),
+        (config(intermediate_size=10**30), "intermediate_size = 10*; it must be a whole number from 1 to 2"),
+        (config(intermediate_size=2 * 10**9), "has shape .*; its config means"),
+        (config(max_position_embeddings=2 * 10**9), "has shape .*; its config means"),
         (pickled, r"pytorch_model.bin (needs torch, which|is damaged or holds more than weights)"),
         (another_order, "holds Normalize, Pooling, Transformer; supported are"),
         (no_pooling, "exactly one supported mode"),
@@ -307,6 +314,23 @@ def test_folders_that_are_refused(folder, damage, message):
     damage(folder)
     with pytest.raises(InputError, match=message):
         load_embedder(str(folder))
+
+
+def test_a_tokenizer_with_more_pieces_than_the_network(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    embedder = load_embedder(str(folder))
+    embedder.embed(["a dog"])  # pieces that no text uses do no harm
+    with pytest.raises(InputError, match="gives the id 60, but its network's vocab_size is 60: they don't belong"):
+        embedder.embed(["a dog", "a zebra"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite(folder, value):
+    change_weights(lambda state: state[QUERY].__setitem__((0, 0), value))(folder)
+    with pytest.raises(InputError, match="gives NaN or infinite values; its weights are damaged: fetch it again"):
+        load_embedder(str(folder)).embed(["a dog"])
 
 
 @pytest.mark.parametrize(

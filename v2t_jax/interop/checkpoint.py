@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,9 +30,12 @@ class StoredTensor:
     def __getitem__(self, index: Any) -> np.ndarray:
         try:
             value = self._source[index]
-        except (OSError, SafetensorError, TypeError) as error:
+            if isinstance(value, np.ndarray):
+                return value
+            # numpy has no bfloat16.
+            return (value.float() if value.is_floating_point() else value).numpy()
+        except (OSError, SafetensorError, TypeError, RuntimeError) as error:
             raise InputError(f"{self._path} is unreadable or of an unknown dtype ({error}); fetch it again.") from error
-        return value if isinstance(value, np.ndarray) else value.float().numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self[:], dtype, copy=copy)
@@ -117,8 +121,8 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
             f"{path} is damaged or holds more than weights, so it isn't read ({gist}); save the weights alone, best as "
             f"{SAFETENSORS}."
         ) from error
-    if not isinstance(loaded, dict) or not all(torch.is_tensor(tensor) for tensor in loaded.values()):
-        raise InputError(f"{path} is not a dict of tensors; save a model's state_dict().")
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()):
+        raise InputError(f"{path} is not a dict of tensors by name; save a model's state_dict().")
     return {key: StoredTensor(path, tensor, tensor.shape) for key, tensor in loaded.items()}
 
 
@@ -139,9 +143,43 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
     return values
 
 
+def size(config: dict[str, Any], *names: str, default: int | None = None) -> int:
+    """A whole number from 1 to 2**31 - 1 from a `config.json`, under the first of these names that is there.
+
+    Raises:
+        InputError: it is something else, or there is none and no default.
+    """
+    for name in names:
+        if config.get(name) is not None:
+            value = config[name]
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise InputError(f"config.json says {name} = {value!r}; it must be a whole number from 1 to 2**31 - 1.")
+            return value
+    if default is None:
+        raise InputError(f"config.json lacks {names[0]!r}; it must be the one beside the weights.")
+    return default
+
+
+def number(config: dict[str, Any], *names: str, default: float, or_zero: bool = False) -> float:
+    """A positive number from a `config.json`, as `size`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    for name in names:
+        if config.get(name) is not None:
+            value = config[name]
+            fits = type(value) in (int, float) and 0 <= value <= sys.float_info.max and (value > 0 or or_zero)
+            if not fits:
+                kind = "0 or a positive number" if or_zero else "a positive number"
+                raise InputError(f"config.json says {name} = {value!r}; it must be {kind}.")
+            return float(value)
+    return default
+
+
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder, filled under another name and renamed at the end: it appears whole or not at all.
+    """A folder, filled elsewhere beside it and renamed at the end: it appears whole or not at all.
 
     Args:
         replace: whether what lies at `folder` goes.
@@ -149,31 +187,54 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         InputError: there is something at `folder`, or it can't be written.
     """
-    if not replace:
+    if replace:
+        _check_replaceable(folder)
+    else:
         check_new(folder)
-    building = None
+    around = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        building = around / folder.name
+        building.mkdir()
         yield building
-        building.chmod(0o755)  # a temporary folder, and what safetensors writes, are their owner's alone
+        mode = building.stat().st_mode & 0o666  # the umask's; what safetensors writes is its owner's alone
         for path in building.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            if path.is_file():
+                path.chmod(mode)
         if folder.exists():
             shutil.rmtree(folder)
         building.rename(folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} can't be written ({error}); free space or give another folder.") from error
     finally:
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
+        if around is not None:
+            shutil.rmtree(around, ignore_errors=True)
 
 
 def check_new(folder: Path) -> None:
-    """Refuses to write where something lies.
+    """Refuses a target of `whole_folder` where something lies.
 
     Raises:
-        InputError: there is something at `folder`.
+        InputError: there is something at `folder`, or it can't be replaced.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    _check_replaceable(folder)
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise InputError(f"{folder} can't be written ({error}); give another folder.") from error
+    if taken:
         raise InputError(f"{folder} exists already; give a new or an empty folder.")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses what another folder can't be renamed to."""
+    try:
+        is_link, is_here = folder.is_symlink(), folder.exists() and folder.samefile(".")
+        if is_link or is_here or folder.is_mount():
+            kind = "a link" if is_link else "the current folder" if is_here else "a mounted disk"
+            raise InputError(
+                f"{folder} is {kind}, which can't be replaced; give another folder, such as one inside it."
+            )
+    except OSError as error:
+        raise InputError(f"{folder} can't be written ({error}); give another folder.") from error

@@ -3,13 +3,13 @@
 What transformers would compute and we don't is refused, never ignored.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from v2t_jax.config import Dtype, T5Config
 from v2t_jax.errors import InputError
+from v2t_jax.interop.checkpoint import number, size
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.clip_text import ClipTextConfig
@@ -19,29 +19,6 @@ from v2t_jax.models.modernbert import ModernBertConfig
 from v2t_jax.models.nomic_bert import NomicBertConfig
 
 Json = dict[str, Any]
-
-
-def _size(config: Json, *names: str, default: int | None = None) -> int:
-    """A whole number of at least 1, under the first of these names that is there."""
-    for name in names:
-        if config.get(name) is not None:
-            value = config[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"config.json says {name} = {value!r}; it must be a whole number of at least 1.")
-            return value
-    if default is None:
-        raise InputError(f"config.json lacks {names[0]!r}; it must be the one beside the weights.")
-    return default
-
-
-def _number(config: Json, *names: str, default: float) -> float:
-    for name in names:
-        if config.get(name) is not None:
-            value = config[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise InputError(f"config.json says {name} = {value!r}; it must be a positive number.")
-            return float(value)
-    return default
 
 
 def _only(config: Json, **supported: Any) -> None:
@@ -69,7 +46,7 @@ def _rotary_theta(config: Json, layers: str | None, *names: str, default: float)
         kind = settings.get("rope_type", settings.get("type", "default"))
         if kind != "default":
             raise InputError(f"config.json asks for rotary positions of the type {kind!r}; only 'default' is read.")
-    return _number(rotary, "rope_theta", default=_number(config, *names, default=default))
+    return number(rotary, "rope_theta", default=number(config, *names, default=default))
 
 
 def _local_layers(config: Json, num_layers: int, otherwise: Callable[[int], bool]) -> tuple[bool, ...]:
@@ -86,16 +63,16 @@ def _local_layers(config: Json, num_layers: int, otherwise: Callable[[int], bool
 
 def bert(config: Json, dtype: Dtype) -> BertConfig:
     _only(config, hidden_act="gelu", position_embedding_type="absolute", is_decoder=False, projection_dim=0)
-    hidden_size = _size(config, "hidden_size")
+    hidden_size = size(config, "hidden_size")
     return BertConfig(
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden_size,
-        num_layers=_size(config, "num_hidden_layers"),
-        num_heads=_heads(hidden_size, _size(config, "num_attention_heads")),
-        intermediate_size=_size(config, "intermediate_size"),
-        max_positions=_size(config, "max_position_embeddings"),
-        type_vocab_size=_size(config, "type_vocab_size", default=2),
-        layer_norm_epsilon=_number(config, "layer_norm_eps", default=1e-12),
+        num_layers=size(config, "num_hidden_layers"),
+        num_heads=_heads(hidden_size, size(config, "num_attention_heads")),
+        intermediate_size=size(config, "intermediate_size"),
+        max_positions=size(config, "max_position_embeddings"),
+        type_vocab_size=size(config, "type_vocab_size", default=2),
+        layer_norm_epsilon=number(config, "layer_norm_eps", default=1e-12),
         dtype=dtype,
     )
 
@@ -105,14 +82,14 @@ def distilbert(config: Json, dtype: Dtype) -> BertConfig:
     names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
     names["hidden_dim"] = "intermediate_size"
     for theirs in names:
-        _size(config, theirs)
+        size(config, theirs)
     read = bert({**config, **{ours: config[theirs] for theirs, ours in names.items()}}, dtype)
     return replace(read, type_vocab_size=0)
 
 
 def _pad_id(config: Json) -> int:
     value = config.get("pad_token_id", 1)
-    if not isinstance(value, int) or not 0 <= value < _size(config, "max_position_embeddings") - 1:
+    if not isinstance(value, int) or not 0 <= value < size(config, "max_position_embeddings") - 1:
         raise InputError(f"config.json says pad_token_id = {value!r}; positions count from it, so it must be one.")
     return value
 
@@ -128,8 +105,6 @@ def mpnet(config: Json, dtype: Dtype) -> BertConfig:
 
 
 def t5_encoder(config: Json, dtype: Dtype) -> T5Config:
-    for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers"):
-        _size(config, name)
     # An encoder's file may leave out or zero what is the decoder's.
     return replace(t5_config_from_huggingface({**config, "num_decoder_layers": 1}), dtype=dtype)
 
@@ -143,36 +118,36 @@ def nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
         raise InputError(
             "config.json asks for a rotary_scaling_factor, which isn't read; remove it to read 2048 tokens."
         )
-    hidden_size = _size(config, "hidden_size", "n_embd")
-    num_heads = _heads(hidden_size, _size(config, "num_attention_heads", "n_head"))
+    hidden_size = size(config, "hidden_size", "n_embd")
+    num_heads = _heads(hidden_size, size(config, "num_attention_heads", "n_head"))
     _only(config, head_dim=hidden_size // num_heads)
     return NomicBertConfig(
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden_size,
-        num_layers=_size(config, "num_hidden_layers", "n_layer"),
+        num_layers=size(config, "num_hidden_layers", "n_layer"),
         num_heads=num_heads,
-        intermediate_size=_size(config, "intermediate_size", "n_inner"),
-        type_vocab_size=_size(config, "type_vocab_size", default=2),
+        intermediate_size=size(config, "intermediate_size", "n_inner"),
+        type_vocab_size=size(config, "type_vocab_size", default=2),
         rotary_theta=_rotary_theta(config, None, "rotary_emb_base", default=1000.0),
-        layer_norm_epsilon=_number(config, "layer_norm_eps", "layer_norm_epsilon", default=1e-12),
+        layer_norm_epsilon=number(config, "layer_norm_eps", "layer_norm_epsilon", default=1e-12),
         dtype=dtype,
     )
 
 
 def modernbert(config: Json, dtype: Dtype) -> ModernBertConfig:
     _only(config, hidden_activation="gelu", norm_bias=False, attention_bias=False, mlp_bias=False)
-    hidden_size = _size(config, "hidden_size")
-    every = _size(config, "global_attn_every_n_layers", default=3)
+    hidden_size = size(config, "hidden_size")
+    every = size(config, "global_attn_every_n_layers", default=3)
     return ModernBertConfig(
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden_size,
-        num_heads=_heads(hidden_size, _size(config, "num_attention_heads")),
-        intermediate_size=_size(config, "intermediate_size"),
-        local=_local_layers(config, _size(config, "num_hidden_layers"), lambda i: i % every != 0),
-        reach=_size(config, "local_attention", default=128) // 2,
+        num_heads=_heads(hidden_size, size(config, "num_attention_heads")),
+        intermediate_size=size(config, "intermediate_size"),
+        local=_local_layers(config, size(config, "num_hidden_layers"), lambda i: i % every != 0),
+        reach=size(config, "local_attention", default=128) // 2,
         local_theta=_rotary_theta(config, "sliding_attention", "local_rope_theta", default=10_000.0),
         global_theta=_rotary_theta(config, "full_attention", "global_rope_theta", default=160_000.0),
-        layer_norm_epsilon=_number(config, "norm_eps", default=1e-5),
+        layer_norm_epsilon=number(config, "norm_eps", default=1e-5),
         dtype=dtype,
     )
 
@@ -180,21 +155,21 @@ def modernbert(config: Json, dtype: Dtype) -> ModernBertConfig:
 def _decoder(config: Json, dtype: Dtype) -> LlamaConfig:
     """What the Llama-like have in common."""
     _only(config, attention_bias=False, mlp_bias=False)
-    hidden_size, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    num_key_value_heads = _size(config, "num_key_value_heads", default=num_heads)
+    hidden_size, num_heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    num_key_value_heads = size(config, "num_key_value_heads", default=num_heads)
     if num_heads % num_key_value_heads:
         raise InputError(
             f"config.json says num_key_value_heads = {num_key_value_heads}, which must divide the {num_heads} heads."
         )
     return LlamaConfig(
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
-        head_width=_size(config, "head_dim", default=hidden_size // _heads(hidden_size, num_heads)),
-        intermediate_size=_size(config, "intermediate_size"),
-        local=(False,) * _size(config, "num_hidden_layers"),
-        rms_norm_epsilon=_number(config, "rms_norm_eps", default=1e-6),
+        head_width=size(config, "head_dim", default=hidden_size // _heads(hidden_size, num_heads)),
+        intermediate_size=size(config, "intermediate_size"),
+        local=(False,) * size(config, "num_hidden_layers"),
+        rms_norm_epsilon=number(config, "rms_norm_eps", default=1e-6),
         dtype=dtype,
     )
 
@@ -210,7 +185,7 @@ def mistral(config: Json, dtype: Dtype) -> LlamaConfig:
     if config.get("sliding_window") is None:
         return read
     # A window counts the token itself.
-    return replace(read, local=(True,) * len(read.local), reach=_size(config, "sliding_window") - 1)
+    return replace(read, local=(True,) * len(read.local), reach=size(config, "sliding_window") - 1)
 
 
 def qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
@@ -219,7 +194,7 @@ def qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
         return read
     first = config.get("max_window_layers", 28)
     local = _local_layers(config, len(read.local), lambda i: i >= first)
-    return replace(read, local=local, reach=_size(config, "sliding_window") - 1)
+    return replace(read, local=local, reach=size(config, "sliding_window") - 1)
 
 
 def gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
@@ -228,8 +203,8 @@ def gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
         raise InputError("config.json asks for attn_logit_softcapping, which isn't read.")
     read = _decoder({"head_dim": 256, **config}, dtype)
     both_ways = bool(config.get("use_bidirectional_attention"))
-    pattern = _size(config, "sliding_window_pattern", "_sliding_window_pattern", default=6)
-    window = _size(config, "sliding_window", default=4096)
+    pattern = size(config, "sliding_window_pattern", "_sliding_window_pattern", default=6)
+    window = size(config, "sliding_window", default=4096)
     return replace(
         read,
         local=_local_layers(config, len(read.local), lambda i: (i + 1) % pattern != 0),
@@ -240,23 +215,23 @@ def gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
         local_theta=_rotary_theta(config, "sliding_attention", "rope_local_base_freq", default=10_000.0),
         head_norms=True,
         gemma=True,
-        attention_scale=_number(config, "query_pre_attn_scalar", default=256) ** -0.5,
+        attention_scale=number(config, "query_pre_attn_scalar", default=256) ** -0.5,
     )
 
 
 def clip(config: Json, dtype: Dtype) -> ClipTextConfig:
     config = config.get("text_config", config)
     _only(config, hidden_act=("quick_gelu", "gelu"))
-    hidden_size = _size(config, "hidden_size", default=512)
+    hidden_size = size(config, "hidden_size", default=512)
     return ClipTextConfig(
-        vocab_size=_size(config, "vocab_size", default=49408),
+        vocab_size=size(config, "vocab_size", default=49408),
         hidden_size=hidden_size,
-        num_layers=_size(config, "num_hidden_layers", default=12),
-        num_heads=_heads(hidden_size, _size(config, "num_attention_heads", default=8)),
-        intermediate_size=_size(config, "intermediate_size", default=2048),
-        max_positions=_size(config, "max_position_embeddings", default=77),
+        num_layers=size(config, "num_hidden_layers", default=12),
+        num_heads=_heads(hidden_size, size(config, "num_attention_heads", default=8)),
+        intermediate_size=size(config, "intermediate_size", default=2048),
+        max_positions=size(config, "max_position_embeddings", default=77),
         activation=config.get("hidden_act") or "quick_gelu",
-        layer_norm_epsilon=_number(config, "layer_norm_eps", default=1e-5),
+        layer_norm_epsilon=number(config, "layer_norm_eps", default=1e-5),
         dtype=dtype,
     )
 
@@ -267,4 +242,4 @@ def longest_text(config: EncoderConfig, json: Json) -> int | None:
         return config.max_positions - (0 if config.pad_id is None else config.pad_id + 1)
     if isinstance(config, ClipTextConfig):
         return config.max_positions
-    return None if isinstance(config, T5Config) else _size(json, "max_position_embeddings", "n_positions")
+    return None if isinstance(config, T5Config) else size(json, "max_position_embeddings", "n_positions")

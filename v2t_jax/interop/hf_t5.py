@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from v2t_jax import progress
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import SAFETENSORS, open_checkpoint, read_json, whole_folder
+from v2t_jax.interop.checkpoint import SAFETENSORS, number, open_checkpoint, read_json, size, whole_folder
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.weights import Entry, Tensor, fill
 from v2t_jax.models import t5
@@ -70,8 +70,12 @@ def load_t5(name: str) -> tuple[T5Config, Params]:
     """
     folder = folder_of(name)
     with progress.stage(f"loading the T5 {name}"):
-        config = t5_config_from_huggingface(read_json(folder / "config.json", "a T5 folder"))
-        return config, t5_from_huggingface(open_checkpoint(folder), config)
+        values = read_json(folder / "config.json", "a T5 folder")
+        config, state = t5_config_from_huggingface(values), open_checkpoint(folder)
+        # Since transformers 5, whose configs have this field, an untied head that equals the embedding isn't written.
+        if "scale_decoder_outputs" in values and not config.tie_word_embeddings and "shared.weight" in state:
+            state.setdefault("lm_head.weight", state["shared.weight"])
+        return config, t5_from_huggingface(state, config)
 
 
 def save_t5(folder: Path, config: T5Config, params: Params) -> None:
@@ -90,7 +94,7 @@ def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`.
 
     A tied head (`lm_head.weight`) and the stacks' copies of the embedding may be there or not; if they are, they must
-    equal `shared.weight`. An untied head that isn't there is a copy of it too: transformers leaves those out.
+    equal `shared.weight`.
 
     Args:
         state: arrays of any floating dtype, or tensors still in their file, under Hugging Face's names.
@@ -99,8 +103,6 @@ def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params
     Raises:
         InputError: a key is missing, unknown, of a shape that `config` doesn't mean, or a copy that differs.
     """
-    if "lm_head.weight" not in state and "shared.weight" in state:
-        state = {**state, "lm_head.weight": state["shared.weight"]}
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = {*_IGNORED, *copies}
     params = fill(t5.abstract_params(config), _entries(config), state, "T5", lambda key: key in ignored)
@@ -129,44 +131,32 @@ def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
     """Sizes from a Hugging Face `config.json` of model_type t5; what old files leave out has T5 v1.0's value.
 
     Raises:
-        InputError: another architecture, a missing size, or a feed-forward layer that isn't supported.
+        InputError: another architecture, a missing or impossible size, or a feed-forward layer that isn't supported.
     """
     if config.get("model_type", "t5") != "t5":
         raise InputError(f"The config is of model_type {config['model_type']!r}, not 't5'.")
-    sizes = (
-        "vocab_size",
-        "d_model",
-        "d_kv",
-        "d_ff",
-        "num_heads",
-        "num_layers",
-        "relative_attention_num_buckets",
-    )
-    for name in sizes:
-        if name not in config:
-            raise InputError(f"The T5 config lacks {name!r}; it must be the config.json beside the weights.")
     feed_forward = config.get("feed_forward_proj", "relu")
-    if feed_forward not in _FEED_FORWARD:
+    if feed_forward not in list(_FEED_FORWARD):  # a list, for it may be unhashable
         raise InputError(
             f"The T5 config asks for the feed-forward {feed_forward!r}; supported are {', '.join(_FEED_FORWARD)}."
         )
-    num_decoder_layers = config.get("num_decoder_layers")
+    num_layers = size(config, "num_layers")
     # Since transformers 5 the older field is always true, and this one tells the two forms apart.
     tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
     return T5Config(
-        vocab_size=config["vocab_size"],
-        d_model=config["d_model"],
-        d_kv=config["d_kv"],
-        d_ff=config["d_ff"],
-        num_heads=config["num_heads"],
-        num_encoder_layers=config["num_layers"],
-        num_decoder_layers=config["num_layers"] if num_decoder_layers is None else num_decoder_layers,
+        vocab_size=size(config, "vocab_size"),
+        d_model=size(config, "d_model"),
+        d_kv=size(config, "d_kv"),
+        d_ff=size(config, "d_ff"),
+        num_heads=size(config, "num_heads"),
+        num_encoder_layers=num_layers,
+        num_decoder_layers=size(config, "num_decoder_layers", default=num_layers),
         feed_forward=feed_forward,
         tie_word_embeddings=tied is not False,
-        relative_attention_num_buckets=config["relative_attention_num_buckets"],
-        relative_attention_max_distance=config.get("relative_attention_max_distance", 128),
-        layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
-        dropout_rate=config.get("dropout_rate", 0.1),
+        relative_attention_num_buckets=size(config, "relative_attention_num_buckets"),
+        relative_attention_max_distance=size(config, "relative_attention_max_distance", default=128),
+        layer_norm_epsilon=number(config, "layer_norm_epsilon", default=1e-6),
+        dropout_rate=number(config, "dropout_rate", default=0.1, or_zero=True),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax.errors import InputError
@@ -53,7 +54,7 @@ def fill(
         put: takes each array when it is full.
 
     Raises:
-        InputError: a key is missing, unknown, or of a shape that the config doesn't mean.
+        InputError: a key is missing, unknown, of a shape that the config doesn't mean, or holds no real numbers.
     """
     parts: dict[tuple[str, ...], list[Entry]] = {}
     used = set()
@@ -71,15 +72,24 @@ def fill(
 
     def filled(path: tuple[Any, ...], leaf: Any) -> Any:
         chosen = parts[tuple(step.key for step in path)]
+        for entry in chosen:  # before there is an array of the size that the config means
+            shape = leaf.shape if entry.layer is None else leaf.shape[1:]
+            shape = shape[::-1] if entry.transposed else shape
+            found, meant = tensors[entry.theirs].shape, (entry.part[1] * shape[0], *shape[1:])
+            if found != meant:
+                raise InputError(f"{what} weight {entry.theirs!r} has shape {found}; its config means {meant}.")
         array = np.zeros(leaf.shape, kernel_dtype if chosen[0].transposed else np.float32)
         for entry in chosen:
             target = array if entry.layer is None else array[entry.layer]
             target = target.T if entry.transposed else target
-            tensor, (i, n) = tensors[entry.theirs], entry.part
-            meant = (n * target.shape[0], *target.shape[1:])
-            if tensor.shape != meant:
-                raise InputError(f"{what} weight {entry.theirs!r} has shape {tensor.shape}; its config means {meant}.")
-            target[...] = tensor[i * target.shape[0] : (i + 1) * target.shape[0]]
+            i = entry.part[0]
+            values = tensors[entry.theirs][i * target.shape[0] : (i + 1) * target.shape[0]]
+            if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
+                raise InputError(
+                    f"{what} weight {entry.theirs!r} is of dtype {values.dtype}; quantised weights aren't read: "
+                    "give those of float32, float16 or bfloat16."
+                )
+            target[...] = values
         return put(array)
 
     return jax.tree_util.tree_map_with_path(filled, abstract)

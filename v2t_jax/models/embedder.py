@@ -171,7 +171,11 @@ class Embedder:
         return dataclasses.replace(self, config=config, tokenizer=Tokenizer.from_str(self.tokenizer.to_str()))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16."""
+        """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16.
+
+        Raises:
+            InputError: the tokenizer has pieces that the encoder lacks; JAX would read another's row for them.
+        """
         encodings = self.tokenizer.encode_batch_fast([self.config.prefix + text for text in texts])
         rows = [encoding.ids for encoding in encodings]
         longest = max(1, *map(len, rows))
@@ -179,13 +183,19 @@ class Embedder:
         ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        highest, vocab_size = ids.max(initial=0), self.config.encoder.vocab_size
+        if highest >= vocab_size:
+            raise InputError(
+                f"The tokenizer of {self.name} gives the id {highest}, but its network's vocab_size is {vocab_size}: "
+                "they don't belong together; fetch the embedder again."
+            )
         return ids, mask
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings [len(texts), E] float32.
 
         Raises:
-            InputError: a text is empty or blank: its vector would say nothing.
+            InputError: a text is empty or blank: its vector would say nothing; or the vectors aren't finite.
         """
         check_texts(texts)
         # Similar lengths share a batch; the batch size is fixed (the last one is padded), so few shapes compile.
@@ -199,6 +209,11 @@ class Embedder:
                 pad = batch_size - len(chosen)
                 ids, mask = (np.pad(a, ((0, pad), (0, 0)), mode="edge") for a in (ids, mask))
                 result[chosen] = np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
+                if not np.isfinite(result[chosen]).all():
+                    raise InputError(
+                        f"The embedder {self.name} gives NaN or infinite values; its weights are damaged: fetch it "
+                        "again."
+                    )
                 update(start + len(chosen))
         return result
 
