@@ -146,7 +146,7 @@ def test_embedders(run: Run) -> None:
     assert (rows["gtr-base"]["normalise"], rows["gtr-base-st"]["normalise"]) == (False, True)
     assert rows["e5-base-v2"]["document_prefix"] == "passage: "
     fields = {"name", "hub", "width", "max_length", "pooling", "normalise", "licence", "document_prefix"}
-    assert all(set(row) == fields | {"query_prefix", "sha256"} for row in rows.values())
+    assert all(set(row) == fields | {"query_prefix", "dense", "sha256"} for row in rows.values())
     status, out, _ = run("embedders")
     assert status == 0 and all(name in out for name in rows)
 
@@ -266,10 +266,10 @@ MISTAKES = [
     (("invert", "--text", "a cat", "--text", " ", *TINY), "Text 2 of 2 is empty"),
     (("invert", "--text", "🙂", *TINY), "nothing that the embedder's tokenizer knows"),
     (("invert", "--text", "cat", "--model", "nonsense"), "no model 'nonsense'"),
-    (("invert", "--text", "cat", "--model", "T/folder"), "no config.json"),
+    (("invert", "--text", "cat", "--model", "T/folder"), "config.json is missing"),
     (("invert", "--text", "cat", "--model", "T/cut"), "truncated or altered"),
     (("invert", "--text", "cat", "--model", "T/changed"), "truncated or altered"),
-    (("invert", "--text", "cat", "--model", "T/bent"), "damaged"),
+    (("invert", "--text", "cat", "--model", "T/bent"), "is not readable JSON"),
     (("invert", "--text", "cat", "--model", "T/lacking"), "missing"),
     (("invert", "--text", "cat", *TINY, "--num-steps", "-1"), "num_steps is -1"),
     (("invert", "--text", "cat", *TINY, "--num-steps", "many"), "--num-steps"),

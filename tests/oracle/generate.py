@@ -130,8 +130,8 @@ def decode_results(model: T5ForConditionalGeneration, inputs: Inputs, settings: 
     return case
 
 
-def first_varied(make: Callable[[int], tuple[T5ForConditionalGeneration, Inputs]], seed: int, num_varied: int) -> int:
-    """The first seed for which some rows end early, others don't, and `num_varied` or more don't just repeat."""
+def first_varied(make: Callable[[int], tuple[T5ForConditionalGeneration, Inputs]], start: int, num_varied: int) -> int:
+    """The first seed from `start` for which some rows end early, others don't, and `num_varied` don't just repeat."""
 
     def is_varied(seed: int) -> bool:
         model, inputs = make(seed)
@@ -139,18 +139,22 @@ def first_varied(make: Callable[[int], tuple[T5ForConditionalGeneration, Inputs]
         ended = (ids == 1).any(axis=1)
         return 0 < ended.sum() < len(ended) and sum(len(set(row)) > 2 for row in ids.tolist()) >= num_varied
 
-    return next(filter(is_varied, itertools.count(1000 * seed)))
+    return next(filter(is_varied, itertools.count(start)))
 
 
-def t5_case(seed: int, beams: Any = BEAMS, **sizes: Any) -> Case:
-    """T5 from its layers to its decoded tokens."""
+def t5_case(seed: int, beams: Any = BEAMS, skip: int = 0, **sizes: Any) -> Case:
+    """T5 from its layers to its decoded tokens.
+
+    Args:
+        skip: seeds that are known not to be varied.
+    """
 
     def make(seed: int) -> tuple[T5ForConditionalGeneration, Inputs]:
         model = make_t5(seed, **sizes)
         ids, mask, _ = make_inputs(seed, model.config.vocab_size)
         return model, {"input_ids": ids, "attention_mask": mask}
 
-    seed = first_varied(make, seed, num_varied=4)
+    seed = first_varied(make, 1000 * seed + skip, num_varied=4)
     model, inputs = make(seed)
     ids, mask, labels = make_inputs(seed, model.config.vocab_size)
     seen: dict[str, torch.Tensor] = {}
@@ -270,7 +274,7 @@ def network_case(network: type[Inverter] | type[Corrector], seed: int) -> Case:
         with torch.no_grad():
             return model.encoder_decoder, model.t5_inputs(*make_arrays(seed)[1])
 
-    seed = first_varied(make, seed, num_varied=2)
+    seed = first_varied(make, 1000 * seed, num_varied=2)
     arrays, _, labels = make_arrays(seed)
     t5, t5_inputs = make(seed)
     with torch.no_grad():
@@ -306,8 +310,10 @@ def minilm_case(seed: int = 0) -> Case:
     return {"sentences": np.array(SENTENCES), "embeddings": model.encode(list(SENTENCES), convert_to_numpy=True)}
 
 
+# T5 v1.0 with random weights mostly repeats one token: the search took minutes for the seeds that the tests use.
+SKIPPED = {2: 669}
 CASES: dict[str, Callable[[int], Case]] = {
-    "t5_v1_0": lambda seed: t5_case(seed),
+    "t5_v1_0": lambda seed: t5_case(seed, skip=SKIPPED.get(seed, 0)),
     "t5_v1_1": lambda seed: t5_case(
         seed, BEAMS[1::5], feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=1, num_layers=2
     ),
