@@ -311,7 +311,7 @@ def minilm_case(seed: int = 0) -> Case:
 
 
 # T5 v1.0 with random weights mostly repeats one token: the search took minutes for the seeds that the tests use.
-SKIPPED = {2: 669}
+SKIPPED = {2: 669, 5: 4305}
 CASES: dict[str, Callable[[int], Case]] = {
     "t5_v1_0": lambda seed: t5_case(seed, skip=SKIPPED.get(seed, 0)),
     "t5_v1_1": lambda seed: t5_case(

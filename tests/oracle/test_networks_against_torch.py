@@ -31,7 +31,7 @@ def test_golden_arrays_are_what_torch_gives(name: str) -> None:
             np.testing.assert_array_equal(live[key], value, err_msg=key)
 
 
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [2, 5])
 @pytest.mark.parametrize("name", FRESH)
 def test_ours_equals_torch_on_fresh_weights(name: str, seed: int) -> None:
     from tests.oracle.generate import CASES
