@@ -139,7 +139,7 @@ def damage(kind: str, file: Path) -> None:
     ("kind", "message"),
     [
         ("code", "is damaged or holds more than weights, so it isn't read .UnpicklingError: Weights only load failed"),
-        ("list", "is not a dict of tensors; save a model's state_dict"),
+        ("list", "is not a dict of tensors by name; save a model's state_dict"),
         ("cut", "is damaged or holds more than weights"),
         ("empty", "is damaged or holds more than weights"),
     ],
