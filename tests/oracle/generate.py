@@ -3,7 +3,7 @@
     python -m tests.oracle.generate --write        (in the environment of `make oracle`)
 
 A case is a flat dict of arrays, complete in itself: "config" (JSON), "state/NAME" (weights, float16 so that the files
-are small; float16 values are exact in float32, which everything is computed in), inputs, outputs, and decoding
+are small; they are exact in float32, in which ours computes, and in torch's float64), inputs, outputs, and decoding
 settings with their results. `tests/equivalence.py` says how ours is compared with it.
 """
 
@@ -251,8 +251,8 @@ def make_pair_inputs(seed: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor,
     """Embedding, hypothesis without start id, its embedding, labels."""
     hypothesis, mask, labels = make_inputs(seed, vocab, source=8)
     hypothesis[torch.arange(len(hypothesis)), mask.sum(1) - 1] = 1
-    generator = torch.Generator().manual_seed(seed)
-    e, e_hat = (torch.randn(len(labels), EMBEDDING_WIDTH, generator=generator) for _ in range(2))
+    rng = np.random.default_rng(seed)
+    e, e_hat = (torch.from_numpy(rng.standard_normal((len(labels), EMBEDDING_WIDTH))) for _ in range(2))
     return e, hypothesis, e_hat, labels
 
 
@@ -310,8 +310,8 @@ def minilm_case(seed: int = 0) -> Case:
     return {"sentences": np.array(SENTENCES), "embeddings": model.encode(list(SENTENCES), convert_to_numpy=True)}
 
 
-# T5 v1.0 with random weights mostly repeats one token: the search took minutes for the seeds that the tests use.
-SKIPPED = {2: 669, 5: 4305}
+# T5 v1.0 with random weights mostly repeats one token: the search takes a minute for the seeds that the tests use.
+SKIPPED = {1: 688, 2: 858, 5: 508}
 CASES: dict[str, Callable[[int], Case]] = {
     "t5_v1_0": lambda seed: t5_case(seed, skip=SKIPPED.get(seed, 0)),
     "t5_v1_1": lambda seed: t5_case(
