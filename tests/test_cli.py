@@ -20,7 +20,8 @@ import pytest
 from tiny_model import WIDTH, make_model
 from tiny_run import make_texts
 
-from v2t_jax import cli, commands, pretrained
+from v2t_jax import cli, pretrained
+from v2t_jax.commands import recovery
 
 BEAM = ("--sequence-beam-width", "2", "--batch-size", "1")  # one shape, compiled once, for nearly all tests
 V2T = [sys.executable, "-c", "from v2t_jax.cli import main; main()"]
@@ -172,7 +173,7 @@ def test_eval(run: Run, tmp_path: Path) -> None:
 def test_demo(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "packaged").mkdir()
     shutil.copytree(models / "tiny", tmp_path / "packaged" / "minilm-wordnet")
-    monkeypatch.setattr(commands, "DEMO_BEAM", 2)
+    monkeypatch.setattr(recovery, "DEMO_BEAM", 2)
     monkeypatch.setattr(pretrained, "PACKAGED", tmp_path / "packaged")
     status, out, _ = run("demo", "--plot", "T/demo.png")
     assert status == 0 and "of 24" in out

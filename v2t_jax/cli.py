@@ -19,7 +19,8 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
-from v2t_jax.commands import Convert, Demo, Embed, Embedders, Env, Evaluate, Invert, Push
+from v2t_jax.commands.models import Convert, Embedders, Env, Push
+from v2t_jax.commands.recovery import Demo, Embed, Evaluate, Invert
 from v2t_jax.errors import InputError
 
 UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
