@@ -95,7 +95,8 @@ def check_t5_layers(case: Case) -> None:
         close(value, case[f"layer/{name}_out"], LAYERS, name)
 
 
-def check_t5_logits(case: Case) -> None:
+def run_t5(case: Case) -> tuple[jax.Array, jax.Array]:
+    """Our encoder's output [B, S, D] and logits [B, L, V]."""
     config, params = t5_of(case)
 
     @jax.jit
@@ -104,12 +105,17 @@ def check_t5_logits(case: Case) -> None:
         hidden = t5.decode(config, params, t5.shift_right(labels), encoded, mask)
         return encoded, t5.logits(config, params, hidden)
 
-    encoded, logits = run(params, case["ids"], case["mask"], case["labels"])
+    return run(params, case["ids"], case["mask"], case["labels"])
+
+
+def check_t5_logits(case: Case) -> None:
+    encoded, logits = run_t5(case)
     close(encoded, case["encoded"], LAYERS, "encoder output")
     close(logits, case["logits"], LOGITS, "logits")
 
 
-def check_t5_decoding(case: Case) -> None:
+def check_t5_decoding(case: Case) -> int:
+    """Returns the number of tokens compared."""
     config, params = t5_of(case)
 
     def start(
@@ -118,20 +124,24 @@ def check_t5_decoding(case: Case) -> None:
         encoded = t5.encode(config, params, t5.embed_tokens(config, params, ids), mask)
         return t5.start_decoding(config, params, encoded, mask, max_length=length, num_beams=num_beams)
 
-    check_decoding(case, start, params, case["ids"], case["mask"])
+    return check_decoding(case, start, params, case["ids"], case["mask"])
 
 
-def check_decoding(case: Case, start: Callable[..., tuple[Callable, t5.Cache]], *arguments: Any) -> None:
-    """`start(num_beams, max_length, *arguments)` prepares decoding of the case's batch; all its settings are tried."""
-    tried = 0
+def check_decoding(case: Case, start: Callable[..., tuple[Callable, t5.Cache]], *arguments: Any) -> int:
+    """All settings of the case; returns the number of tokens compared, padding behind the ends not counted.
+
+    `start(num_beams, max_length, *arguments)` prepares decoding of the case's batch.
+    """
+    compared = 0
     for settings, ids, scores in decode_settings(case):
-        tried += 1
         # The arrays are arguments: as constants, the compiler would compute with them itself, slowly.
         run = jax.jit(functools.partial(decode, start, len(case["labels"]), settings))
         our_ids, our_scores = run(*arguments)
         np.testing.assert_array_equal(our_ids, ids, err_msg=str(settings))
         close(our_scores, scores, LOGITS, f"scores with {settings}")
-    assert tried > 0
+        compared += int((ids != SPECIAL.pad).sum())
+    assert compared > 0
+    return compared
 
 
 def decode_settings(case: Case) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
@@ -285,7 +295,7 @@ ENCODERS = (
     *("t5_v1_1_encoder", "nomic_bert", "modernbert", "clip_text", "clip"),
     *("llama", "mistral", "qwen3", "gemma3", "gemma3_bidirectional"),
 )
-CHECKS: dict[str, tuple[Callable[[Case], None], ...]] = {
+CHECKS: dict[str, tuple[Callable[[Case], Any], ...]] = {
     "t5_v1_0": (check_t5_layers, check_t5_logits, check_t5_decoding),
     "t5_v1_1": (check_t5_layers, check_t5_logits, check_t5_decoding),
     **{name: (check_encoder,) for name in ENCODERS},

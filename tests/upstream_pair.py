@@ -18,8 +18,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests.equivalence import GOLDEN, Case, close
+from v2t_jax.config import Stage
 from v2t_jax.interop.checkpoint import open_checkpoint
-from v2t_jax.interop.vec2text import Pair, read_base, read_vec2text
+from v2t_jax.interop.vec2text import Pair, read_base, read_settings, read_vec2text
 from v2t_jax.invert import invert_embeddings
 from v2t_jax.models import corrector, inverter
 from v2t_jax.pretrained import Inverter
@@ -71,19 +72,23 @@ def record_of(case: Case) -> Case:
 
 def read_pair(folder: Path) -> Pair:
     base = read_base(str(folder / "t5-base"))
-    return read_vec2text({"inverter": folder / "inverter", "corrector": folder / "corrector"}, base.config)
+    folders: dict[Stage, Path] = {"inverter": folder / "inverter", "corrector": folder / "corrector"}
+    settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
+    return read_vec2text(folders, settings, base.config)
 
 
-def check_logits(pair: Pair, record: Case) -> None:
-    """Of both networks under teacher forcing."""
+def check_logits(pair: Pair, record: Case) -> float:
+    """Of both networks under teacher forcing; returns the largest difference."""
     inputs = ("e", "labels", "hypothesis", "e_hat")
     e, labels, hypothesis, e_hat = (jnp.asarray(record[name]) for name in inputs)
     params = jax.device_put(pair.params)
     logits = jax.jit(inverter.logits, static_argnums=0)(pair.config, params["inverter"], e, labels)
     close(logits, record["inverter_logits"], LOGITS, "inverter")
     corrected = jax.jit(corrector.logits, static_argnums=0)
-    logits = corrected(pair.config, params["corrector"], e, hypothesis, e_hat, labels)
-    close(logits, record["corrector_logits"], LOGITS, "corrector")
+    second = corrected(pair.config, params["corrector"], e, hypothesis, e_hat, labels)
+    close(second, record["corrector_logits"], LOGITS, "corrector")
+    differences = (logits - record["inverter_logits"], second - record["corrector_logits"])
+    return max(float(np.abs(difference).max()) for difference in differences)
 
 
 def selected(record: Case, num_steps: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -99,8 +104,8 @@ def selected(record: Case, num_steps: int, width: int) -> tuple[np.ndarray, np.n
     return np.stack(ids, axis=1), np.stack(cosines, axis=1) if cosines else None
 
 
-def check_search(model: Inverter, record: Case, num_steps: int, width: int) -> None:
-    """Ids and cosines of every step, and the texts that come out at the end."""
+def check_search(model: Inverter, record: Case, num_steps: int, width: int) -> int:
+    """Ids and cosines of every step, and the texts that come out at the end; returns the number of tokens compared."""
     e, batch = record["e"], len(record["e"])
     options: dict[str, Any] = {"num_steps": num_steps, "sequence_beam_width": width, "mode": "upstream"}
     found = invert_embeddings(model, e, **options)
@@ -113,6 +118,7 @@ def check_search(model: Inverter, record: Case, num_steps: int, width: int) -> N
     if cosines is not None:
         close(steps.trace_cosine[:batch], cosines, LOGITS, "cosines")
         close([[step.cosine for step in one.trace] for one in found], cosines, LOGITS, "cosines of texts")
+    return int((ids != 0).sum())
 
 
 def read_recorded(folder: Path) -> Case:

@@ -1,9 +1,6 @@
 """Whole models from and to the original's checkpoints: what `v2t convert` runs."""
 
-import json
 from pathlib import Path
-
-import numpy as np
 
 from v2t_jax.config import Stage
 from v2t_jax.data.sources import read_texts
@@ -15,7 +12,7 @@ from v2t_jax.interop.sentence_transformers import load_embedder, locate
 from v2t_jax.interop.vec2text import check_embedder, read_base, read_settings, read_vec2text, write_vec2text
 from v2t_jax.interop.vec2text_embedders import check_computation, default_name
 from v2t_jax.models.embedder import Embedder, TextEmbedder
-from v2t_jax.pretrained import Inverter, load, locate_model
+from v2t_jax.pretrained import Inverter, norm_statistics, read_model
 
 RECORD = "vec2text"  # what the original's config.json files said, kept in the model folder for the way back
 NORM_TEXTS = 128  # lines whose embeddings' lengths are recorded
@@ -39,16 +36,16 @@ def build(
     folders: dict[Stage, Path] = {"inverter": folder_of(inverter)}
     if corrector is not None:
         folders["corrector"] = folder_of(corrector)
-    settings = read_settings("inverter", folders["inverter"])
-    theirs, api = settings["embedder_model_name"], settings.get("embedder_model_api")
+    settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
+    theirs, api = settings["inverter"]["embedder_model_name"], settings["inverter"].get("embedder_model_api")
     if embedder is None and api:
         raise InputError(
             f"The inverter was trained for {api}, which is behind an API: give embedder=HttpEmbedder(...)."
         )
     if embedder is None:
         embedder = default_name(theirs)
-    base = read_base(t5 or settings["model_name_or_path"])
-    pair = read_vec2text(folders, base.config)
+    base = read_base(t5 or settings["inverter"]["model_name_or_path"])
+    pair = read_vec2text(folders, settings, base.config)
     victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
     if isinstance(victim, Embedder):
         if isinstance(embedder, str):
@@ -66,7 +63,7 @@ def build(
         bridged=True,
     )
     model.embedding_norm = _embedding_norm(model)
-    return model, pair.settings
+    return model, settings
 
 
 def _embedding_norm(model: Inverter) -> tuple[float, float] | None:
@@ -80,12 +77,11 @@ def _embedding_norm(model: Inverter) -> tuple[float, float] | None:
     readable = [text for text in model.vocabulary.normalise(texts, model.config.max_length) if text.strip()]
     if not readable:
         return None
-    norms = np.linalg.norm(model.embedder.embed(readable), axis=1)
-    return float(norms.mean()), float(norms.std())
+    return norm_statistics(model.embedder.embed(readable))
 
 
 def from_vec2text(
-    folder: Path, inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder
+    folder: Path, inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
 ) -> None:
     """Converts checkpoints of the original into a model folder; arguments and errors as `build`.
 
@@ -97,27 +93,25 @@ def from_vec2text(
     model.save(folder, record={RECORD: settings}, card=_card(model.name, model.embedder.name, model.has_corrector))
 
 
-def to_vec2text(model: str, folder: Path, embedder: str | TextEmbedder | None = None) -> None:
+def to_vec2text(model: str, folder: Path) -> None:
     """Converts a model folder that `from_vec2text` wrote back into checkpoints for the original.
 
     Args:
-        model: the model folder.
+        model: the model folder; its embedder isn't needed.
         folder: where the folders inverter and corrector are written.
-        embedder: where the model's embedder lies, if not where it did.
 
     Raises:
-        InputError: see `load` and `write_vec2text`; or the model didn't come from the original.
+        InputError: see `read_model` and `write_vec2text`; or the model didn't come from the original.
     """
     check_new(folder)
-    loaded = load(model, embedder)
-    record = json.loads((locate_model(model) / "config.json").read_text(encoding="utf-8")).get("record")
-    settings = record.get(RECORD) if isinstance(record, dict) else None
-    if not isinstance(settings, dict) or set(settings) != set(loaded.params):
+    stored = read_model(model)
+    settings = stored.record.get(RECORD)
+    if not isinstance(settings, dict) or set(settings) != set(stored.params):
         raise InputError(
-            f"The model {loaded.name} didn't come from vec2text, which knows only T5's own tokenizer and its own "
+            f"The model {stored.name} didn't come from vec2text, which knows only T5's own tokenizer and its own "
             "embedders; only models that 'v2t convert --from vec2text' made go back."
         )
-    write_vec2text(folder, loaded.config, loaded.params, settings)
+    write_vec2text(folder, stored.config, stored.params, settings)
 
 
 def _card(name: str, embedder: str, has_corrector: bool) -> str:

@@ -16,13 +16,14 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from v2t_jax import progress
 from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
@@ -172,15 +173,27 @@ def packaged_models() -> list[str]:
     return sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
 
 
-def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = None) -> Inverter:
-    """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
+class StoredModel(NamedTuple):
+    """What a model folder holds: all but the embedder."""
 
-    Args:
-        embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
+    name: str
+    config: ModelConfig
+    params: dict[Stage, Params]
+    pieces: np.ndarray
+    tokenizer: Tokenizer | None
+    """the model's own; None: it writes its embedder's word-pieces"""
+    embedder: dict[str, Any]
+    """its name, weights_sha256 and, of a local one, max_length and prefix"""
+    embedding_norm: tuple[float, float] | None
+    record: dict[str, Any]
+    """recipe, scores, or what it was converted from"""
+
+
+def read_model(name: str) -> StoredModel:
+    """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), without its embedder.
 
     Raises:
-        InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
-            trained on.
+        InputError: no such model; or a file is missing, altered or truncated.
     """
     folder = locate_model(name)
     config = read_json(folder / "config.json", "a model folder")
@@ -189,41 +202,27 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
     for field in ("name", "embedder", "model", "files"):
         if field not in config:
             raise InputError(f"{folder}/config.json lacks the field {field!r}; fetch the model again.")
-    embedder_record = config["embedder"]
+    embedder, record = config["embedder"], config.get("record", {})
     if (
         not isinstance(config["name"], str)
         or not isinstance(config["files"], dict)
-        or not isinstance(embedder_record, dict)
-        or not all(isinstance(embedder_record.get(key), str) for key in ("name", "weights_sha256"))
-        or not isinstance(embedder_record.get("prefix", ""), str)
+        or not isinstance(record, dict)
+        or not isinstance(embedder, dict)
+        or not all(isinstance(embedder.get(key), str) for key in ("name", "weights_sha256"))
+        or not isinstance(embedder.get("prefix", ""), str)
     ):
         raise InputError(
-            f"{folder}/config.json has a field name, embedder or files of another form; fetch the model again."
+            f"{folder}/config.json has a field name, embedder, record or files of another form; fetch the model again."
         )
-    longest = embedder_record.get("max_length", math.inf)
-    if "max_length" in embedder_record and (type(longest) is not int or longest < 3):
+    longest = embedder.get("max_length", 3)
+    if type(longest) is not int or longest < 3:
         raise InputError(
             f"{folder}/config.json says embedder.max_length = {longest!r}; it must be a whole number of at least 3: "
             "fetch the model again."
         )
     model = from_dict(ModelConfig, config["model"], "model")
     with progress.stage(f"loading the model {config['name']}"):
-        tensors, tokenizer = {}, None
-        for file, sha256 in config["files"].items():
-            path = folder / Path(file).name
-            if not os.access(path, os.R_OK) or not path.is_file():
-                raise InputError(f"{path} is missing or unreadable; fetch the model again.")
-            if sha256_of([path]) != sha256:
-                raise InputError(
-                    f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
-                )
-            if path.name == TOKENIZER:
-                tokenizer = read_tokenizer(path)
-                continue
-            try:
-                tensors[path.stem] = load_file(path)
-            except SafetensorError as error:
-                raise InputError(f"{path} is not a safetensors file ({error}); fetch the model again.") from error
+        tensors, tokenizer = _read_files(folder, config["files"])
         networks: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
         params: dict[Stage, Params] = {
             stage: _unflatten(
@@ -242,39 +241,88 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
                 f"{folder}/pieces.safetensors holds no row of whole numbers by the name 'pieces'; fetch the model "
                 "again."
             )
-    if embedder is None and not embedder_record["weights_sha256"]:
+    norm = _recorded_norm(config)
+    return StoredModel(config["name"], model, params, pieces, tokenizer, embedder, norm, record)
+
+
+def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str, np.ndarray]], Tokenizer | None]:
+    """Tensors by file, and the tokenizer where there is one, of files whose sha256 is the recorded one."""
+    tensors, tokenizer = {}, None
+    for file, sha256 in files.items():
+        path = folder / Path(file).name
+        if not os.access(path, os.R_OK) or not path.is_file():
+            raise InputError(f"{path} is missing or unreadable; fetch the model again.")
+        if sha256_of([path]) != sha256:
+            raise InputError(
+                f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
+            )
+        if path.name == TOKENIZER:
+            tokenizer = read_tokenizer(path)
+            continue
+        try:
+            tensors[path.stem] = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a safetensors file ({error}); fetch the model again.") from error
+    return tensors, tokenizer
+
+
+def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = None) -> Inverter:
+    """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
+
+    Args:
+        embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
+
+    Raises:
+        InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
+            trained on.
+    """
+    stored = read_model(name)
+    recorded = stored.embedder["weights_sha256"]
+    if embedder is None and not recorded:
         raise InputError(
-            f"The model {config['name']} was trained for {embedder_record['name']}, of which no weights are known: "
+            f"The model {stored.name} was trained for {stored.embedder['name']}, of which no weights are known: "
             "give that embedder, as load(name, embedder=...)."
         )
     if embedder is None or isinstance(embedder, str):
-        embedder = load_embedder(embedder or embedder_record["name"])
-        if longest < embedder.config.max_length:
-            embedder = embedder.shortened(longest)
-        prefix = embedder_record.get("prefix", embedder.config.prefix)
+        embedder = load_embedder(embedder or stored.embedder["name"])
+        if stored.embedder.get("max_length", math.inf) < embedder.config.max_length:
+            embedder = embedder.shortened(stored.embedder["max_length"])
+        prefix = stored.embedder.get("prefix", embedder.config.prefix)
         embedder = dataclasses.replace(embedder, config=dataclasses.replace(embedder.config, prefix=prefix))
-    recorded = embedder_record["weights_sha256"]
     if recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
         raise InputError(
-            f"The model {config['name']} was trained on other weights of {embedder.name} than those installed."
+            f"The model {stored.name} was trained on other weights of {embedder.name} than those installed."
         )
-    bridged = tokenizer is not None
+    tokenizer = stored.tokenizer
     if tokenizer is None:
         if not isinstance(embedder, Embedder):
             raise InputError(
-                f"The model {config['name']} shares its embedder's word-pieces, so it can't use {embedder.name}, which "
+                f"The model {stored.name} shares its embedder's word-pieces, so it can't use {embedder.name}, which "
                 "takes text only; leave the embedder out, or train a model with a tokenizer of its own."
             )
-        check_length(model, embedder)
+        check_length(stored.config, embedder)
         tokenizer = embedder.tokenizer
-    if not (recorded and embedder.weights_sha256) and embedder.name != embedder_record["name"]:
+    if not (recorded and embedder.weights_sha256) and embedder.name != stored.embedder["name"]:
         warnings.warn(
-            f"The model {config['name']} was trained for {embedder_record['name']}; that {embedder.name} is the same "
+            f"The model {stored.name} was trained for {stored.embedder['name']}; that {embedder.name} is the same "
             "embedder can't be checked.",
             stacklevel=2,
         )
-    vocabulary = Vocabulary(tokenizer, pieces)
-    return Inverter(config["name"], model, params, embedder, vocabulary, bridged, _embedding_norm(config))
+    return Inverter(
+        stored.name,
+        stored.config,
+        stored.params,
+        embedder,
+        Vocabulary(tokenizer, stored.pieces),
+        bridged=stored.tokenizer is not None,
+        embedding_norm=stored.embedding_norm,
+    )
+
+
+def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of the lengths of `vectors` [n, E]: an Inverter's `embedding_norm`."""
+    lengths = np.linalg.norm(vectors, axis=1)
+    return float(lengths.mean()), float(lengths.std())
 
 
 def check_length(config: ModelConfig, embedder: Embedder) -> None:
@@ -324,7 +372,7 @@ def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
     return params
 
 
-def _embedding_norm(config: dict[str, Any]) -> tuple[float, float] | None:
+def _recorded_norm(config: dict[str, Any]) -> tuple[float, float] | None:
     recorded = config.get("embedding_norm")
     if recorded is None:
         return None

@@ -206,6 +206,10 @@ def test_the_end_token_that_only_the_settings_ask_for(tmp_path):
     embedder = load_embedder(f"last@{llama}")
     assert embedder.tokenise(["a"])[0][0, :4].tolist() == [2, 4, 3, 0]
     assert PieceMap.of(embedder) == PieceMap((2,), 3)
+    for missing in (None, "</s>"):
+        change(llama / "tokenizer_config.json", eos_token=missing)
+        with pytest.raises(InputError, match=f"asks for the end token {missing!r}, which its tokenizer.json lacks"):
+            load_embedder(f"last@{llama}")
 
 
 def test_lower_case_is_made_where_it_is_asked_for(folder):

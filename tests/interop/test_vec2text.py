@@ -19,7 +19,7 @@ from tests import upstream_pair
 from tests.equivalence import Case, check_t5_decoding
 from tests.equivalence import load as load_golden
 from tests.upstream_pair import NAMES, embedder_of, read_pair, record_of
-from v2t_jax import cli
+from v2t_jax import cli, convert
 from v2t_jax.convert import from_vec2text, to_vec2text
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import load_embedder
@@ -468,6 +468,29 @@ def test_nothing_is_overwritten(folders: dict[str, Path], converted: Path, tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_the_embedder_is_by_default_the_one_that_the_inverter_names(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folders[GTR]
+    names = {"inverter": "inverter", "corrector": "corrector", "t5": "t5-base"}
+    options = itertools.chain(*((f"--{option}", str(folder / name)) for option, name in names.items()))
+    command = ("convert", "--from", "vec2text", *options, str(tmp_path / "out"))
+    assert run_v2t(monkeypatch, *command) == 2
+    assert "The embedder gtr-base is not installed: give its folder as gtr-base@FOLDER" in capsys.readouterr().err
+    here = {"gtr_base": f"gtr-base@{embedder_of(folder)}"}
+    monkeypatch.setattr(convert, "default_name", here.__getitem__)
+    assert run_v2t(monkeypatch, *command) == 0
+    assert load(str(tmp_path / "out")).embedder.name.startswith("gtr-base@")
+
+
+@pytest.mark.parametrize("stage", ["inverter", "corrector"])
+def test_quantised_projections_are_refused(stage: str, pair: Path) -> None:
+    key = {"inverter": "embedding_transform.0.bias", "corrector": "layernorm.weight"}[stage]
+    edit(pair / stage, lambda state: state.update({key: state[key].astype(np.int8)}))
+    with pytest.raises(InputError, match=f"'{key}' is of dtype int8; quantised weights aren't read"):
+        read_pair(pair)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -475,9 +498,10 @@ def test_nothing_is_overwritten(folders: dict[str, Path], converted: Path, tmp_p
         (("--from", "vec2text", "--to", "vec2text", "OUT"), "either --from vec2text or --to vec2text"),
         (("--from", "gpt", "OUT"), "vec2text"),
         (("--from", "vec2text", "--inverter", "I", "--t5", "T", "--embedder", "E"), "give one path"),
-        (("--from", "vec2text", "--inverter", "I", "--t5", "T", "OUT"), "--inverter and --embedder are needed"),
+        (("--from", "vec2text", "--t5", "T", "--embedder", "E", "OUT"), "--inverter is needed"),
         (("--to", "vec2text", "MODEL"), "give two paths"),
         (("--to", "vec2text", "--t5", "T", "MODEL", "OUT"), "belong to --from"),
+        (("--to", "vec2text", "--embedder", "E", "MODEL", "OUT"), "belong to --from"),
         (("--to", "vec2text", "minilm-wordnet", "OUT"), "minilm-wordnet didn't come from vec2text"),
         (("--to", "vec2text", "no-such-model", "OUT"), "There is no model 'no-such-model'"),
         (

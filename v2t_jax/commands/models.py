@@ -69,7 +69,8 @@ class Convert:
     t5: str | None = None
     """folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names"""
     embedder: str | None = None
-    """the embedder that they invert: a name that `v2t embedders` lists, a folder, or an endpoint's base URL"""
+    """the embedder that they invert: a name that `v2t embedders` lists, a folder, or an endpoint's base URL; by default
+    what the inverter's config.json names"""
     api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
@@ -80,17 +81,20 @@ class Convert:
         if self.source is not None:
             if len(self.paths) != 1:
                 raise InputError("With --from, give one path: the model folder to write.")
-            if self.inverter is None or self.embedder is None:
-                raise InputError("With --from vec2text, --inverter and --embedder are needed.")
+            if self.inverter is None:
+                raise InputError("With --from vec2text, --inverter is needed.")
             embedder = open_embedder(self.embedder, self.api)
             from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, embedder)
             print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
             return
         if len(self.paths) != 2:
             raise InputError("With --to, give two paths: the model folder, and the folder to write.")
-        if self.inverter or self.corrector or self.t5:
-            raise InputError("--inverter, --corrector and --t5 belong to --from; with --to, give the model folder.")
-        to_vec2text(self.paths[0], Path(self.paths[1]), open_embedder(self.embedder, self.api))
+        if self.inverter or self.corrector or self.t5 or self.embedder or self.api != ApiConfig():
+            raise InputError(
+                "--inverter, --corrector, --t5, --embedder and --api belong to --from; with --to, give the model "
+                "folder."
+            )
+        to_vec2text(self.paths[0], Path(self.paths[1]))
         print(f"The checkpoints are in {self.paths[1]}/inverter and {self.paths[1]}/corrector.")
 
 

@@ -17,7 +17,7 @@ class KnownEmbedder:
     hub: str
     width: int
     max_length: int
-    """tokens that are read of a text"""
+    """tokens that are read of a text, where the folder doesn't say: its own limits go before this"""
     pooling: Pooling
     normalise: bool
     licence: str

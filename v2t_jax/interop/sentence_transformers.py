@@ -345,6 +345,12 @@ def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
         ends = [settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos")]
         first, last = (end["content"] if isinstance(end, dict) else end for end in ends)
         present = [token for token in (first, last) if token is not None]
+        unknown = [token for token in (last, *present) if token is None or tokenizer.token_to_id(token) is None]
+        if unknown:
+            raise InputError(
+                f"{file.parent}/tokenizer_config.json asks for the end token {unknown[0]!r}, which its tokenizer.json "
+                "lacks; fetch the embedder again."
+            )
         template = [*([first] if first else []), "$A", *([last] if last else [])]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in present]

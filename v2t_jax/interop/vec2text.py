@@ -22,6 +22,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import SAFETENSORS, StoredTensor, open_checkpoint, part, read_json, whole_folder
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
 from v2t_jax.interop.hub import folder_of
+from v2t_jax.interop.weights import real_numbers
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]
@@ -82,7 +83,6 @@ class Pair(NamedTuple):
 
     config: ModelConfig
     params: dict[Stage, Params]
-    settings: dict[Stage, Settings]
 
 
 def read_base(name: str) -> Base:
@@ -108,18 +108,18 @@ def read_base(name: str) -> Base:
     return Base(config, tokenizer)
 
 
-def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
+def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settings], t5: T5Config) -> Pair:
     """Reads an inverter and, where there is one, its corrector.
 
     Args:
         folders: of each stage; the inverter's at least.
+        settings: what `read_settings` read in each.
         t5: sizes of the base.
 
     Raises:
         InputError: a folder, file, field or key is missing, unknown or of a shape that doesn't fit; a setting isn't
             supported; or the two checkpoints don't belong together.
     """
-    settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
     first = settings["inverter"]
     for name in ("num_repeat_tokens", "max_seq_length"):
         differing = {stage: values[name] for stage, values in settings.items() if values[name] != first[name]}
@@ -159,7 +159,7 @@ def read_vec2text(folders: Mapping[Stage, Path], t5: T5Config) -> Pair:
         projection_dropout=t5.dropout_rate,
         input_norm=not old_corrector,
     )
-    return Pair(config, params, settings)
+    return Pair(config, params)
 
 
 def read_settings(stage: Stage, folder: Path) -> Settings:
@@ -208,7 +208,8 @@ def _read_network(
             wanted = "x".join("any" if size is None else str(size) for size in shape)
             raise InputError(f"{folder} has {name!r} of shape {found}, where its config and the T5 mean {wanted}.")
         used.add(name)
-        return np.array(tensors[name], np.float32)  # a copy: a view would keep the whole file mapped
+        # A copy: a view would keep the whole file mapped.
+        return np.array(real_numbers(tensors[name][:], f"{folder}: {name!r}"), np.float32)
 
     def linear(name: str, num_in: int | None, num_out: int | None) -> Params:
         kernel = take(f"{name}.weight", (num_out, num_in))

@@ -84,12 +84,21 @@ def fill(
             target = target.T if entry.transposed else target
             i = entry.part[0]
             values = tensors[entry.theirs][i * target.shape[0] : (i + 1) * target.shape[0]]
-            if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
-                raise InputError(
-                    f"{what} weight {entry.theirs!r} is of dtype {values.dtype}; quantised weights aren't read: "
-                    "give those of float32, float16 or bfloat16."
-                )
-            target[...] = values
+            target[...] = real_numbers(values, f"{what} weight {entry.theirs!r}")
         return put(array)
 
     return jax.tree_util.tree_map_with_path(filled, abstract)
+
+
+def real_numbers(values: np.ndarray, where: str) -> np.ndarray:
+    """The values themselves.
+
+    Raises:
+        InputError: they are quantised.
+    """
+    if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
+        raise InputError(
+            f"{where} is of dtype {values.dtype}; quantised weights aren't read: give those of float32, float16 or "
+            "bfloat16."
+        )
+    return values

@@ -39,7 +39,7 @@ from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import Inverter, check_length, load
+from v2t_jax.pretrained import Inverter, check_length, load, norm_statistics
 from v2t_jax.sharding import make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
@@ -127,8 +127,7 @@ def _train(config: Config, workdir: Path) -> Path:
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
-    norms = np.linalg.norm(setup.embedder.embed(setup.held_out[:NORM_TEXTS]), axis=1)
-    norm = (float(norms.mean()), float(norms.std()))
+    norm = norm_statistics(setup.embedder.embed(setup.held_out[:NORM_TEXTS]))
     inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary, embedding_norm=norm)
     folder = workdir / "model"
     inverter.save(folder, record={"recipe": to_dict(config)})
