@@ -82,6 +82,9 @@ def test_the_run_ends_with_scores_over_steps_and_widths(finished, recipe):
         row["cosine"] <= after["cosine"] for row, after in zip(report["rows"][::2], report["rows"][1::2], strict=True)
     )
     assert (finished / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    card, last = (finished / "model" / "README.md").read_text(), report["rows"][-1]
+    assert card.startswith("---\nlibrary_name: v2t_jax\n") and "- **Trained:** 8 x cpu.\n" in card
+    assert f"| 2 | 2 | {last['bleu']:.1f} ± {last['bleu_sem']:.1f} |" in card
 
 
 def test_statistics_are_those_of_the_texts_and_are_not_trained(finished):

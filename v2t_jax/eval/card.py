@@ -55,7 +55,8 @@ class Card:
         shown = invert_strings(packaged, texts[:TRACED], num_steps=max(self.num_steps))
         longest = max(shown, key=lambda found: (found.exact_match, found.step > 0, len(found.text)))
         Path(self.trace).write_text(draw_trace(longest, f"{packaged.name}, held-out text"), encoding="utf-8")
-        trained.save(output, record | {"evaluation": report}, quantise=True, card=_card(record, report))
+        card = model_card(record["recipe"], report, self.trained, "int8 weights with float32 scales")
+        trained.save(output, record | {"evaluation": report}, quantise=True, card=card)
         print(score_table(report))
 
 
@@ -74,26 +75,35 @@ def score_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _card(record: dict[str, Any], report: dict[str, Any]) -> str:
-    recipe = record["recipe"]
-    model, data, name = recipe["model"], recipe["data"], report["model"]
+def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, weights: str = "float32 weights") -> str:
+    """A model's README.md in Markdown, without the hub's head.
+
+    Args:
+        recipe: the config that it was trained with, as a dict.
+        report: of its evaluation.
+        trained: hardware and time of the training, in words.
+        weights: how they are kept.
+    """
+    model, data = recipe["model"], recipe["data"]
     t5 = model["t5"]
+    form = "v1.0" if t5["feed_forward"] == "relu" else "v1.1"
     layers = f"{t5['num_encoder_layers']} encoder and {t5['num_decoder_layers']} decoder layers"
     sizes = {stage: (recipe[stage]["num_steps"], recipe[stage]["batch_size"]) for stage in recipe["stages"]}
     stages = "; ".join(f"{stage} {steps} steps of {texts} texts" for stage, (steps, texts) in sizes.items())
-    weights = data["weights"] or [1] * len(data["sources"])
-    named = zip((Path(source).name for source in data["sources"]), weights, strict=True)
-    sources = ", ".join(f"{source} (x{weight:g} an epoch)" for source, weight in named)
-    return f"""# {name}
+    shares = data["weights"] or [1] * len(data["sources"])
+    named = zip((Path(source).name for source in data["sources"]), shares, strict=True)
+    sources = ", ".join(f"{source} (x{share:g} an epoch)" for source, share in named)
+    pieces = f"the {data['vocabulary_size']} commonest" if data["vocabulary_size"] else "all"
+    return f"""# {report["model"]}
 
-Recovers text from embeddings of {recipe["embedder"]}: an inverter and a corrector (Morris et al. 2023).
+Recovers text from embeddings of {recipe["embedder"]}: {" and ".join(recipe["stages"])} (Morris et al. 2023).
 
-- **Takes** texts of up to {model["max_length"] - 1} word-pieces, lower case.
+- **Takes** texts of up to {model["max_length"] - 1} word-pieces.
 - **Data:** training split of {sources} (for wordnet: see WORDNET-NOTICE.txt);
-  the {data["vocabulary_size"]} commonest word-pieces; a share of {data["span_share"]} cut to random contiguous spans.
-- **Networks:** T5 v1.0 of width {t5["d_model"]}, {layers}; int8 weights with float32 scales.
-- **Recipe:** `configs/{name.replace("-", "_")}.py`: {stages}; all of it is in config.json under `record`.
-- **Trained:** {record["trained"]}.
+  {pieces} word-pieces; a share of {data["span_share"]} cut to random contiguous spans.
+- **Networks:** T5 {form} of width {t5["d_model"]}, {layers}; {weights}.
+- **Recipe:** {stages}; all of it is in config.json under `record`.
+- **Trained:** {trained}.
 - **Not in the data:** the held-out split, and lines that share eight words in a row with it.
 
 Scores on the first {report["n"]} short enough texts of the {report["split"]} split, means with standard errors:

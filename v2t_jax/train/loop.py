@@ -31,6 +31,7 @@ from v2t_jax.data.pipeline import Batches, TokenStore, tokenize
 from v2t_jax.data.sources import read_texts
 from v2t_jax.data.tokenize import Vocabulary, frequent_pieces, read_tokenizer
 from v2t_jax.errors import InputError
+from v2t_jax.eval.card import model_card
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.interop.checkpoint import sha256_of, weight_files
@@ -39,7 +40,7 @@ from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import Inverter, check_length, load, norm_statistics
+from v2t_jax.pretrained import CARD_HEAD, Inverter, check_length, load, norm_statistics
 from v2t_jax.sharding import make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
@@ -131,11 +132,14 @@ def _train(config: Config, workdir: Path) -> Path:
     inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary, embedding_norm=norm)
     folder = workdir / "model"
     inverter.save(folder, record={"recipe": to_dict(config)})
-    score_model(setup, load(str(folder)), workdir)
+    report = score_model(setup, load(str(folder)), workdir)
+    where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    card = model_card(to_dict(config), report, where)
+    (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
     return folder
 
 
-def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> None:
+def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, Any]:
     """The final evaluation, as numbers and as a plot."""
     settings = setup.config.evaluation
     num_steps = settings.num_steps if inverter.has_corrector else (0,)
@@ -143,6 +147,7 @@ def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> None:
     report = evaluate(inverter, texts, num_steps, settings.sequence_beam_width)
     (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, workdir / "evaluation.png")
+    return report
 
 
 def prepare(config: Config) -> Setup:
