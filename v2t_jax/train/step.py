@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32, batches seen
     params: Params
     optimizer: Any
-    bad_updates: Any = np.int32(0)  # [] int32, updates so far whose loss or gradient wasn't finite
+    bad_updates: Any = np.zeros((), np.int32)  # [] int32, updates so far whose loss or gradient wasn't finite
 
 
 class Frozen(NamedTuple):
