@@ -9,8 +9,9 @@ import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -21,6 +22,7 @@ from rich.console import Console
 from v2t_jax import progress
 from v2t_jax.commands.models import Convert, Embedders, Env, Push
 from v2t_jax.commands.recovery import Demo, Embed, Evaluate, Invert
+from v2t_jax.config import DistributedConfig
 from v2t_jax.errors import InputError
 
 UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
@@ -40,25 +42,56 @@ def train(arguments: list[str]) -> None:
         raise InputError(f"The recipe comes first: {usage}.")
     recipe = load_recipe(arguments[0])
     # An empty name: the recipe's fields are options by their own paths, such as --inverter.num-steps.
-    fields: list[Any] = [("workdir", str), ("config", Annotated[type(recipe), tyro.conf.arg(name="")], recipe)]
+    fields: list[Any] = [
+        ("workdir", str),
+        ("config", Annotated[type(recipe), tyro.conf.arg(name="")], recipe),
+        ("distributed", DistributedConfig, DistributedConfig()),
+    ]
     schema = dataclasses.make_dataclass("Train", fields)
     schema.__doc__ = f"Train {arguments[0]}. Run again with the same work directory, it goes on where it stopped."
     prog = f"v2t train {arguments[0]}"
     chosen: Any = parsed(lambda: tyro.cli(schema, args=arguments[1:], prog=prog))
     start_jax()
-    check_devices()
-    from v2t_jax.train.loop import TrainingStopped
-    from v2t_jax.train.loop import train as run
+    with joined(chosen.distributed):
+        check_devices()
+        from v2t_jax.train.loop import TrainingStopped
+        from v2t_jax.train.loop import train as run
 
-    try:
-        folder = run(chosen.config, Path(chosen.workdir))
-    except TrainingStopped as stopped:
-        print(f"v2t: {stopped}", file=sys.stderr)
-        raise SystemExit(130) from None
+        try:
+            folder = run(chosen.config, Path(chosen.workdir))
+        except TrainingStopped as stopped:
+            print(f"v2t: {stopped}", file=sys.stderr)
+            raise SystemExit(0 if stopped.preempted else 130) from None
+    from v2t_jax.distributed import is_main
     from v2t_jax.eval.evaluate import table
+
+    if not is_main():
+        return
 
     Console().print(table(json.loads((folder.parent / "evaluation.json").read_text())))
     print(f'The model is in {folder}; try: v2t invert --model {folder} --text "..."')
+
+
+@contextlib.contextmanager
+def joined(options: DistributedConfig) -> Iterator[None]:
+    """Takes part in a run of several processes, if there are several; a failure ends this one at once."""
+    from v2t_jax import distributed
+
+    distributed.start(options)
+    if distributed.is_several() and not distributed.is_main():
+        progress.disable()  # one bar is enough
+    try:
+        yield
+    except InputError as error:
+        if distributed.is_several():
+            print(f"v2t: {error}", file=sys.stderr)
+            distributed.leave(2)
+        raise
+    except Exception:
+        if distributed.is_several():
+            traceback.print_exc()
+            distributed.leave(1)
+        raise
 
 
 def parsed(parse: Callable[[], Chosen]) -> Chosen:

@@ -113,11 +113,15 @@ class OptimizerConfig:
     """global gradient norm; 0 does not clip"""
     accumulate_steps: int = 1
     """micro-batches a parameter update"""
+    skip_bad_updates: int = 0
+    """updates whose loss or gradient isn't finite that a run leaves out, counted in its log, before it stops; 0 stops
+    at the first"""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning_rate must be above 0.")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative.")
         _require(self.accumulate_steps >= 1, "optimizer.accumulate_steps must be at least 1.")
+        _require(self.skip_bad_updates >= 0, "optimizer.skip_bad_updates must not be negative; 0 stops at the first.")
         _require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative.")
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1 and b2 must lie in [0, 1).")
         _require(self.clip_norm >= 0, "optimizer.clip_norm must not be negative; 0 switches clipping off.")
@@ -294,6 +298,25 @@ class ApiConfig:
         _require(self.max_requests is None or self.max_requests >= 0, "api.max_requests must not be negative.")
         _require(self.max_cost is None or 0 <= self.max_cost < math.inf, "api.max_cost must be finite, 0 or more.")
         _require(self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of one run find each other; under Slurm, Open MPI, GKE and on TPU VMs nothing is needed."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0; auto, the default, asks the environment, none runs alone (or V2T_COORDINATOR)"""
+    num_processes: int | None = None
+    """processes in all (or V2T_NUM_PROCESSES)"""
+    process_id: int | None = None
+    """this one's number, from 0 (or V2T_PROCESS_ID)"""
+    timeout: float = 300.0
+    """seconds to wait for the others at the start"""
+
+    def __post_init__(self) -> None:
+        _require(self.num_processes is None or self.num_processes >= 1, "distributed.num_processes must be at least 1.")
+        _require(self.process_id is None or self.process_id >= 0, "distributed.process_id must not be negative.")
+        _require(0 < self.timeout < math.inf, "distributed.timeout must be a number of seconds above 0.")
 
 
 def load_recipe(path: str) -> Config:

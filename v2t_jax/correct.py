@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from v2t_jax.distributed import fetch
 from v2t_jax.errors import InputError
 from v2t_jax.torch_order import topk_order
 
@@ -237,13 +238,13 @@ class CorrectionLoop:
         check_num_steps(num_steps)
         e = jnp.asarray(e, jnp.float32)
         beam, seen = self._start(params, e, np.int32(num_steps))
-        ids, cosine, done, _ = jax.device_get(seen)
+        ids, cosine, done, _ = fetch(seen)
         trace_ids, trace_cosine, steps_run = [ids], [cosine], 0
         if on_step is not None:
             on_step(0, float(cosine.mean()), int(done.sum()))
         while steps_run < num_steps and not done.all():
             beam, seen = self._advance(params, e, beam, np.int32(steps_run), np.int32(num_steps))
-            ids, cosine, done, ran = jax.device_get(seen)
+            ids, cosine, done, ran = fetch(seen)
             count, done = int(ran.sum()), done[-1]  # the steps that ran come first in a chunk
             trace_ids.extend(ids[:count])
             trace_cosine.extend(cosine[:count])
@@ -256,7 +257,7 @@ class CorrectionLoop:
         return Correction(
             ids=np.array(trace_ids[-1]),
             cosine=np.array(trace_cosine[-1]),
-            step=np.array(beam.step),
+            step=fetch(beam.step),
             trace_ids=np.stack(trace_ids, axis=1),
             trace_cosine=np.stack(trace_cosine, axis=1),
             steps_run=steps_run,

@@ -108,12 +108,15 @@ class Batches:
             raise InputError(f"{count} texts do not fill a batch of {batch_size}: use more text or smaller batches.")
         self._planned: tuple[int, _Plan] | None = None
 
-    def __call__(self, step: int) -> np.ndarray:
-        """The batch of a step: int32 [batch_size, one of bucket_lengths], content ids + EOS + PAD."""
+    def __call__(self, step: int, rows: slice = slice(None)) -> np.ndarray:  # noqa: B008 (slices don't change)
+        """The batch of a step: int32 [batch_size, one of bucket_lengths], content ids + EOS + PAD.
+
+        `rows` are those that are wanted of it: a process of several makes its own only.
+        """
         epoch, index = divmod(step, self.steps_per_epoch)
         plan = self._plan(epoch)
         position = np.arange(plan.widths[index])
-        starts, lengths = plan.starts[index][:, None], plan.lengths[index][:, None]
+        starts, lengths = plan.starts[index][rows, None], plan.lengths[index][rows, None]
         inside = position < lengths
         tokens = self._tokens[np.where(inside, starts + position, 0)]
         return np.where(inside, tokens, np.where(position == lengths, EOS, PAD)).astype(np.int32)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich import box
 from rich.table import Table
@@ -13,9 +14,10 @@ from rich.table import Table
 from v2t_jax import progress
 from v2t_jax.correct import check_num_steps
 from v2t_jax.data.sources import read_texts
+from v2t_jax.distributed import gather
 from v2t_jax.errors import InputError
 from v2t_jax.eval.metrics import score, text_scores
-from v2t_jax.invert import BATCH_SIZE, Recovered, invert_strings
+from v2t_jax.invert import BATCH_SIZE, Recovered, TraceStep, invert_strings
 from v2t_jax.pretrained import Inverter
 
 
@@ -84,7 +86,7 @@ def evaluate(
 
         def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[Recovered], float]:
             started = time.perf_counter()
-            found = invert_strings(inverter, texts, num_steps=steps, sequence_beam_width=width, batch_size=BATCH_SIZE)
+            found = _recover(inverter, texts, num_steps=steps, sequence_beam_width=width, batch_size=BATCH_SIZE)
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
         first = texts[:BATCH_SIZE]
@@ -94,6 +96,18 @@ def evaluate(
             steps = row["num_steps"]
             rows.append(row | {"texts_per_second": speed if steps == most else timed(first, steps)[1]})
     return {"model": inverter.name, "split": split, "n": len(texts), "rows": rows}
+
+
+def _recover(inverter: Inverter, texts: list[str], **options: Any) -> list[Recovered]:
+    """`invert_strings`, each process of a run doing its share; all get all of it."""
+    count = jax.process_count()
+    share = texts[jax.process_index() :: count]
+    found = invert_strings(inverter, share, **options) if share else []
+    if count == 1:
+        return found
+    parts = gather([recovered.to_dict() for recovered in found])
+    records = [parts[i % count][i // count] for i in range(len(texts))]
+    return [Recovered(**r | {"trace": tuple(TraceStep(**step) for step in r["trace"])}) for r in records]
 
 
 def report(

@@ -1,6 +1,13 @@
-"""Checkpoints of a training state, by Orbax."""
+"""Checkpoints of a training state, by Orbax, with checksums of their own.
+
+A step's folder is written under another name and renamed when it is whole, so a kill leaves no half checkpoint. What
+Orbax doesn't notice is a file that is altered later: its arrays carry no checksums. So each folder gets
+`checksums.json`, sha256 by file name, before it is renamed; a restore checks it, each process its share of the files.
+"""
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +16,22 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from v2t_jax import progress
+from v2t_jax import distributed, progress
 from v2t_jax.config import CheckpointConfig
 from v2t_jax.errors import InputError
+
+CHECKSUMS = "checksums.json"
+TIMES = "_CHECKPOINT_METADATA"  # when Orbax began and ended a folder: written once more after all else
 
 
 class Checkpoints:
     """The checkpoints in a folder; saving goes on in the background while training does."""
 
     def __init__(self, folder: Path, config: CheckpointConfig):
-        self._folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder.absolute()
+        asynchronous = ocp.AsyncOptions(post_finalization_callback=self._write_checksums)
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, async_options=asynchronous)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -36,7 +47,9 @@ class Checkpoints:
                 self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
-        """The newest readable state, with the shapes and shardings of `like` (arrays or shapes with shardings).
+        """The newest sound state, with the shapes and shardings of `like` (arrays or shapes with shardings).
+
+        Mesh and number of hosts may be others than those that saved it.
 
         Raises:
             InputError: there are checkpoints but none can be read.
@@ -45,10 +58,14 @@ class Checkpoints:
         reasons: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
+                if fault := self._fault(step):
+                    raise ValueError(fault)
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except (ValueError, OSError, KeyError) as error:  # truncated or altered on disk
                 reasons[step] = (str(error).splitlines() or [type(error).__name__])[0]
-                progress.note(f"checkpoint {step} in {self._folder} can't be read; trying the one before")
+                progress.note(
+                    f"checkpoint {step} in {self._folder} can't be read ({reasons[step]}); trying the one before"
+                )
             else:
                 self._set_aside(list(reasons))
                 return state
@@ -56,11 +73,32 @@ class Checkpoints:
             f"No checkpoint in {self._folder} can be read ({next(iter(reasons.values()))}); start in a new --workdir."
         )
 
+    def _write_checksums(self) -> None:
+        """Called in Orbax's thread when a checkpoint's files are complete, before its folder gets its name."""
+        if distributed.is_main():
+            for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+                sums = {str(file.relative_to(folder)): _sha256(file) for file in files if file.name != TIMES}
+                (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+    def _fault(self, step: int) -> str:
+        """What is wrong with a checkpoint's files; empty if nothing is."""
+        folder, found = self._folder / str(step), ""
+        try:
+            sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
+                if _sha256(folder / name) != sums[name]:
+                    found = f"{name} is truncated or altered: its sha256 is not the recorded one"
+        except (OSError, ValueError, AttributeError) as error:
+            found = f"{CHECKSUMS} or a file that it names is missing or damaged: {error}"
+        return next((fault for fault in distributed.gather(found) if fault), "")
+
     def _set_aside(self, steps: list[int]) -> None:
         """Renames unreadable checkpoints: while they count, none of an earlier step can be saved."""
-        for step in steps:
-            (self._folder / str(step)).rename(self._folder / f"unreadable-{step}-{time.time_ns()}")
         if steps:
+            with distributed.main_first("set unreadable checkpoints aside") as here:
+                for step in steps if here else ():
+                    (self._folder / str(step)).rename(self._folder / f"unreadable-{step}-{time.time_ns()}")
             self._manager.reload()
 
     def close(self) -> None:
@@ -84,3 +122,8 @@ class Checkpoints:
                 f"A checkpoint can't be written to {self._folder} ({reason}); earlier ones are untouched: free space "
                 "there, then run the same command to go on from the newest."
             ) from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -10,7 +10,6 @@ workdir/evaluation.{json,png}          its scores on held-out texts, over correc
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax import progress
+from v2t_jax import distributed, progress
 from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, to_dict
 from v2t_jax.data.pipeline import Batches, TokenStore, tokenize
 from v2t_jax.data.sources import read_texts
@@ -41,12 +40,13 @@ from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import CARD_HEAD, Inverter, check_length, load, norm_statistics
-from v2t_jax.sharding import make_mesh, replicated
+from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
     NETWORKS,
     Frozen,
+    Metrics,
     TrainState,
     greedy_hypotheses,
     make_loss,
@@ -60,7 +60,15 @@ NORM_TEXTS = 256  # texts whose vectors' lengths are recorded in the model: by t
 
 
 class TrainingStopped(Exception):
-    """The run was interrupted and has saved itself; the same command goes on."""
+    """The run was interrupted and has saved itself; the same command goes on.
+
+    Attributes:
+        preempted: by SIGTERM, as schedulers do; otherwise by Ctrl-C.
+    """
+
+    def __init__(self, message: str, preempted: bool):
+        super().__init__(message)
+        self.preempted = preempted
 
 
 @dataclasses.dataclass
@@ -113,6 +121,13 @@ def train(config: Config, workdir: Path) -> Path:
     """
     try:
         return _train(config, workdir)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise InputError(
+            f"The processes of the run have lost each other ({(str(error).splitlines() or [''])[0]}): see why one of "
+            "them ended, then start all of them again, to go on from the newest checkpoint."
+        ) from error
     except OSError as error:
         raise InputError(
             f"The run stopped at {error.filename or workdir} ({error.strerror or error}); mend that, or free space, "
@@ -122,20 +137,25 @@ def train(config: Config, workdir: Path) -> Path:
 
 def _train(config: Config, workdir: Path) -> Path:
     check_workdir(config, workdir)  # first: it takes a moment, and what follows a minute
+    distributed.barrier("looked at the work directory")  # before process 0 writes there
     setup = prepare(config)
     claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
+    params = distributed.fetch(params)
     norm = norm_statistics(setup.embedder.embed(setup.held_out[:NORM_TEXTS]))
     inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary, embedding_norm=norm)
     folder = workdir / "model"
-    inverter.save(folder, record={"recipe": to_dict(config)})
+    with distributed.main_first("written the model") as here:
+        if here:
+            inverter.save(folder, record={"recipe": to_dict(config)})
     report = score_model(setup, load(str(folder)), workdir)
-    where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    card = model_card(to_dict(config), report, where)
-    (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
+    if distributed.is_main():
+        where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        card = model_card(to_dict(config), report, where)
+        (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
     return folder
 
 
@@ -145,8 +165,9 @@ def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, An
     num_steps = settings.num_steps if inverter.has_corrector else (0,)
     texts = setup.held_out[: settings.num_examples]
     report = evaluate(inverter, texts, num_steps, settings.sequence_beam_width)
-    (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, workdir / "evaluation.png")
+    if distributed.is_main():
+        (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+        plot(report, workdir / "evaluation.png")
     return report
 
 
@@ -260,15 +281,23 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
     loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses)
-    step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed)
+    may_skip = settings.optimizer.skip_bad_updates
+    step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed, may_skip > 0)
+
+    def first_state(params: Params) -> TrainState:
+        # Copied, because the first step gives the state's memory up, and two leaves may be one array.
+        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
+
     with progress.stage(f"making the {stage}'s first parameters"):
         params = initial_params(setup, stage, trained, batches)
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
-    step_fn, shardings = shard_step(step_fn, mesh, state, stage)
-    # Copied by a program, because the first step gives the state's memory up, and two leaves may be one array.
-    state = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=shardings)(state)
+        step_fn, shardings = shard_step(step_fn, mesh, jax.eval_shape(first_state, params), stage)
+        params = distributed.put(params, shardings.params)
+        state = jax.jit(first_state, out_shardings=shardings)(params)
     frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if stage == "corrector" else None)
-    frozen = jax.device_put(frozen, replicated(mesh))
+    frozen = distributed.put(frozen, replicated(mesh))
+    cut = batch_sharding(mesh)
+    rows = distributed.local_rows(cut, settings.batch_size)
+    vote = distributed.Vote(cut, replicated(mesh))
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
     if checkpoints.latest() is not None:
@@ -277,7 +306,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         progress.note(f"{stage}: going on from step {int(state.step)}")
     step, last = int(state.step), settings.num_steps
     recent: dict[str, Any] = {}
-    unchecked: list[tuple[int, jax.Array, jax.Array]] = []
+    unchecked: list[tuple[int, Metrics]] = []
     since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
     compiled: set[int] = set()
 
@@ -286,10 +315,11 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
 
     with (
         progress.bar(last, f"training the {stage}", unit="steps", start=step) as update,
-        Log(folder / "log.jsonl") as log,
+        Log(folder / "log.jsonl", until=step) as log,
     ):
         while step < last:
-            ids = batches(step)
+            local = batches(step, rows)
+            ids = distributed.global_batch(cut, local, rows, settings.batch_size)
             if ids.shape[1] not in compiled:
                 compiled.add(ids.shape[1])
                 with progress.stage(f"compiling the step for {ids.shape[1]} tokens"):
@@ -298,17 +328,19 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             else:
                 state, metrics = step_fn(state, frozen, ids)
                 texts, positions = texts + len(ids), positions + ids.size
-                tokens += float((ids != 0).sum())
+                tokens += float((local != 0).sum()) * len(ids) / len(local)  # taken to be alike on all hosts
             step += 1
-            unchecked.append((step, metrics.loss, metrics.gradient_norm))
+            unchecked.append((step, metrics))
             if len(unchecked) > 1:  # one step ahead of the device and no more: what is shown as done is done
                 jax.block_until_ready(unchecked[-2][1])
+            stopping = vote(stopped.signal)  # whoever got the signal, all stop at the same step
             logging = step % config.log_every_steps == 0 or step == last
             saving = step % config.checkpoint.every_steps == 0 or step == last
-            if logging or saving or stopped:
-                for bad, loss, gradient_norm in jax.device_get(unchecked):
-                    # A finite loss with a gradient that isn't has just spoilt the parameters.
-                    if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+            if logging or saving or stopping:
+                for bad, (loss, _, gradient_norm, _, bad_updates) in distributed.fetch(unchecked):
+                    # A finite loss with a gradient that isn't has just spoilt the parameters, unless it is left out.
+                    finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+                    if not finite and (not may_skip or bad_updates > may_skip):
                         kept = checkpoints.latest()
                         checkpoints.close()
                         raise InputError(
@@ -324,6 +356,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
                     "loss": round(loss, 4),
                     "token_accuracy": round(float(metrics.token_accuracy), 4),
                     "gradient_norm": round(gradient_norm, 4),
+                    **({"bad_updates": int(bad_updates)} if may_skip else {}),
                 }
             if logging and texts:  # none if nothing but a compilation has happened since the last line
                 seconds = max(time.perf_counter() - since, 1e-9)
@@ -344,11 +377,12 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
                 with progress.stage(f"recovering held-out texts at step {step}"):
                     log.write({"step": step} | evaluate_stage(setup, stage, state.params, trained, folder, step))
                 since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
-            if stopped:
+            if stopping:
                 save(state)
                 checkpoints.close()
                 raise TrainingStopped(
-                    f"stopped at step {step} of the {stage}; everything is saved: run the same command to resume"
+                    f"stopped at step {step} of the {stage}; everything is saved: run the same command to resume",
+                    preempted=stopping == signal.SIGTERM,
                 )
     checkpoints.close()
     return state.params
@@ -361,12 +395,16 @@ def evaluate_stage(
     references = setup.held_out[: setup.config.evaluation.num_examples]
     networks = dict(trained) | {stage: params}
     inverter = Inverter(setup.config.name, setup.model, networks, setup.embedder, setup.vocabulary)
+    # Cut over all devices of all hosts, filled up to a multiple of them.
+    cut = batch_sharding(make_mesh(setup.config.mesh))
     e = setup.embedder.embed(references)
-    ids = np.asarray(jax.jit(greedy_hypotheses, static_argnums=0)(setup.model, networks["inverter"], e))
+    e = np.concatenate([e, np.repeat(e[-1:], -len(e) % cut.num_devices, axis=0)])
+    e = distributed.put(e, cut)
+    ids = distributed.fetch(jax.jit(greedy_hypotheses, static_argnums=0)(setup.model, networks["inverter"], e))
     if stage == "corrector":
         loop = inverter.correction_loop(sequence_beam_width=1, mode="upstream")
         ids = loop(inverter.loop_params(), e, 1).ids
-    predictions = setup.vocabulary.decode(ids)
+    predictions = setup.vocabulary.decode(ids[: len(references)])
     scores = text_scores(predictions, references)
     with Log(folder / "samples.jsonl") as samples:
         for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
@@ -375,16 +413,13 @@ def evaluate_stage(
 
 
 class StopFlag:
-    """True once SIGINT or SIGTERM has come; a second signal ends the process the ordinary way."""
+    """Which of SIGINT and SIGTERM has come, 0 for none; a second signal ends the process the ordinary way."""
 
     def __init__(self) -> None:
-        self._set = False
-
-    def __bool__(self) -> bool:
-        return self._set
+        self.signal = 0
 
     def set(self, signum: int, _: Any) -> None:
-        self._set = True
+        self.signal = signum
         progress.note("stopping after this step; everything will be saved")
         signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -30,9 +31,10 @@ NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
 class TrainState(NamedTuple):
     """All that a run needs to go on: the data position and the dropout keys are functions of `step`."""
 
-    step: jax.Array  # [] int32, parameter updates made
+    step: jax.Array  # [] int32, batches seen
     params: Params
     optimizer: Any
+    bad_updates: Any = np.zeros((), np.int32)  # [] int32, updates so far whose loss or gradient wasn't finite
 
 
 class Frozen(NamedTuple):
@@ -50,6 +52,7 @@ class Metrics(NamedTuple):
     token_accuracy: jax.Array
     gradient_norm: jax.Array  # before clipping
     tokens: jax.Array  # tokens that aren't padding
+    bad_updates: jax.Array  # int32, as in the state
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -130,9 +133,16 @@ def make_loss(
 
 
 def make_step(
-    loss_fn: Callable, optimizer: optax.GradientTransformation, accumulate_steps: int, seed: int
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    accumulate_steps: int,
+    seed: int,
+    skip_bad: bool = False,
 ) -> Callable[[TrainState, Frozen, jax.Array], tuple[TrainState, Metrics]]:
-    """`step(state, frozen, ids [B, L]) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches."""
+    """`step(state, frozen, ids [B, L]) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches.
+
+    With `skip_bad`, an update whose loss or gradient isn't finite leaves parameters and optimiser as they were.
+    """
 
     def gradients(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array) -> Any:
         (loss, (correct, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, ids, key)
@@ -156,8 +166,16 @@ def make_step(
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(loss / tokens, correct / tokens, optax.tree.norm(grads), tokens)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if skip_bad:
+            old = state.params, state.optimizer
+            params, optimizer_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), old
+            )
+        bad_updates = state.bad_updates + jnp.where(finite, 0, 1).astype(jnp.int32)
+        metrics = Metrics(loss / tokens, correct / tokens, norm, tokens, bad_updates)
+        return TrainState(state.step + 1, params, optimizer_state, bad_updates), metrics
 
     return step
 

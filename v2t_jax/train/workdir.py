@@ -1,9 +1,12 @@
 """A run's work directory: whose run it holds, and what is written there line by line."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from v2t_jax import distributed
 from v2t_jax.config import Config, to_dict
 from v2t_jax.errors import InputError
 
@@ -28,7 +31,8 @@ def check_workdir(config: Config, workdir: Path) -> None:
         raise InputError(f"{file} is damaged ({error}); give a new --workdir.") from error
     if not isinstance(before, dict):
         raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
-    changed = sorted(key for key in now | before if now.get(key) != before.get(key))
+    # What it runs on is no part of a run: the mesh decides over the last bits of its numbers alone.
+    changed = sorted(key for key in now | before if now.get(key) != before.get(key) and key != "mesh")
     if changed:
         raise InputError(
             f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
@@ -47,6 +51,15 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None
         InputError: a source or the embedder has changed since the run began.
     """
     file = workdir / "inputs.json"
+    with distributed.main_first("claimed the work directory") as here:
+        if here:
+            _claim(config, workdir, inputs)
+    if not here:
+        _check_shared(file, inputs)
+
+
+def _claim(config: Config, workdir: Path, inputs: dict[str, str]) -> None:
+    file = workdir / "inputs.json"
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name in inputs if before.get(name) != inputs[name]]
@@ -60,12 +73,35 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-class Log:
-    """Appends JSON lines, each on disk when written."""
+def _check_shared(file: Path, inputs: dict[str, str]) -> None:
+    """Refuses a process that doesn't see what process 0 has written, or that has read something else."""
+    try:
+        first = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"This process doesn't see {file}, which process 0 wrote: put the --workdir on a file system that all "
+            "hosts share."
+        ) from error
+    other = [name for name in inputs if first.get(name) != inputs[name]]
+    if other:
+        raise InputError(
+            f"This process reads another {' and '.join(other)} than process 0: give all hosts the same files."
+        )
 
-    def __init__(self, file: Path):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("a", encoding="utf-8")
+
+class Log:
+    """Appends JSON lines, each on disk when written, on process 0; the others' lines go nowhere.
+
+    Args:
+        until: drops the lines of later steps, which a killed run wrote after the checkpoint that it goes on from.
+    """
+
+    def __init__(self, file: Path, until: int | None = None):
+        if distributed.is_main():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if until is not None and file.is_file():
+                _drop_after(file, until)
+        self._file = (file if distributed.is_main() else Path(os.devnull)).open("a", encoding="utf-8")
 
     def __enter__(self) -> "Log":
         return self
@@ -76,3 +112,16 @@ class Log:
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
+
+
+def _drop_after(file: Path, step: int) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill may leave half a line
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    if kept != lines:
+        part = file.with_name(f"{file.name}.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(file)
