@@ -16,6 +16,7 @@ from v2t_jax.errors import InputError
 
 Dtype = Literal["float32", "bfloat16"]
 Stage = Literal["inverter", "corrector"]
+DecodeLayout = Literal["batch", "model"]
 STAGES: tuple[Stage, ...] = ("inverter", "corrector")
 
 
@@ -171,8 +172,20 @@ class MeshConfig:
     """Devices along each axis of the mesh; -1 takes what the others leave."""
 
     data: int = -1
+    """each has part of the batch; the only axis that goes from slice to slice, over the data-centre network"""
     fsdp: int = 1
+    """each has part of the batch and of the weights, which are gathered where they are used"""
     model: int = 1
+    """each has some of the heads, hidden units and words"""
+    slices: int = 0
+    """slices of TPUs that the data axis is laid over; 0 takes what the devices say. Other devices are cut into so many
+    groups of neighbours"""
+    decode: DecodeLayout = "batch"
+    """how hypotheses are made in training. batch: whole weights on every device, rows over all axes; model: weights
+    stay cut over the model axis, for networks that don't fit a device"""
+
+    def __post_init__(self) -> None:
+        _require(self.slices >= 0, f"mesh.slices is {self.slices}; it must not be negative (0: what the devices say).")
 
 
 @dataclass(frozen=True)

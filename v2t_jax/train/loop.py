@@ -40,13 +40,14 @@ from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import Inverter, check_length, load
-from v2t_jax.sharding import make_mesh, replicated
+from v2t_jax.sharding import make_mesh
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
     NETWORKS,
     Frozen,
     TrainState,
+    frozen_shardings,
     greedy_hypotheses,
     make_loss,
     make_step,
@@ -255,7 +256,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             f"micro-batches over {parts} devices: make it a multiple of their product."
         )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses)
+    loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses, config.mesh.decode)
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed)
     with progress.stage(f"making the {stage}'s first parameters"):
         params = initial_params(setup, stage, trained, batches)
@@ -264,7 +265,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     # Copied by a program, because the first step gives the state's memory up, and two leaves may be one array.
     state = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=shardings)(state)
     frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if stage == "corrector" else None)
-    frozen = jax.device_put(frozen, replicated(mesh))
+    frozen = jax.device_put(frozen, frozen_shardings(mesh, frozen))
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
     if checkpoints.latest() is not None:
