@@ -57,15 +57,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.data={data} can't be laid over {len(slices)} slices: make it a multiple, and fsdp x model at most "
             f"the {len(slices[0])} devices of a slice."
         )
-    shape = (data // len(slices), *others)
-    layout = [create_device_mesh(shape, part, allow_split_physical_axes=True) for part in slices]
+    sizes = [data // len(slices), *others]
+    layout = [create_device_mesh(sizes, part, allow_split_physical_axes=True) for part in slices]
     # Explicit axis types, the default of jax.make_mesh, don't work with linen's logical constraints.
     return Mesh(np.concatenate(layout), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
     """The devices of each slice, in the order of the slices' numbers."""
-    known = {getattr(device, "slice_index", None) for device in devices} - {None}
+    known = {device.slice_index for device in devices if getattr(device, "slice_index", None) is not None}
     if known:
         if count not in (0, len(known)):
             raise InputError(f"mesh.slices is {count}, but the devices are of {len(known)} slices: leave it 0.")

@@ -39,7 +39,7 @@ from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import Inverter, check_length, load
+from v2t_jax.pretrained import Inverter, check_length, load, locate_model
 from v2t_jax.sharding import make_mesh
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
@@ -88,6 +88,11 @@ class Setup:
             "embedder": self.embedder.weights_sha256,
             "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
             "tokens": tokens.hexdigest(),
+            **(
+                {"initial_inverter": sha256_of([locate_model(self.config.initial_inverter) / "inverter.safetensors"])}
+                if self.config.initial_inverter
+                else {}
+            ),
             **({"initial_t5": sha256_of(weight_files(folder_of(self.config.initial_t5)))} if self.initial_t5 else {}),
         }
 
@@ -125,6 +130,8 @@ def _train(config: Config, workdir: Path) -> Path:
     setup = prepare(config)
     claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
+    if config.initial_inverter:
+        params["inverter"] = trained_inverter(setup)
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
@@ -135,6 +142,25 @@ def _train(config: Config, workdir: Path) -> Path:
     inverter.save(folder, record={"recipe": to_dict(config)})
     score_model(setup, load(str(folder)), workdir)
     return folder
+
+
+def trained_inverter(setup: Setup) -> Params:
+    """The inverter of the model that the recipe names.
+
+    Raises:
+        InputError: it isn't of the recipe's sizes and word-pieces.
+    """
+    name = setup.config.initial_inverter
+    found = load(name, setup.embedder)
+    params = found.params["inverter"]
+    expected = jax.eval_shape(functools.partial(NETWORKS["inverter"].init, setup.model), jax.random.key(0))
+    shapes = jax.tree.map(lambda p: p.shape, (params, expected))
+    if found.bridged or shapes[0] != shapes[1] or not np.array_equal(found.vocabulary.pieces, setup.vocabulary.pieces):
+        raise InputError(
+            f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
+            "data.sources and data.vocabulary_size, or train a new one."
+        )
+    return params
 
 
 def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> None:
@@ -256,7 +282,9 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             f"micro-batches over {parts} devices: make it a multiple of their product."
         )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses, config.mesh.decode)
+    loss_fn = make_loss(
+        stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses, config.mesh.decode
+    )
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed)
     with progress.stage(f"making the {stage}'s first parameters"):
         params = initial_params(setup, stage, trained, batches)

@@ -209,10 +209,10 @@ def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[On
     return OnMesh(jitted, mesh), shardings
 
 
-def frozen_shardings(mesh: Mesh, frozen: Frozen) -> Frozen:
+def frozen_shardings(mesh: Mesh, frozen: Frozen) -> Any:
     """The inverter is cut as when it was trained. The embedder is whole on every device: it is read in each step, and
     small beside a training state."""
-    whole = replicated(mesh)
+    whole: Any = replicated(mesh)
     cut = None
     if frozen.inverter is not None:
         cut = state_shardings(mesh, frozen.inverter, param_specs(frozen.inverter, inverter.PARAM_AXES))
