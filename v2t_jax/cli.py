@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
+from v2t_jax.commands.bench import Bench
 from v2t_jax.commands.models import Convert, Embedders, Env, Push
 from v2t_jax.commands.recovery import Demo, Embed, Evaluate, Invert
 from v2t_jax.config import DistributedConfig
@@ -179,7 +180,7 @@ class _TrainHelp:
 
 COMMANDS: dict[str, Any] = {
     **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "convert": Convert, "push": Push},
-    **{"demo": Demo, "env": Env},
+    **{"demo": Demo, "env": Env, "bench": Bench},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 
@@ -230,7 +231,7 @@ def main() -> None:
             lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="v2t", description=__doc__)
         )
         start_jax()
-        if not isinstance(command, Env):  # that reports what doesn't work
+        if not isinstance(command, Env | Bench):  # the one reports what doesn't work, the other looks for itself
             check_devices()
         command.run()
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from v2t_jax.errors import InputError
 
 Dtype = Literal["float32", "bfloat16"]
 Stage = Literal["inverter", "corrector"]
+DecodeLayout = Literal["batch", "model"]
 STAGES: tuple[Stage, ...] = ("inverter", "corrector")
 
 
@@ -68,6 +69,16 @@ class T5Config:
             and self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
             "t5.relative_attention_num_buckets must be at least 4, relative_attention_max_distance above half of it.",
         )
+
+
+# The published sizes of T5 v1.0 (Raffel et al. 2020, section 3.7).
+T5_SIZES = {
+    "t5-small": T5Config(),
+    "t5-base": T5Config(d_model=768, d_ff=3072, num_heads=12, num_encoder_layers=12, num_decoder_layers=12),
+    "t5-large": T5Config(d_model=1024, d_ff=4096, num_heads=16, num_encoder_layers=24, num_decoder_layers=24),
+    "t5-3b": T5Config(d_model=1024, d_kv=128, d_ff=16384, num_heads=32, num_encoder_layers=24, num_decoder_layers=24),
+    "t5-11b": T5Config(d_model=1024, d_kv=128, d_ff=65536, num_heads=128, num_encoder_layers=24, num_decoder_layers=24),
+}
 
 
 @dataclass(frozen=True)
@@ -175,8 +186,20 @@ class MeshConfig:
     """Devices along each axis of the mesh; -1 takes what the others leave."""
 
     data: int = -1
+    """each has part of the batch; the only axis that goes from slice to slice, over the data-centre network"""
     fsdp: int = 1
+    """each has part of the batch and of the weights, which are gathered where they are used"""
     model: int = 1
+    """each has some of the heads, hidden units and words"""
+    slices: int = 0
+    """slices of TPUs that the data axis is laid over; 0 takes what the devices say. Other devices are cut into so many
+    groups of neighbours"""
+    decode: DecodeLayout = "batch"
+    """how hypotheses are made in training. batch: whole weights on every device, rows over all axes; model: weights
+    stay cut over the model axis, for networks that don't fit a device"""
+
+    def __post_init__(self) -> None:
+        _require(self.slices >= 0, f"mesh.slices is {self.slices}; it must not be negative (0: what the devices say).")
 
 
 @dataclass(frozen=True)
@@ -228,6 +251,8 @@ class Config:
     initial_embedding: Literal["random", "embedder"] = "random"
     """embedder: token embeddings start from the embedder's own word embeddings, centred and rescaled"""
     initial_embedding_std: float = 0.02
+    initial_inverter: str = ""
+    """a trained model (folder or name) whose inverter makes the corrector's hypotheses, where stages has none"""
     corrector_from_inverter: bool = False
     """start the corrector's T5 from the trained inverter's, where the original starts it from pretrained T5"""
     partial_hypotheses: bool = False
@@ -244,8 +269,15 @@ class Config:
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages is empty: name inverter, corrector or both.")
         _require(
-            "corrector" not in self.stages or "inverter" in self.stages[: self.stages.index("corrector")],
-            "The corrector needs an inverter for its hypotheses: put inverter before it in stages.",
+            "corrector" not in self.stages
+            or "inverter" in self.stages[: self.stages.index("corrector")]
+            or (bool(self.initial_inverter) and "inverter" not in self.stages),
+            "The corrector needs an inverter for its hypotheses: put inverter before it in stages, or give a trained "
+            "model as initial_inverter.",
+        )
+        _require(
+            not self.initial_inverter or "inverter" not in self.stages,
+            "initial_inverter is for a recipe whose stages are corrector alone: leave it empty, or take inverter out.",
         )
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be a number from 0 to {2**32 - 1}.")
         _require(self.log_every_steps >= 1, "log_every_steps must be at least 1.")

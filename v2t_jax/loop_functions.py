@@ -41,7 +41,12 @@ def hypothesis_embedder(config: ModelConfig, embedder: TextEmbedder, vocabulary:
         length = min(embedder.config.max_length, 2 * config.max_length + around)
         bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
         return functools.partial(_embed_bridged, embedder.config, bridge)
-    return functools.partial(_embed_shared, embedder.config, PieceMap.of(embedder))
+    return shared_embedder(embedder.config, PieceMap.of(embedder))
+
+
+def shared_embedder(config: EmbedderConfig, piece_map: PieceMap) -> Embed:
+    """The same on the device."""
+    return functools.partial(_embed_shared, config, piece_map)
 
 
 def _decode(

@@ -4,15 +4,19 @@ A parameter's path is matched by a model's `PARAM_AXES` table (regex -> logical 
 axis a logical name is cut over. Strict both ways: a parameter without a rule is an error, as is a rule without one.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from v2t_jax.config import MeshConfig
+from v2t_jax.config import DecodeLayout, MeshConfig
 from v2t_jax.errors import InputError
 
 AXES = ("data", "fsdp", "model")
@@ -24,13 +28,19 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("mlp", "model"),
     ("layers", None),
 )
+# Decoding reads all weights at every token, so nothing is gathered there. "batch": every device has whole weights and
+# some of the rows. "model": weights stay cut over the model axis, as large networks need it.
+DECODING_RULES: dict[DecodeLayout, tuple[tuple[str, Any], ...]] = {
+    "batch": (("batch", AXES), *((name, None) for name, _ in RULES[1:])),
+    "model": tuple((name, None if name == "embed" else axis) for name, axis in RULES),
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or those given).
+    """A mesh over all devices (or those given): within a slice over its own network, from slice to slice along `data`.
 
     Raises:
-        InputError: the axes don't multiply to the number of devices.
+        InputError: the axes don't multiply to the number of devices, or the slices don't divide the data axis.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = [config.data, config.fsdp, config.model]
@@ -40,12 +50,52 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         shape = f"data={config.data}, fsdp={config.fsdp}, model={config.model}"
         raise InputError(f"A mesh of {shape} doesn't fit {len(devices)} devices; at most one axis may be -1.")
-    # Explicit axis types, the default, don't work with linen's logical constraints. The first two arguments are
-    # positional because a keyword's name changed between jax 0.10 and 0.11.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = _slices(devices, config.slices)
+    data, *others = sizes
+    if data % len(slices):
+        raise InputError(
+            f"mesh.data={data} can't be laid over {len(slices)} slices: make it a multiple, and fsdp x model at most "
+            f"the {len(slices[0])} devices of a slice."
+        )
+    sizes = [data // len(slices), *others]
+    layout = [create_device_mesh(sizes, part, allow_split_physical_axes=True) for part in slices]
+    # Explicit axis types, the default of jax.make_mesh, don't work with linen's logical constraints.
+    return Mesh(np.concatenate(layout), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def param_specs(params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]]) -> Any:
+def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice, in the order of the slices' numbers."""
+    known = {device.slice_index for device in devices if getattr(device, "slice_index", None) is not None}
+    if known:
+        if count not in (0, len(known)):
+            raise InputError(f"mesh.slices is {count}, but the devices are of {len(known)} slices: leave it 0.")
+        return [[device for device in devices if device.slice_index == index] for index in sorted(known)]
+    if len(devices) % max(count, 1):
+        raise InputError(f"mesh.slices={count} doesn't divide the {len(devices)} devices.")
+    size = len(devices) // max(count, 1)
+    return [devices[first : first + size] for first in range(0, len(devices), size)]
+
+
+@dataclass(frozen=True)
+class OnMesh:
+    """A jitted program whose arrays' axes have names that `RULES` gives a place on `mesh`."""
+
+    program: Any
+    mesh: Mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+            return self.program(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """The program for arrays, or shapes, like these, not compiled yet."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+            return self.program.lower(*args)
+
+
+def param_specs(
+    params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]], rules: Sequence[tuple[str, Any]] = RULES
+) -> Any:
     """A tree of PartitionSpec like `params`; `table` is the model's PARAM_AXES.
 
     A rule may name fewer axes than an array has (the stacked layer axis of a norm): the rest are not cut.
@@ -53,7 +103,7 @@ def param_specs(params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]]
     Raises:
         ValueError: an unmatched parameter or an unused rule.
     """
-    rules = dict(RULES)
+    places = dict(rules)
     used: set[str] = set()
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
@@ -63,7 +113,7 @@ def param_specs(params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]]
                 if len(axes) > leaf.ndim:
                     raise ValueError(f"{name} has {leaf.ndim} axes, but its rule {pattern!r} names {len(axes)}.")
                 used.add(pattern)
-                return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
+                return PartitionSpec(*(places[axis] if axis else None for axis in axes))
         raise ValueError(f"No sharding rule matches the parameter {name}.")
 
     specs = jax.tree_util.tree_map_with_path(spec, params)
@@ -117,3 +167,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def decoding_params(params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]], layout: DecodeLayout) -> Any:
+    """Inside a program on a mesh: weights as decoding wants them. Elsewhere nothing happens."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    specs = param_specs(params, table, DECODING_RULES[layout])
+    return jax.tree.map(jax.lax.with_sharding_constraint, params, specs)
+
+
+def spread_rows(run: Callable[..., jax.Array], layout: DecodeLayout, *rows: jax.Array) -> jax.Array:
+    """`run(*rows)`, inside a program on a mesh with the rows laid out for decoding. Elsewhere it is just that.
+
+    Rows that the devices don't divide stay as they are in training, over (data, fsdp).
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(DECODING_RULES[layout])
+    if mesh.empty:
+        return run(*rows)
+    if len(rows[0]) % math.prod(mesh.shape[axis] for axis in rules["batch"]):
+        rules["batch"] = dict(RULES)["batch"]
+    spec = PartitionSpec(rules["batch"])
+    with nn.logical_axis_rules(tuple(rules.items())):
+        result = run(*(jax.lax.with_sharding_constraint(x, spec) for x in rows))
+    result = jax.lax.with_sharding_constraint(result, spec)
+    return jax.lax.with_sharding_constraint(result, PartitionSpec(dict(RULES)["batch"]))

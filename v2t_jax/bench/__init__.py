@@ -5,6 +5,7 @@ in one process, so that whatever else the machine is doing slows both. Importing
 `load_torch` does, when a benchmark runs, and nothing else in the package.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -18,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from v2t_jax.compile_cache import enable_compilation_cache
-from v2t_jax.config import T5Config
+from v2t_jax.config import T5_SIZES, T5Config
 from v2t_jax.errors import InputError
 
-T5_SMALL = T5Config(dropout_rate=0.0)
-T5_BASE = T5Config(d_model=768, d_ff=3072, num_heads=12, num_encoder_layers=12, num_decoder_layers=12, dropout_rate=0.0)
+T5_SMALL = dataclasses.replace(T5_SIZES["t5-small"], dropout_rate=0.0)
+T5_BASE = dataclasses.replace(T5_SIZES["t5-base"], dropout_rate=0.0)
 
 
 class Turn(NamedTuple):

@@ -1,8 +1,10 @@
 """What a compiled program sends between its devices, read from its optimised HLO text."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
+
+import numpy as np
 
 KINDS = (
     "all-gather",
@@ -19,11 +21,12 @@ _OPCODE = re.compile(r"(?<=[\s)}\]])([a-z][a-z0-9-]*)\(")  # after the shape: `f
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|\w+_computation|called_computations)=\{?%?([\w.-]+)|branch_\w+=\{([^}]*)\}"
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")
 
 
-def collectives(hlo_text: str) -> list[tuple[str, int]]:
+def collectives(hlo_text: str, chosen: Callable[[str], bool] = lambda line: True) -> list[tuple[str, int]]:
     """(kind, bytes) of every collective that a run of the program makes, as one device sees it.
 
     The bytes are those of the whole array on the device that is larger: what an all-gather or a permute leaves, what
@@ -31,11 +34,15 @@ def collectives(hlo_text: str) -> list[tuple[str, int]]:
     sends (n - 1) / n of them, and twice that for an all-reduce.
 
     A collective in a loop of known length, such as the scan over layers, is listed once a turn; in one of unknown
-    length once. An asynchronous pair of start and done is one collective. (TPU programs write a reduce-scatter as an
-    all-reduce in a fusion: it is listed as that.)
+    length once. An asynchronous pair of start and done is one collective; so are the parts of one that TPU programs lay
+    into fusions along the way, which share its channel. (TPU programs write a reduce-scatter as an all-reduce in a
+    fusion: it is listed as that.)
+
+    Args:
+        chosen: which instructions count, by their line's text; by default all.
     """
     computations, entry = _computations(hlo_text)
-    return list(_walk(entry, computations)) if entry else []
+    return [(kind, size) for kind, size, line in _walk(entry, computations, set()) if chosen(line)] if entry else []
 
 
 def _computations(hlo_text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
@@ -51,7 +58,9 @@ def _computations(hlo_text: str) -> tuple[dict[str, list[tuple[str, str]]], str]
     return found, entry
 
 
-def _walk(name: str, computations: dict[str, list[tuple[str, str]]]) -> Iterator[tuple[str, int]]:
+def _walk(
+    name: str, computations: dict[str, list[tuple[str, str]]], channels: set[str]
+) -> Iterator[tuple[str, int, str]]:
     shapes: dict[str, str] = {}
     for instruction, text in computations.get(name, []):
         found = _OPCODE.search(text)
@@ -65,12 +74,15 @@ def _walk(name: str, computations: dict[str, list[tuple[str, str]]]) -> Iterator
             left = _bytes(shapes[instruction])
             if opcode != kind and kind != "all-reduce":  # its result is (what it takes, what it leaves)
                 left -= taken
-            yield kind, max(taken, left)
+            channel = _CHANNEL.search(text)
+            if channel is None or channel[1] not in channels:
+                yield kind, max(taken, left), text
+            channels |= {channel[1]} if channel else set()
             continue  # what an all-reduce applies is arithmetic
         turns = int(known[1]) if opcode == "while" and (known := _TURNS.search(text)) else 1
         for one, several in _CALLED.findall(text):
             for called in [one] if one else re.findall(r"[\w.-]+", several):
-                yield from list(_walk(called, computations)) * turns
+                yield from list(_walk(called, computations, channels)) * turns
 
 
 def _bytes(shape: str) -> int:
@@ -82,3 +94,14 @@ def _bytes(shape: str) -> int:
         elif kind != "u32":
             total += int(bits or 8) // 8
     return total
+
+
+def groups(line: str, devices: int) -> list[list[int]]:
+    """Which devices, by their place in the mesh, a collective's line joins; all, where it doesn't say."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
+        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, dims, order = ([int(i) for i in part.split(",")] if part else None for part in found.groups())
+        places = np.arange(devices).reshape(dims)
+        return (places.transpose(order) if order else places).reshape(shape).tolist()
+    return [list(range(devices))]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -37,6 +38,8 @@ def project(
     dtype = jnp.dtype(config.t5.dtype)
     hidden = dropout(dense(params["hidden"], x, dtype), dropout_rate, key)
     flat = dense(params["output"], jax.nn.gelu(hidden, approximate=False), dtype)
+    # The kernel's columns are cut over devices; cut through pseudo-tokens, XLA would have to compute all of them anew.
+    flat = nn.with_logical_constraint(flat, ("batch", None))
     return flat.reshape(x.shape[0], config.num_pseudo_tokens, config.t5.d_model)
 
 
@@ -108,7 +111,7 @@ def decode_logits(
     hidden = t5.decode(config.t5, params["t5"], t5.shift_right(labels), encoded, mask, dropout_key)
     if offset is not None:
         hidden = hidden + offset[:, None].astype(hidden.dtype)
-    return t5.logits(config.t5, params["t5"], hidden)
+    return nn.with_logical_constraint(t5.logits(config.t5, params["t5"], hidden), ("batch", None, "vocab"))
 
 
 def start_decoding(

@@ -321,6 +321,15 @@ def unstack_decoder(params: Params) -> Params:
     return {**params, "decoder": {**stack, "layers": [_layer_of(stack, i) for i in range(num_layers)]}}
 
 
+def rounded(config: T5Config, params: Params) -> Params:
+    """The weights in the arithmetic's dtype, as decoding uses them; norms and position tables stay float32."""
+
+    def leaf(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+        return p if path[-1].key in ("scale", "relative_bias") else p.astype(config.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
 def start_decoding(
     config: T5Config,
     params: Params,
@@ -343,14 +352,12 @@ def start_decoding(
     """
     dtype = jnp.dtype(config.dtype)
     # Unstack and cast once, outside the token loop: inside it every layer is its own array.
-    params = unstack_decoder(params)
-    table = params["decoder"]["relative_bias"]  # never rounded: scores are float32
-    params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+    params = rounded(config, unstack_decoder(params))
     stack = params["decoder"]
     layer = DecoderLayer(config)
     layer_params = stack["layers"]
     cross = [_run(layer, p, encoded.astype(dtype), method="cross_key_value") for p in layer_params]
-    bias_table = position_bias(config, table, max_length, bidirectional=False)
+    bias_table = position_bias(config, stack["relative_bias"], max_length, bidirectional=False)
     cross_bias = mask_bias(mask)
     rows = encoded.shape[0] * num_beams
     empty = (

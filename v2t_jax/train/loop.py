@@ -39,7 +39,7 @@ from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import CARD_HEAD, Inverter, check_length, load, norm_statistics
+from v2t_jax.pretrained import CARD_HEAD, Inverter, check_length, load, locate_model, norm_statistics
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
@@ -48,6 +48,7 @@ from v2t_jax.train.step import (
     Frozen,
     Metrics,
     TrainState,
+    frozen_shardings,
     greedy_hypotheses,
     make_loss,
     make_step,
@@ -96,6 +97,11 @@ class Setup:
             "embedder": self.embedder.weights_sha256,
             "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
             "tokens": tokens.hexdigest(),
+            **(
+                {"initial_inverter": sha256_of([locate_model(self.config.initial_inverter) / "inverter.safetensors"])}
+                if self.config.initial_inverter
+                else {}
+            ),
             **({"initial_t5": sha256_of(weight_files(folder_of(self.config.initial_t5)))} if self.initial_t5 else {}),
         }
 
@@ -141,6 +147,8 @@ def _train(config: Config, workdir: Path) -> Path:
     setup = prepare(config)
     claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
+    if config.initial_inverter:
+        params["inverter"] = trained_inverter(setup)
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
@@ -157,6 +165,25 @@ def _train(config: Config, workdir: Path) -> Path:
         card = model_card(to_dict(config), report, where)
         (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
     return folder
+
+
+def trained_inverter(setup: Setup) -> Params:
+    """The inverter of the model that the recipe names.
+
+    Raises:
+        InputError: it isn't of the recipe's sizes and word-pieces.
+    """
+    name = setup.config.initial_inverter
+    found = load(name, setup.embedder)
+    params = found.params["inverter"]
+    expected = jax.eval_shape(functools.partial(NETWORKS["inverter"].init, setup.model), jax.random.key(0))
+    shapes = jax.tree.map(lambda p: p.shape, (params, expected))
+    if found.bridged or shapes[0] != shapes[1] or not np.array_equal(found.vocabulary.pieces, setup.vocabulary.pieces):
+        raise InputError(
+            f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
+            "data.sources and data.vocabulary_size, or train a new one."
+        )
+    return params
 
 
 def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, Any]:
@@ -280,7 +307,9 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             f"micro-batches over {parts} devices: make it a multiple of their product."
         )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    loss_fn = make_loss(stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses)
+    loss_fn = make_loss(
+        stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses, config.mesh.decode
+    )
     may_skip = settings.optimizer.skip_bad_updates
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed, may_skip > 0)
 
@@ -294,7 +323,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         params = distributed.put(params, shardings.params)
         state = jax.jit(first_state, out_shardings=shardings)(params)
     frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if stage == "corrector" else None)
-    frozen = distributed.put(frozen, replicated(mesh))
+    frozen = distributed.put(frozen, frozen_shardings(mesh, frozen))
     cut = batch_sharding(mesh)
     rows = distributed.local_rows(cut, settings.batch_size)
     vote = distributed.Vote(cut, replicated(mesh))

@@ -8,21 +8,28 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from v2t_jax.config import ModelConfig, Stage
+from v2t_jax.config import DecodeLayout, ModelConfig, Stage
 from v2t_jax.decode.logits import first_argmax
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models import corrector, inverter, t5
 from v2t_jax.models.embedder import EmbedderConfig, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params, split_key
-from v2t_jax.sharding import RULES, batch_sharding, param_specs, replicated, state_shardings
+from v2t_jax.sharding import (
+    OnMesh,
+    batch_sharding,
+    decoding_params,
+    param_specs,
+    replicated,
+    spread_rows,
+    state_shardings,
+)
 
 SPECIAL = Special(start=0, eos=1, pad=0)
 NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
@@ -56,17 +63,29 @@ class Metrics(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, correct tokens, tokens; padding doesn't count."""
+    """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, correct tokens, tokens; padding doesn't count.
+
+    All that it takes from the vocabulary axis are sums and maxima: where that axis is cut over devices, each works on
+    its own words, and three numbers a token are exchanged (Shoeybi et al. 2019, section 3). An index would not do.
+    """
     weights = (labels != SPECIAL.pad).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    best = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    shifted = logits - best[..., None]
+    is_label = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
+    chosen = jnp.sum(jnp.where(is_label, shifted, 0.0), axis=-1)
+    losses = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
     # A comparison with the maximum, which the loss needs anyway: an argmax is one more pass over the logits.
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    correct = (chosen >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))).astype(jnp.float32)
+    correct = (chosen >= 0).astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(correct * weights), jnp.sum(weights)
 
 
-def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array) -> jax.Array:
-    """The inverter's greedy outputs, ids [B, L]."""
+def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array, decode: DecodeLayout = "batch") -> jax.Array:
+    """The inverter's greedy outputs, ids [B, L]; on a mesh laid out for decoding, see sharding.py."""
+    params = decoding_params({**params, "t5": t5.rounded(config.t5, params["t5"])}, inverter.PARAM_AXES, decode)
+    return spread_rows(functools.partial(_greedy, config, params), decode, e)
+
+
+def _greedy(config: ModelConfig, params: Params, e: jax.Array) -> jax.Array:
     tokens_to_logits, cache = inverter.start_decoding(config, params, e)
     decoded = greedy(tokens_to_logits, cache, batch_size=e.shape[0], max_length=config.max_length, special=SPECIAL)
     return decoded.ids
@@ -90,16 +109,21 @@ def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax
 
 
 def training_hypotheses(
-    config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, partial_key: jax.Array | None
+    config: ModelConfig,
+    params: Params,
+    e: jax.Array,
+    ids: jax.Array,
+    partial_key: jax.Array | None,
+    decode: DecodeLayout = "batch",
 ) -> jax.Array:
     """What the corrector is to correct, [B, max_length]: the inverter's guesses; with a key, every other one mixed."""
     if partial_key is None:
-        return greedy_hypotheses(config, params, e)
+        return greedy_hypotheses(config, params, e, decode)
     # Every other row, not one half: a device's rows stay on it when the batch is cut over devices.
     e, ids = e.reshape(-1, 2, e.shape[1]), ids.reshape(-1, 2, ids.shape[1])
     partial = mixed_hypotheses(config, params, e[:, 1], ids[:, 1], partial_key)
     partial = jnp.pad(partial, ((0, 0), (0, config.max_length - partial.shape[1])))
-    both = jnp.stack([greedy_hypotheses(config, params, e[:, 0]), partial], axis=1)
+    both = jnp.stack([greedy_hypotheses(config, params, e[:, 0], decode), partial], axis=1)
     return both.reshape(-1, config.max_length)
 
 
@@ -109,11 +133,13 @@ def make_loss(
     embedder: EmbedderConfig,
     piece_map: PieceMap,
     partial_hypotheses: bool = False,
+    decode: DecodeLayout = "batch",
 ) -> Callable[[Params, Frozen, jax.Array, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
     """`loss(params, frozen, ids [B, L], dropout_key) -> (summed loss, (correct tokens, tokens))`"""
 
     def embed(frozen: Frozen, ids: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(embed_pieces(embedder, piece_map, frozen.embedder, frozen.pieces, ids))
+        embed = functools.partial(embed_pieces, embedder, piece_map, frozen.embedder, frozen.pieces)
+        return jax.lax.stop_gradient(spread_rows(embed, "batch", ids))
 
     def inverter_loss(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array | None) -> Any:
         loss, correct, tokens = cross_entropy(inverter.logits(model, params, embed(frozen, ids), ids, key), ids)
@@ -124,7 +150,8 @@ def make_loss(
         if frozen.inverter is None:
             raise ValueError("the corrector's loss needs an inverter")
         partial_key, key = split_key(key, 2)
-        hypothesis = training_hypotheses(model, frozen.inverter, e, ids, partial_key if partial_hypotheses else None)
+        partial_key = partial_key if partial_hypotheses else None
+        hypothesis = training_hypotheses(model, frozen.inverter, e, ids, partial_key, decode)
         logits = corrector.logits(model, params, e, hypothesis, embed(frozen, hypothesis), ids, key)
         loss, correct, tokens = cross_entropy(logits, ids)
         return loss, (correct, tokens)
@@ -180,8 +207,9 @@ def make_step(
     return step
 
 
-def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[Callable, Any]:
-    """Jits `step` over `mesh`: batches cut over (data, fsdp), parameters by their table, frozen weights replicated.
+def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[OnMesh, Any]:
+    """Jits `step` over `mesh`: batches cut over (data, fsdp), parameters by their table; frozen weights stay where
+    `frozen_shardings` put them.
 
     Args:
         state: a TrainState, of arrays or of shapes.
@@ -190,17 +218,20 @@ def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[Ca
     """
     specs = param_specs(state.params, NETWORKS[stage].PARAM_AXES)
     shardings = state_shardings(mesh, state, specs)
-
     jitted = jax.jit(
         step,
-        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        in_shardings=(shardings, None, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+    return OnMesh(jitted, mesh), shardings
 
-    @functools.wraps(step)
-    def on_mesh(*args: Any) -> Any:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            return jitted(*args)
 
-    return on_mesh, shardings
+def frozen_shardings(mesh: Mesh, frozen: Frozen) -> Any:
+    """The inverter is cut as when it was trained. The embedder is whole on every device: it is read in each step, and
+    small beside a training state."""
+    whole: Any = replicated(mesh)
+    cut = None
+    if frozen.inverter is not None:
+        cut = state_shardings(mesh, frozen.inverter, param_specs(frozen.inverter, inverter.PARAM_AXES))
+    return Frozen(jax.tree.map(lambda _: whole, frozen.embedder), whole, cut)

@@ -1,0 +1,26 @@
+"""A T5-small pair for GTR-base, both stages, 10 epochs of the paper's texts: for trying things out.
+
+    v2t data build psgs_w100.tsv --embedder gtr-base --output data/nq --held-out-share 0.001
+    v2t train configs/gtr_nq32_small.py --workdir runs/gtr_nq32_small
+
+@@TIME@@
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from v2t_jax.config import T5_SIZES, Config, load_recipe
+
+
+def get_config() -> Config:
+    base = load_recipe(str(Path(__file__).with_name("gtr_nq32_inverter.py")))
+    stage = replace(base.inverter, num_steps=97_660)  # 10 epochs
+    return replace(
+        base,
+        name="gtr-nq32-small",
+        stages=("inverter", "corrector"),
+        model=replace(base.model, t5=replace(T5_SIZES["t5-small"], dtype="bfloat16")),
+        initial_t5="t5-small",
+        inverter=stage,
+        corrector=stage,
+    )

@@ -1,0 +1,448 @@
+"""Compiles a recipe for TPUs that aren't here: does it fit, what does it send, how fast could it be.
+
+The compiler in `libtpu` needs a topology's name and no TPU. Nothing is run: this proves compilation, memory and
+collectives, not speed and not results. The least time that a step can take comes from our count of its matrix products
+and from the chip's published peaks; real programs take two to three times as long.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from v2t_jax import progress
+from v2t_jax.bench.chips import CHIPS, Chip, Work, nbytes, work
+from v2t_jax.bench.collectives import collectives, groups
+from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config
+from v2t_jax.correct import CorrectionLoop, CorrectionSettings
+from v2t_jax.errors import InputError
+from v2t_jax.interop.checkpoint import read_json
+from v2t_jax.interop.embedders import KNOWN
+from v2t_jax.interop.hf_encoders import encoder_config
+from v2t_jax.interop.sentence_transformers import locate
+from v2t_jax.loop_functions import guesser, proposer, shared_embedder
+from v2t_jax.models import embedder as embedders
+from v2t_jax.models import inverter, t5
+from v2t_jax.models.bert import BertConfig
+from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, PieceMap
+from v2t_jax.sharding import OnMesh, make_mesh, param_specs, replicated, state_shardings
+from v2t_jax.train.optim import make_optimizer
+from v2t_jax.train.step import (
+    NETWORKS,
+    Frozen,
+    TrainState,
+    frozen_shardings,
+    greedy_hypotheses,
+    make_loss,
+    make_step,
+    shard_step,
+)
+
+Program = Literal["train", "hypotheses", "correct"]
+# Sizes of embedders whose weights needn't be here; of others the config.json must be.
+_BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, 512)
+ENCODERS: dict[str, EncoderConfig] = {
+    **dict.fromkeys(("gtr-base", "gtr-base-st", "sentence-t5-base"), T5_SIZES["t5-base"]),
+    "all-MiniLM-L6-v2": BertConfig(30522, 384, 6, 12, 1536, 512),
+    "all-MiniLM-L12-v2": BertConfig(30522, 384, 12, 12, 1536, 512),
+    **dict.fromkeys(("bge-base-en-v1.5", "e5-base-v2", "gte-base", "contriever"), _BERT_BASE),
+}
+ROWS_A_CHIP = 32  # texts that a chip corrects at a time
+QUIET = {
+    # Without these libtpu asks the cloud's metadata server what machine this is, and complains that there is none.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    # Its lock guards a TPU from a second process; compiling opens none.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a compiled program; bytes, operations and seconds of one chip and one run."""
+
+    program: str
+    chips: int
+    rows: int
+    """texts, of all chips"""
+    memory: dict[str, int]
+    """bytes: params, optimizer, other weights (frozen), activations kept for the backward pass (estimated), and the
+    compiler's total of temporaries, activations among them"""
+    needed: int
+    capacity: int
+    collectives: dict[str, dict[str, int]]
+    """kind -> {count, bytes}; "... between slices" for those that leave the slice"""
+    flops: float
+    """ours: matrix products of the model, without what is recomputed"""
+    flops_run: float
+    """the same with what is recomputed"""
+    flops_xla: float
+    """the compiler's, which counts a loop's body once"""
+    seconds: dict[str, float]
+    """the least for compute, memory, ici, dcn"""
+    advice: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    @property
+    def step_seconds(self) -> float:
+        """The roofline: what takes longest, if all else happens meanwhile."""
+        return max(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """The model's operations by the chip's peak in that time: none can do better."""
+        return self.flops / self.flops_run * self.seconds["compute"] / self.step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = {"fits": self.fits, "step_seconds": self.step_seconds, "mfu": self.mfu}
+        return dataclasses.asdict(self) | derived | {"texts_per_second": self.rows / self.step_seconds}
+
+
+class Topology:
+    """TPUs by name, such as v5e:4x4 or v4:2x2x4."""
+
+    def __init__(self, name: str, num_slices: int = 1) -> None:
+        """Raises: InputError: there is no libtpu, or no such topology."""
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError("Compiling for TPUs needs libtpu, which isn't installed: `pip install libtpu` (Linux).")
+        kind = name.partition(":")[0]
+        if kind not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", name):
+            raise InputError(f"There is no topology {name!r}: give one of {', '.join(CHIPS)} and a shape, as v5e:4x4.")
+        if not 1 <= num_slices <= 256:
+            raise InputError(f"slices is {num_slices}; give 1 to 256.")
+        from jax.experimental import topologies
+
+        for variable, value in QUIET.items():
+            os.environ.setdefault(variable, value)
+        # A v4 chip's two cores are one device for its users.
+        extra = {"chip_config_name": "megacore"} if kind == "v4" else {}
+        slices = {"num_slices": num_slices} if num_slices > 1 else {}
+        try:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices, **extra)
+        except Exception as error:  # XlaRuntimeError, NotImplementedError: by version
+            raise InputError(f"libtpu knows no topology {name} ({str(error).splitlines()[0]}).") from error
+        self.name = f"{num_slices} x {name}" if num_slices > 1 else name
+        self.chip: Chip = CHIPS[kind]
+        self.devices = list(found.devices)
+
+
+def compile_recipe(
+    config: Config, topology: Topology, programs: tuple[Program, ...], beam: int = 4
+) -> Iterator[Report]:
+    """Compiles what the recipe runs, one program after the other.
+
+    Raises:
+        InputError: the mesh or the batch doesn't fit the topology, or the embedder's sizes aren't known.
+    """
+    settings = dataclasses.replace(config.mesh, slices=0)
+    mesh = make_mesh(settings, topology.devices)
+    embedder, piece_map = embedder_sizes(config)
+    vocab_size = config.model.t5.vocab_size
+    if not config.initial_t5:
+        vocab_size = config.data.vocabulary_size or embedder.encoder.vocab_size
+    t5_config = dataclasses.replace(config.model.t5, vocab_size=vocab_size)
+    model = dataclasses.replace(config.model, t5=t5_config, embedding_width=embedder.width)
+    recipe = _Recipe(config, model, embedder, piece_map, mesh, topology)
+    if "train" in programs:
+        for stage in config.stages:
+            yield recipe.train(stage)
+    if "hypotheses" in programs:
+        yield recipe.hypotheses()
+    if "correct" in programs:
+        yield recipe.correct(beam)
+
+
+def embedder_sizes(config: Config) -> tuple[EmbedderConfig, PieceMap]:
+    """The embedder without its weights: by name, or by the config.json in its folder."""
+    name, _, dimensions = config.embedder.partition(":")
+    if name in ENCODERS:
+        encoder, known = ENCODERS[name], KNOWN[name]
+        width, dense, normalise = known.width, known.dense, known.normalise
+    else:
+        try:
+            folder = locate(config.embedder)
+        except InputError as error:
+            raise InputError(
+                f"The sizes of the embedder {config.embedder} aren't known here: give one of {', '.join(ENCODERS)}, or "
+                "a folder with its config.json."
+            ) from error
+        encoder = encoder_config(read_json(folder / "config.json", "an embedder's folder"))
+        width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
+        dense, normalise = 0, True
+    encoder = dataclasses.replace(encoder, dtype=config.embedder_dtype)
+    if isinstance(encoder, T5Config):
+        encoder = dataclasses.replace(encoder, dropout_rate=0.0)
+    layers: tuple[Activation, ...] = ("identity",) * dense
+    sizes = EmbedderConfig(encoder, dense=layers, normalise=normalise, width=int(dimensions or width))
+    return sizes, PieceMap(() if isinstance(encoder, T5Config) else (0,), 1)
+
+
+def _shapes(tree: Any, shardings: Any) -> Any:
+    """Shapes of arrays that lie as `shardings` say."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _bytes_a_chip(tree: Any) -> int:
+    return sum(nbytes(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in jax.tree.leaves(tree))
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    config: Config
+    model: ModelConfig
+    embedder: EmbedderConfig
+    piece_map: PieceMap
+    mesh: Mesh
+    topology: Topology
+
+    @functools.cached_property
+    def _key(self) -> jax.Array:
+        return jax.random.key(0)  # made before the mesh is entered: nothing can be computed on TPUs that aren't here
+
+    def _network(self, stage: Stage, model: ModelConfig | None = None) -> Any:
+        return jax.eval_shape(functools.partial(NETWORKS[stage].init, model or self.model), self._key)
+
+    def _embedder(self) -> Any:
+        encoder = self.embedder.encoder
+        network = embedders.NETWORKS[type(encoder)]
+        params: dict[str, Any] = {"encoder": jax.eval_shape(functools.partial(network.init, encoder), self._key)}
+        width = self.embedder.width
+        if self.embedder.dense:
+            kernel = jax.ShapeDtypeStruct((width, width), jnp.float32)
+            params["dense"] = [{"kernel": kernel} for _ in self.embedder.dense]
+        # Matrices are kept in the arithmetic's dtype, as where an embedder is loaded.
+        dtype = jnp.dtype(self.config.embedder_dtype)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), params)
+
+    def _frozen(self, with_inverter: bool) -> Frozen:
+        pieces: Any = jax.ShapeDtypeStruct((self.model.t5.vocab_size,), jnp.int32)
+        return Frozen(self._embedder(), pieces, self._network("inverter") if with_inverter else None)
+
+    def _rows(self, rows: int, *shape: int, dtype: Any = jnp.int32, axes: tuple[str, ...] = ("data", "fsdp")) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=NamedSharding(self.mesh, PartitionSpec(axes)))
+
+    def _shards(self, *axes: str) -> int:
+        return int(np.prod([self.mesh.shape[axis] for axis in axes]))
+
+    def train(self, stage: Stage) -> Report:
+        """The training step of a stage, at the recipe's batch size and the longest texts."""
+        settings: StageConfig = getattr(self.config, stage)
+        accumulate, rows, length = settings.optimizer.accumulate_steps, settings.batch_size, self.model.max_length
+        shards, cut = self._shards("data", "fsdp"), self.mesh.shape["model"]
+        if rows % (shards * accumulate):
+            raise InputError(
+                f"{stage}.batch_size={rows} can't be cut into {accumulate} micro-batches over {shards} devices: make "
+                "it a multiple of their product."
+            )
+        optimizer = make_optimizer(settings.optimizer, settings.num_steps)
+        params = self._network(stage)
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(count, params, jax.eval_shape(optimizer.init, params))
+        frozen = self._frozen(stage == "corrector")
+
+        def step_of(model: ModelConfig) -> Callable:
+            loss = make_loss(
+                stage, model, self.embedder, self.piece_map, self.config.partial_hypotheses, self.config.mesh.decode
+            )
+            return make_step(loss, optimizer, accumulate, self.config.seed)
+
+        step, shardings = shard_step(step_of(self.model), self.mesh, state, stage)
+        state_here, frozen_here = _shapes(state, shardings), _shapes(frozen, frozen_shardings(self.mesh, frozen))
+        ids = self._rows(rows, length)
+        local = jax.ShapeDtypeStruct((rows // shards, length), jnp.int32)
+        once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
+        run, needed = (
+            work(jax.make_jaxpr(step_of(model))(state, frozen, local).jaxpr, length).times(1 / cut)
+            for model in (self.model, once)
+        )
+        # Everything of the state is read and written, once.
+        moved = 2 * _bytes_a_chip(state_here) + _bytes_a_chip(frozen_here)
+        memory = {
+            "params": _bytes_a_chip(state_here.params),
+            "optimizer": _bytes_a_chip(state_here.optimizer),
+            "frozen": _bytes_a_chip(frozen_here),
+            "activations": self._kept(stage, params, frozen, rows // shards // accumulate) // cut,
+        }
+        arguments = (state_here, frozen_here, ids)
+        return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, moved)
+
+    def _kept(self, stage: Stage, params: Any, frozen: Frozen, rows: int) -> int:
+        """Bytes that the forward pass of `rows` texts leaves for the backward pass: arrays that have those rows."""
+        loss = make_loss(stage, self.model, self.embedder, self.piece_map)
+
+        def kept(params: Any, frozen: Frozen, ids: jax.Array, key: jax.Array) -> Any:
+            return jax.tree.leaves(jax.vjp(lambda p: loss(p, frozen, ids, key)[0], params)[1])
+
+        # Rows that no other axis has, so that they can be told apart; then scaled.
+        marked = 997
+        ids = jax.ShapeDtypeStruct((marked, self.model.max_length), jnp.int32)
+        left = jax.eval_shape(kept, params, frozen, ids, self._key)
+        return sum(nbytes(x) for x in left if marked in x.shape) * rows // marked
+
+    def hypotheses(self) -> Report:
+        """The inverter's greedy guesses for a batch of the corrector's, as training makes them."""
+        layout, rows = self.config.mesh.decode, self.config.corrector.batch_size
+        axes = ("data", "fsdp", "model") if layout == "batch" else ("data", "fsdp")
+        if rows % self._shards(*axes):
+            axes = ("data", "fsdp")
+        params = self._network("inverter")
+        shardings = state_shardings(self.mesh, params, param_specs(params, inverter.PARAM_AXES))
+        run = functools.partial(greedy_hypotheses, self.model, decode=layout)
+        program = OnMesh(jax.jit(run), self.mesh)
+        e = self._rows(rows, self.model.embedding_width, dtype=jnp.float32)
+        here = _shapes(params, shardings)
+        local = jax.ShapeDtypeStruct((rows // self._shards(*axes), self.model.embedding_width), jnp.float32)
+        counted = work(jax.make_jaxpr(run)(params, local).jaxpr, self.model.max_length)
+        counted = counted.times(1 / (self.mesh.shape["model"] if layout == "model" else 1))
+        memory = {"params": _bytes_a_chip(here)}
+        return self._report("hypotheses", program, (here, e), rows, memory, counted, counted.flops, 0)
+
+    def correct(self, beam: int) -> Report:
+        """One step of the correction loop, every chip with its own texts."""
+        settings = CorrectionSettings(sequence_beam_width=beam, scan_chunk=1)
+        embed = shared_embedder(self.embedder, self.piece_map)
+        loop = CorrectionLoop(guesser(self.model), proposer(self.model, "best"), embed, settings)
+        frozen = self._frozen(False)
+        params = {"inverter": self._network("inverter"), "corrector": self._network("corrector")}
+        params = {name: {**p, "t5": jax.eval_shape(t5.unstack_decoder, p["t5"])} for name, p in params.items()}
+        weights = params | {"embedder": frozen.embedder, "pieces": frozen.pieces}
+        here = _shapes(weights, jax.tree.map(lambda _: replicated(self.mesh), weights))
+        axes, width = ("data", "fsdp", "model"), self.model.embedding_width
+        e = self._rows(ROWS_A_CHIP * self.mesh.size, width, dtype=jnp.float32, axes=axes)
+        local = jax.ShapeDtypeStruct((ROWS_A_CHIP, width), jnp.float32)
+        one = jax.ShapeDtypeStruct((), jnp.int32)
+        beam_here, _ = jax.eval_shape(loop._start_program, weights, e, one)
+        beam_local, _ = jax.eval_shape(loop._start_program, weights, local, one)
+        rows_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
+        beam_here = _shapes(beam_here, jax.tree.map(lambda _: rows_sharding, beam_here))
+        jaxpr = jax.make_jaxpr(loop._advance_program)(weights, local, beam_local, one, one).jaxpr
+        counted = work(jaxpr, self.model.max_length)
+        memory = {"params": _bytes_a_chip(here), "beam": _bytes_a_chip(beam_here)}
+        arguments = (here, e, beam_here, one, one)
+        program = OnMesh(jax.jit(loop._advance_program, donate_argnames="beam"), self.mesh)
+        return self._report(f"correct, beam {beam}", program, arguments, e.shape[0], memory, counted, counted.flops, 0)
+
+    def _report(
+        self,
+        name: str,
+        program: OnMesh,
+        arguments: tuple[Any, ...],
+        rows: int,
+        memory: dict[str, int],
+        run: Work,
+        flops: float,
+        moved: int,
+    ) -> Report:
+        """Compiles; `run` and `flops` are a chip's, `moved` are bytes of HBM beside those of matrix products."""
+        chip, capacity = self.topology.chip, int(self.topology.chip.memory)
+        sent: dict[str, dict[str, int]] = {}
+        seconds = {"compute": run.flops / chip.flops, "memory": (run.bytes + moved) / chip.bandwidth}
+        flops_xla = 0.0
+        with progress.stage(f"compiling {name} for {self.topology.name}"):
+            lowered = program.lower(*arguments)
+            try:
+                compiled = lowered.compile()
+            except jax.errors.JaxRuntimeError as error:
+                needed = _needed(error)
+            else:
+                found = compiled.memory_analysis()
+                memory["temporaries"] = found.temp_size_in_bytes
+                memory["program"] = found.generated_code_size_in_bytes
+                outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+                needed = found.argument_size_in_bytes + outputs + memory["temporaries"] + memory["program"]
+                flops_xla = (compiled.cost_analysis() or {}).get("flops", 0.0)
+                sent = self._sent(compiled.as_text())
+                seconds |= {"ici": _wire_bytes(sent, "") / chip.ici, "dcn": _wire_bytes(sent, BETWEEN) / chip.dcn}
+        advice = ""
+        if needed > capacity:
+            advice = f"It lacks {(needed - capacity) / 1e9:.2f} GB a chip: {self._advice(name)}."
+        return Report(
+            *(name, self.mesh.size, rows, memory, needed, capacity, sent),
+            *(flops, run.flops, flops_xla, seconds, advice),
+        )
+
+    def _sent(self, hlo_text: str) -> dict[str, dict[str, int]]:
+        """The collectives of a program by kind, and apart from them those that leave a slice."""
+        slice_of = [getattr(device, "slice_index", None) or 0 for device in self.mesh.devices.flat]
+        sent: dict[str, dict[str, int]] = {}
+        for where in ("", BETWEEN):
+
+            def chosen(line: str, where: str = where) -> bool:
+                leaves = any(len({slice_of[i] for i in group}) > 1 for group in groups(line, len(slice_of)))
+                return leaves == bool(where)
+
+            for kind, size in collectives(hlo_text, chosen):
+                entry = sent.setdefault(kind + where, {"count": 0, "bytes": 0})
+                entry["count"] += 1
+                entry["bytes"] += size
+        return sent
+
+    def _advice(self, name: str) -> str:
+        stage = name.partition(" ")[2]
+        if name.startswith("train"):
+            if self.mesh.shape["fsdp"] * self.mesh.shape["model"] == 1:
+                return "cut the weights over devices (mesh.fsdp), all of those of a slice if need be"
+            if self.model.t5.remat == "none":
+                return "recompute in the backward pass (model.t5.remat=full)"
+            return f"take smaller micro-batches ({stage}.optimizer.accumulate_steps) or more chips"
+        if name == "hypotheses" and self.config.mesh.decode == "batch":
+            return "keep the weights cut while decoding (mesh.decode=model, with mesh.model above 1)"
+        return "every chip holds whole weights for this: take chips with more memory"
+
+
+BETWEEN = " between slices"
+
+
+def _wire_bytes(sent: dict[str, dict[str, int]], where: str) -> float:
+    """What a chip sends in rings: an all-reduce goes round twice."""
+    kinds = {kind: entry["bytes"] for kind, entry in sent.items() if kind.endswith(BETWEEN) == bool(where)}
+    return float(sum(size * (2 if kind.startswith("all-reduce") else 1) for kind, size in kinds.items()))
+
+
+def _needed(error: Exception) -> int:
+    """Bytes that a program wanted of a chip, from the compiler's refusal; another error is raised again."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
+    if found is None:
+        raise error
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def text(report: Report) -> str:
+    """A report in lines."""
+    r = report
+    memory = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in r.memory.items())
+    verdict = "it fits" if r.fits else "it does not fit"
+    lines = [
+        f"{r.program}, {r.rows} texts on {r.chips} chips (compiled, not run)",
+        f"  GB a chip: {r.needed / 1e9:.2f} of {r.capacity / 1e9:.2f} ({memory}); {verdict}",
+    ]
+    if not r.fits:
+        return "\n".join([*lines, f"  {r.advice}"])
+    sent = (
+        ", ".join(f"{kind} {e['count']}x {e['bytes'] / 1e6:.1f} MB" for kind, e in r.collectives.items()) or "nothing"
+    )
+    seconds = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in r.seconds.items())
+    return "\n".join(
+        [
+            *lines,
+            f"  a chip sends: {sent}",
+            f"  TFLOP a chip: {r.flops / 1e12:.3f}, with what is recomputed {r.flops_run / 1e12:.3f} "
+            f"(XLA, loops counted once: {r.flops_xla / 1e12:.3f})",
+            f"  at least {1e3 * r.step_seconds:.2f} ms a step (roofline, in ms: {seconds}), hence at most "
+            f"{r.mfu:.0%} MFU and {r.rows / r.step_seconds:,.0f} texts/s",
+        ]
+    )
