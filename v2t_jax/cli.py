@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
+from v2t_jax.commands.data import Data
 from v2t_jax.commands.models import Convert, Embedders, Env, Push
 from v2t_jax.commands.recovery import Demo, Embed, Evaluate, Invert
 from v2t_jax.errors import InputError
@@ -146,7 +147,7 @@ class _TrainHelp:
 
 COMMANDS: dict[str, Any] = {
     **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "convert": Convert, "push": Push},
-    **{"demo": Demo, "env": Env},
+    **{"data": Data, "demo": Demo, "env": Env},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 

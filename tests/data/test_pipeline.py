@@ -110,10 +110,25 @@ def test_texts_with_unknown_pieces_are_dropped_and_counted(tokenizer):
         {"bucket_lengths": (6, 9)},
         {"bucket_lengths": (9, 6, 17)},
         {"bucket_lengths": (1, 17)},
-        {"weights": [1.0, 1.0]},
-        {"weights": [-1.0]},
     ],
 )
 def test_bad_settings_are_refused(changed):
     with pytest.raises(InputError):
         Batches([make_store(20, 1)], Batching(**{**SETTINGS, **changed}))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [-1.0]])
+def test_bad_weights_are_refused(weights):
+    with pytest.raises(InputError, match="one weight"):
+        Batches([make_store(20, 1)], Batching(**SETTINGS), weights)
+
+
+def test_processes_share_a_batch():
+    batches = Batches([make_store(200, 1)], Batching(**SETTINGS))
+    for count in (1, 2, 4, 8):
+        for step in (0, 31):
+            parts = [batches.rows(step, i, count) for i in range(count)]
+            np.testing.assert_array_equal(np.concatenate(parts), batches(step))
+    for index, count in ((0, 3), (2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(InputError, match="process"):
+            batches.rows(0, index, count)

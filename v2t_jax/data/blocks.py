@@ -95,7 +95,9 @@ def check_file(path: Path, entry: dict[str, Any], whole: bool = False) -> None:
         raise InputError(f"{path} is missing: {advice}.")
     size = path.stat().st_size
     if size != entry["bytes"]:
-        raise InputError(f"{path} has {size} bytes where its manifest says {entry['bytes']} (is it cut off?): {advice}.")
+        raise InputError(
+            f"{path} has {size} bytes where its manifest says {entry['bytes']} (is it cut off?): {advice}."
+        )
     if whole:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
@@ -194,10 +196,15 @@ class StoredTexts:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{folder / 'manifest.json'} is damaged (it lacks or garbles {error}): build it again.") from error
+            raise InputError(
+                f"{folder / 'manifest.json'} is damaged (it lacks or garbles {error}): build it again."
+            ) from error
         self.first_block = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.block_rows = np.concatenate(
-            [np.zeros(0, np.int64), *(np.minimum(ROWS, n - ROWS * np.arange(c)) for n, c in zip(rows, counts, strict=True))]
+            [
+                np.zeros(0, np.int64),
+                *(np.minimum(ROWS, n - ROWS * np.arange(c)) for n, c in zip(rows, counts, strict=True)),
+            ]
         )
 
     def vocabulary(self, tokenizer: Tokenizer) -> Vocabulary:

@@ -93,7 +93,9 @@ def _files(source: str) -> list[Path]:
         if not found:
             raise InputError(f"{path} holds no file ending in {', '.join(_READERS)}: check the path.")
         if len(kinds) > 1:
-            raise InputError(f"{path} holds files of several kinds ({', '.join(sorted(kinds))}): name one, {path}/*.KIND.")
+            raise InputError(
+                f"{path} holds files of several kinds ({', '.join(sorted(kinds))}): name one, {path}/*.KIND."
+            )
         return found
     if not _reader(path):
         raise InputError(
@@ -170,7 +172,9 @@ def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
                 )
             yield row[column].strip()
     except csv.Error as error:
-        raise InputError(f"Record {number + 1} of {path} is not whole ({error}): is a quotation mark left open?") from error
+        raise InputError(
+            f"Record {number + 1} of {path} is not whole ({error}): is a quotation mark left open?"
+        ) from error
 
 
 def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[str]:
