@@ -67,8 +67,8 @@ class Build:
         print(
             f"{stored.folder}: {counts['rows']:,} texts for training in {len(stored.manifest['shards'])} shards, "
             f"{counts['held_out']:,} held out, {dropped:,} of {counts['texts']:,} dropped "
-            f"({counts['blank']:,} blank, {counts['duplicates']:,} duplicates, {counts['given_away']:,} that give a held-out "
-            f"text away, {counts['unknown']:,} with unknown pieces)\n"
+            f"({counts['blank']:,} blank, {counts['duplicates']:,} duplicates, {counts['given_away']:,} that give a "
+            f"held-out text away, {counts['unknown']:,} with unknown pieces)\n"
             f"In a recipe: DataConfig(sources=({str(stored.folder)!r},), held_out={str(stored.folder)!r})"
         )
 
@@ -95,10 +95,11 @@ class Tfds:
 class Data:
     """Data sets at scale: build, tfds."""
 
-    command: (
+    command: Annotated[
         Annotated[Build, tyro.conf.subcommand("build", prefix_name=False)]
-        | Annotated[Tfds, tyro.conf.subcommand("tfds", prefix_name=False)]
-    )
+        | Annotated[Tfds, tyro.conf.subcommand("tfds", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
 
     def run(self) -> None:
         self.command.run()

@@ -147,8 +147,8 @@ class Records:
         payload = record[4:]
         if len(record) < 4 or struct.unpack("<I", record[:4])[0] != _checksum(payload, shard, place):
             raise InputError(
-                f"Block {place} of {path} is damaged{reason}: fetch the file again, or delete its data set and build that "
-                "again."
+                f"Block {place} of {path} is damaged{reason}: fetch the file again, or delete its data set and build "
+                "that again."
             )
         return np.frombuffer(payload, dtype)
 

@@ -214,15 +214,22 @@ def _check(folder: Path) -> StoredTexts:
     return stored
 
 
+def _run_here(function: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> Iterator[None]:
+    """What `_pool` gives for one process: this one."""
+    for task in tasks:
+        function(*task)
+        yield
+
+
 Run = Callable[[Callable[..., None], Iterable[tuple[Any, ...]]], Iterator[None]]
 
 
 @contextmanager
 def _pool(job: Job, processes: int) -> Iterator[Run]:
-    """Yields `run(function, tasks)`, which calls the function with each task's arguments and yields when one is done."""
+    """Gives `run(function, tasks)`: it calls the function with each task's arguments and yields when one is done."""
     if processes == 1:
         shards.start(job)
-        yield lambda function, tasks: (function(*task) for task in tasks)
+        yield _run_here
         return
     # Not forked: JAX may be running in this process.
     context = multiprocessing.get_context("spawn")
@@ -243,7 +250,7 @@ def _pool(job: Job, processes: int) -> Iterator[Run]:
         yield run
     except BrokenProcessPool as error:
         raise InputError(
-            "A worker process was killed (did the memory run out?): run the same command with fewer --processes to go on."
+            "A worker process was killed (did the memory run out?): run the same command again with fewer --processes."
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)

@@ -114,11 +114,12 @@ def _lines(raw: BinaryIO, path: Path) -> Iterator[str]:
     """Lines that aren't blank, without their ends. A carriage return inside a line is a part of it."""
     try:
         packed: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        for line in io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n"):
-            if "\0" in line:
-                raise InputError(f"{path} is not a text file (it holds zero bytes): give UTF-8 text, one a line.")
-            if not line.isspace():
-                yield line.rstrip("\r\n")
+        with io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines:
+            for line in lines:
+                if "\0" in line:
+                    raise InputError(f"{path} is not a text file (it holds zero bytes): give UTF-8 text, one a line.")
+                if not line.isspace():
+                    yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -168,7 +169,7 @@ def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
         for number, row in enumerate(rows, 1):
             if len(row) != len(header):
                 raise InputError(
-                    f"Record {number} of {path} has {len(row)} columns, not {len(header)}: mend it or write the file again."
+                    f"Record {number} of {path} has {len(row)} columns, not {len(header)}: mend it, or fetch it again."
                 )
             yield row[column].strip()
     except csv.Error as error:

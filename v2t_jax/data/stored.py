@@ -11,8 +11,8 @@ host are then a run of the window's rows: it reads the ids (and vectors) of the 
 The number of lanes depends on the batch size alone, so the batches are the same on any number of hosts.
 
 Grain (https://github.com/google/grain) prefetches: its `MapDataset` calls `_read` in a thread, ahead of the training
-loop. Its own shuffle and sharding aren't used: they shuffle records, which here are blocks, know nothing of lengths, and
-a host's part of them depends on the number of hosts. Its iterator's state is {"next_index": step}: the step in a
+loop. Its own shuffle and sharding aren't used: they shuffle records, which here are blocks, know nothing of lengths,
+and a host's part of them depends on the number of hosts. Its iterator's state is {"next_index": step}: the step in a
 checkpoint holds it.
 """
 
@@ -74,8 +74,8 @@ class StoredBatches:
             made_for = column.made_by.get("max_length", batching.max_length)
             if made_for != batching.max_length:
                 raise InputError(
-                    f"{column.name} was made for texts of {made_for} tokens, not {batching.max_length}: make it again, or "
-                    f"set model.max_length={made_for}."
+                    f"{column.name} was made for texts of {made_for} tokens, not {batching.max_length}: make it again, "
+                    f"or set model.max_length={made_for}."
                 )
         self.steps_per_epoch = steps_per_epoch(int(stored.block_rows.sum()), batching.batch_size)
         self._lanes = math.gcd(batching.batch_size, LANES)

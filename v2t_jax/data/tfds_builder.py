@@ -31,7 +31,7 @@ def prepare_tfds(source: str, folder: Path, name: str) -> Path:
     with contextlib.redirect_stdout(sys.stderr):  # it talks
         import tensorflow_datasets as tfds
 
-        class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
             """Texts of a file."""
 
             VERSION = tfds.core.Version("1.0.0")

@@ -78,9 +78,10 @@ def _open_stored(config: Config, tokenizer: Tokenizer, num_held_out: int) -> tup
     """Its held-out texts are often passages: as in the original, the beginnings are used of those that are too long."""
     folder, data = config.data.sources[0], config.data
     if data.sources != (data.held_out,):
+        built = next(source for source in data.sources if is_stored(source))
         raise InputError(
-            f"{next(source for source in data.sources if is_stored(source))} is a built data set, which is a recipe's only "
-            "source and holds out its own texts: give the same folder as data.sources and as data.held_out."
+            f"{built} is a built data set, which is a recipe's only source and holds out its own texts: give the same "
+            "folder as data.sources and as data.held_out."
         )
     if data.vocabulary_size or data.weights:
         field = "vocabulary_size" if data.vocabulary_size else "weights"
