@@ -85,7 +85,7 @@ def open_source(source: str) -> Source:
 
 def _files(source: str) -> list[Path]:
     path = Path(os.path.expanduser(source))
-    if path.is_dir():
+    if source and path.is_dir():
         if (path / "made_of.json").is_file():
             raise InputError(f"{path} is a built data set: give the files that it was built from.")
         found = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
@@ -173,9 +173,7 @@ def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
                 )
             yield row[column].strip()
     except csv.Error as error:
-        raise InputError(
-            f"Record {number + 1} of {path} is not whole ({error}): is a quotation mark left open?"
-        ) from error
+        raise InputError(f"Record {number + 1} of {path} is not whole ({error}): close its quotation mark.") from error
 
 
 def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[str]:
