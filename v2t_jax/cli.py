@@ -21,6 +21,7 @@ from rich.console import Console
 
 from v2t_jax import progress
 from v2t_jax.commands.bench import Bench
+from v2t_jax.commands.data import Data
 from v2t_jax.commands.models import Convert, Embedders, Env, Push
 from v2t_jax.commands.recovery import Demo, Embed, Evaluate, Invert
 from v2t_jax.config import DistributedConfig
@@ -180,7 +181,7 @@ class _TrainHelp:
 
 COMMANDS: dict[str, Any] = {
     **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "convert": Convert, "push": Push},
-    **{"demo": Demo, "env": Env, "bench": Bench},
+    **{"data": Data, "demo": Demo, "env": Env, "bench": Bench},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
 }
 

@@ -159,7 +159,8 @@ class StageConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[str, ...] = ("wordnet",)
-    """wordnet (packaged), or paths of .txt, .txt.gz, .jsonl, .parquet files, or tfds:NAME:FIELD"""
+    """wordnet (packaged), paths of .txt, .jsonl, .tsv (each also .gz) and .parquet files, folders or globs of such, or
+    tfds:NAME:FIELD; or the one folder of a data set that `v2t data build` made, given as held_out too"""
     weights: tuple[float, ...] = ()
     """times that a source's texts appear in an epoch, for each source; empty is once each"""
     held_out: str = "wordnet"

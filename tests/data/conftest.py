@@ -7,8 +7,7 @@ PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", ",", ".",
 WORDS = ["the", "cat", "dog", "sleep", "jump", "over", "under", "red", "blue", "house"]
 
 
-@pytest.fixture
-def tokenizer():
+def make_tokenizer():
     vocabulary = {piece: i for i, piece in enumerate([*PIECES, *WORDS])}
     made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -21,3 +20,8 @@ def tokenizer():
     made.enable_truncation(4)
     made.enable_padding(length=12)
     return made
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()

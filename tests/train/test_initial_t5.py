@@ -12,6 +12,7 @@ from tiny_run import make_embedder, make_recipe
 from tests import upstream_pair
 from tests.equivalence import load
 from v2t_jax.config import Config
+from v2t_jax.data.pipeline import Batches, Batching
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.train import loop
@@ -38,7 +39,7 @@ def test_both_networks_start_from_it(recipe: Config) -> None:
     config, params = load_t5(recipe.initial_t5)
     kept = recipe.model.t5
     assert setup.model.t5 == dataclasses.replace(config, dropout_rate=kept.dropout_rate, dtype=kept.dtype)
-    batches = loop.Batches(setup.stores, None, span_share=0, batch_size=2, max_length=24, bucket_lengths=(24,), seed=0)
+    batches = Batches(setup.stores, Batching(batch_size=2, max_length=24, bucket_lengths=(24,)))
     for stage in recipe.stages:
         start = loop.initial_params(setup, stage, {"inverter": {}}, batches)
         jax.tree.map(np.testing.assert_array_equal, start["t5"], params)

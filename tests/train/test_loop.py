@@ -14,8 +14,9 @@ from tiny_run import make_recipe
 
 import v2t_jax
 from v2t_jax.config import MeshConfig, StageConfig, to_dict
+from v2t_jax.data.sources import read_texts
 from v2t_jax.errors import InputError
-from v2t_jax.train import loop
+from v2t_jax.train import loop, texts
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.loop import TrainingStopped, train
 
@@ -89,7 +90,7 @@ def test_the_run_ends_with_scores_over_steps_and_widths(finished, recipe):
 
 def test_statistics_are_those_of_the_texts_and_are_not_trained(finished):
     model = v2t_jax.load(str(finished / "model"))
-    e = model.embedder.embed(loop.read_texts(model_record(finished)["data"]["sources"][0], "train"))
+    e = model.embedder.embed(read_texts(model_record(finished)["data"]["sources"][0], "train"))
     for params in model.params.values():
         # Spans of the texts are in them too, so they are near, not equal.
         np.testing.assert_allclose(params["statistics"]["mean"], e.mean(0), atol=0.1)
@@ -263,7 +264,7 @@ def test_the_recipe_is_kept_with_the_run_and_the_model(finished, recipe):
 
 def test_a_held_out_text_of_unknown_pieces_alone_is_left_out(tmp_path, monkeypatch):
     config = make_recipe(tmp_path)
-    read = loop.read_texts
-    monkeypatch.setattr(loop, "read_texts", lambda source, split, **kw: ["zyx", *read(source, split, **kw)])
+    read = read_texts
+    monkeypatch.setattr(texts, "read_texts", lambda source, split, **kw: ["zyx", *read(source, split, **kw)])
     held_out = loop.prepare(config).held_out
     assert held_out and all(text.strip() and "zyx" not in text for text in held_out)

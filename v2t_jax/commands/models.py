@@ -142,7 +142,7 @@ class Env:
         import jax
 
         from v2t_jax.compile_cache import enable_compilation_cache
-        from v2t_jax.data.sources import WORDNET
+        from v2t_jax.data.readers import WORDNET
         from v2t_jax.interop.sentence_transformers import KNOWN, locate
         from v2t_jax.pretrained import packaged_models
 

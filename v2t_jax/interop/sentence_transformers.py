@@ -39,7 +39,7 @@ from v2t_jax.models.embedder import Activation, Embedder, EmbedderConfig, Encode
 from v2t_jax.models.layers import Params
 from v2t_jax.models.llama import LlamaConfig
 
-__all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "locate"]
+__all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "load_tokenizer", "locate"]
 
 _POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
 # How the old format spells the same, with true or false behind each.
@@ -145,7 +145,21 @@ def load_embedder(
     return Embedder(name, config, params, tokenizer, sha256)
 
 
-def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
+def load_tokenizer(name: str) -> Tokenizer:
+    """An embedder's tokenizer, as `load_embedder` gives it, without the embedder.
+
+    Raises:
+        InputError: there is no such embedder, or its tokenizer can't be read.
+    """
+    folder = locate(name)
+    try:
+        return _read_tokenizer(_encoder_folder(folder)[1], folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}'s JSON files lack or garble {error}; fetch it again.") from error
+
+
+def _encoder_folder(folder: Path) -> tuple[list[Any], Path]:
+    """What an embedder's modules.json lists, if it has one, and the folder of its encoder."""
     modules_file = folder / "modules.json"
     modules = read_json(modules_file, "a complete embedder folder", list) if modules_file.is_file() else []
     # In some old folders the encoder lies in one of its own.
@@ -155,6 +169,11 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         if os.path.commonpath([whole, inside]) != whole:
             raise InputError(f"{modules_file} names {module['path']!r}, which lies outside the folder; fetch it again.")
     body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
+    return modules, body
+
+
+def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
+    modules, body = _encoder_folder(folder)
     encoder_json = _read_json(body / "config.json")
     files = weight_files(body)
     tensors = open_weights(files)

@@ -10,12 +10,12 @@ workdir/evaluation.{json,png}          its scores on held-out texts, over correc
 """
 
 import dataclasses
-import hashlib
+import functools
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,7 @@ import numpy as np
 
 from v2t_jax import distributed, progress
 from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, to_dict
-from v2t_jax.data.pipeline import Batches, TokenStore, tokenize
-from v2t_jax.data.sources import read_texts
-from v2t_jax.data.tokenize import Vocabulary, frequent_pieces, read_tokenizer
+from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.eval.card import model_card
 from v2t_jax.eval.evaluate import evaluate, plot
@@ -54,6 +52,7 @@ from v2t_jax.train.step import (
     make_step,
     shard_step,
 )
+from v2t_jax.train.texts import Stores, make_batches, open_texts, tokens_sha256
 from v2t_jax.train.workdir import Log, check_workdir, claim_workdir
 
 STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
@@ -80,7 +79,7 @@ class Setup:
     model: ModelConfig  # with the embedder's width and the vocabulary's size filled in
     embedder: Embedder
     vocabulary: Vocabulary
-    stores: list[TokenStore]
+    stores: Stores
     held_out: list[str]  # normalised, short enough for the model
     initial_t5: Params | None  # that both networks start from
 
@@ -90,13 +89,10 @@ class Setup:
 
     def hashes(self) -> dict[str, str]:
         """Of all that the config names but doesn't hold."""
-        tokens = hashlib.sha256()
-        for store in self.stores:
-            tokens.update(store.tokens.tobytes())
         return {
             "embedder": self.embedder.weights_sha256,
             "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
-            "tokens": tokens.hexdigest(),
+            "tokens": tokens_sha256(self.stores),
             **(
                 {"initial_inverter": sha256_of([locate_model(self.config.initial_inverter) / "inverter.safetensors"])}
                 if self.config.initial_inverter
@@ -202,25 +198,8 @@ def prepare(config: Config) -> Setup:
     """Loads the embedder, reads and tokenises the text, settles vocabulary and widths."""
     embedder = load_embedder(config.embedder, config.embedder_dtype)
     check_length(config.model, embedder)
-    with progress.stage("reading the text"):
-        held_out = read_texts(config.data.held_out, "held_out")
-        texts = [read_texts(source, "train", avoid=held_out) for source in config.data.sources]
-    with progress.stage("tokenising the text"):
-        vocabulary = Vocabulary.full(embedder.tokenizer)
-        if config.data.vocabulary_size:
-            ids = (vocabulary.pieces[row[row >= 0]] for part in texts for row in vocabulary.encode(part))
-            kept = frequent_pieces(ids, embedder.tokenizer, config.data.vocabulary_size)
-            vocabulary = Vocabulary.of_pieces(embedder.tokenizer, kept)
-        stores = [tokenize(part, vocabulary) for part in texts]
-        fits = [len(row) < config.model.max_length for row in vocabulary.encode(held_out)]
-        short = [text for text, ok in zip(held_out, fits, strict=True) if ok]
-        # A text of unknown pieces alone comes back empty.
-        held_out = [text for text in vocabulary.normalise(short, config.model.max_length) if text.strip()]
-    if not held_out:
-        raise InputError(
-            f"No held-out text of {config.data.held_out} has fewer than model.max_length={config.model.max_length} "
-            "pieces: use more text or a larger max_length."
-        )
+    num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
+    vocabulary, stores, held_out = open_texts(config, embedder.tokenizer, num_held_out)
     t5, pretrained = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size), None
     if config.initial_t5:
         t5, pretrained = pretrained_t5(config, vocabulary)
@@ -246,7 +225,9 @@ def pretrained_t5(config: Config, vocabulary: Vocabulary) -> tuple[T5Config, Par
     return dataclasses.replace(loaded, **kept), params
 
 
-def initial_params(setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Batches) -> Params:
+def initial_params(
+    setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Callable[[int], np.ndarray]
+) -> Params:
     """Random parameters, with the recipe's options laid over them."""
     config, model = setup.config, setup.model
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
@@ -290,15 +271,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     """Trains one network to its recipe's number of steps and returns its parameters."""
     config, model = setup.config, setup.model
     settings: StageConfig = getattr(config, stage)
-    batches = Batches(
-        setup.stores,
-        config.data.weights or None,
-        batch_size=settings.batch_size,
-        max_length=model.max_length,
-        span_share=config.data.span_share,
-        bucket_lengths=config.data.bucket_lengths or (model.max_length,),
-        seed=config.seed,
-    )
+    batches = make_batches(config, setup.stores, settings.batch_size)
     mesh = make_mesh(config.mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
