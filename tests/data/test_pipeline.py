@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from v2t_jax.data.pipeline import Batches, TokenStore, tokenize
+from v2t_jax.data.pipeline import Batches, Batching, TokenStore, tokenize
 from v2t_jax.data.tokenize import EOS, PAD, Vocabulary
 from v2t_jax.errors import InputError
 
@@ -25,7 +25,7 @@ def rows_of(batches, steps):
 
 
 def test_rows_are_content_then_end_then_padding():
-    batches = Batches([make_store(200, 1)], **SETTINGS)
+    batches = Batches([make_store(200, 1)], Batching(**SETTINGS))
     assert batches.steps_per_epoch == 25
     for step in range(60):
         batch = batches(step)
@@ -38,7 +38,7 @@ def test_rows_are_content_then_end_then_padding():
 
 def test_an_epoch_uses_every_text_once_and_long_ones_as_spans():
     store = make_store(200, 1)
-    batches = Batches([store], **SETTINGS)
+    batches = Batches([store], Batching(**SETTINGS))
     owner = np.repeat(np.arange(200), store.lengths)
     for epoch in range(2):
         seen = {}
@@ -55,25 +55,25 @@ def test_an_epoch_uses_every_text_once_and_long_ones_as_spans():
 
 def test_without_spans_short_texts_are_whole():
     store = make_store(100, 1, longest=17)
-    rows = rows_of(Batches([store], **{**SETTINGS, "span_share": 0.0, "batch_size": 10}), range(10))
+    rows = rows_of(Batches([store], Batching(**{**SETTINGS, "span_share": 0.0, "batch_size": 10})), range(10))
     assert sorted(map(len, rows)) == sorted(store.lengths)
 
 
 def test_any_step_is_the_same_however_it_is_reached():
     stores = [make_store(100, 1), make_store(57, 2)]
-    first = Batches(stores, **SETTINGS)
+    first = Batches(stores, Batching(**SETTINGS))
     walked = [first(step) for step in range(50)]
-    resumed = Batches(stores, **SETTINGS)
+    resumed = Batches(stores, Batching(**SETTINGS))
     for step in (37, 38, 5, 49, 0):
         np.testing.assert_array_equal(resumed(step), walked[step])
-    other = Batches(stores, **{**SETTINGS, "seed": 4})
+    other = Batches(stores, Batching(**{**SETTINGS, "seed": 4}))
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(walked, map(other, range(50)), strict=True))
     epochs = [np.concatenate([row for row in rows_of(first, range(19 * e, 19 * e + 19))]) for e in (0, 1)]
     assert len(epochs[0]) != len(epochs[1]) or (epochs[0] != epochs[1]).any()
 
 
 def test_weights_repeat_and_thin_out():
-    batches = Batches([make_store(40, 1), make_store(100, 2)], [3.0, 0.2], **{**SETTINGS, "batch_size": 10})
+    batches = Batches([make_store(40, 1), make_store(100, 2)], Batching(**{**SETTINGS, "batch_size": 10}), [3.0, 0.2])
     assert batches.steps_per_epoch == 14
     assert sum(row[0] < 200_000 for row in rows_of(batches, range(14))) == 3 * 40
     thin = [
@@ -85,7 +85,7 @@ def test_weights_repeat_and_thin_out():
 def test_padding_is_small():
     lengths = np.clip(np.random.default_rng(0).poisson(11, 20_000), 1, 40)
     store = TokenStore(np.full(lengths.sum(), 5, np.int32), np.concatenate([[0], np.cumsum(lengths)]))
-    batches = Batches([store], **{**SETTINGS, "batch_size": 128})
+    batches = Batches([store], Batching(**{**SETTINGS, "batch_size": 128}))
     assert batches.padding_share < 0.1
     measured = [batches(step) for step in range(batches.steps_per_epoch)]
     share = sum((b == PAD).sum() for b in measured) / sum(b.size for b in measured)
@@ -116,4 +116,4 @@ def test_texts_with_unknown_pieces_are_dropped_and_counted(tokenizer):
 )
 def test_bad_settings_are_refused(changed):
     with pytest.raises(InputError):
-        Batches([make_store(20, 1)], **{**SETTINGS, **changed})
+        Batches([make_store(20, 1)], Batching(**{**SETTINGS, **changed}))

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from v2t_jax.data.sources import is_held_out, normalise_for_split, overlaps, read_texts, unique
+from v2t_jax.data.sources import Protected, is_held_out, normalise_for_split, read_texts, unique
 from v2t_jax.errors import InputError
 
 WORDNET_FOLDER = Path("/usr/share/wordnet")
@@ -141,7 +141,7 @@ def build_wordnet() -> list[str]:
     lines = unique(wordnet_lines())
     held_out = [normalised for normalised in lines if is_held_out(normalised)]
     rest = [normalised for normalised in lines if not is_held_out(normalised)]
-    bad = {normalised for normalised, found in zip(rest, overlaps(rest, held_out), strict=True) if found}
+    bad = {normalised for normalised, found in zip(rest, Protected(held_out).given_away_by(rest), strict=True) if found}
     print(f"wordnet: {len(lines)} lines, {len(held_out)} held out, {len(bad)} dropped for overlap with those")
     return [text for normalised, text in lines.items() if normalised not in bad]
 
@@ -154,7 +154,7 @@ def build_extra(sources: Iterable[str]) -> list[str]:
     for source in sources:
         lines = unique(_tidy(EXTRA[source]()))
         new = [normalised for normalised in lines if normalised not in known and normalised not in kept]
-        bad = overlaps(new, held_out)
+        bad = Protected(held_out).given_away_by(new)
         kept |= {normalised: lines[normalised] for normalised, found in zip(new, bad, strict=True) if not found}
         print(f"{source}: {len(lines)} lines, {len(new)} of them new, {int(bad.sum())} dropped for overlap")
     print(f"together {len(kept)} lines")

@@ -8,6 +8,7 @@ operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -42,12 +43,96 @@ def tokenize(texts: Sequence[str], vocabulary: Vocabulary, chunk: int = 20_000) 
     return TokenStore(tokens, offsets, len(texts) - len(kept))
 
 
-class _Plan(NamedTuple):
-    """One epoch: rows [N] sorted into batches, and the batches' order."""
+@dataclass(frozen=True)
+class Batching:
+    """How rows become batches.
 
-    starts: np.ndarray  # int64 [steps, batch], into the flat tokens
-    lengths: np.ndarray  # int64 [steps, batch], without end-of-sequence
-    widths: np.ndarray  # int64 [steps], the batch's bucket length
+    Raises:
+        InputError: settings that contradict each other.
+    """
+
+    batch_size: int
+    max_length: int  # most tokens in a row, end-of-sequence included
+    bucket_lengths: tuple[int, ...]  # the row lengths that batches come in (one program each), rising to `max_length`
+    span_share: float = 0.0  # 0..1, share of the texts that fit which are cut to a random span all the same
+    seed: int = 0  # with the step, decides everything
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.span_share <= 1:
+            raise InputError(f"span_share must lie in [0, 1], not {self.span_share}.")
+        lengths = self.bucket_lengths
+        rising = bool(lengths) and list(lengths) == sorted(set(lengths))
+        if not rising or lengths[0] < 2 or lengths[-1] != self.max_length:
+            raise InputError(f"bucket_lengths must rise from 2 or more to {self.max_length}, not {lengths}.")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {self.batch_size}.")
+
+    def plan(self, rng: np.random.Generator, lengths: np.ndarray, lanes: int = 1, spans: bool = True) -> "Plan":
+        """Cuts rows to length and sorts them into batches whose rows are about as long as each other.
+
+        Args:
+            lengths: pieces of each row [N].
+            lanes: each batch takes as many rows of the first N / lanes as of the next, and so on, in this order;
+                with more than one, `lanes` must divide the batch's size, and that N.
+            spans: whether to cut at random; otherwise a row that is too long keeps its beginning.
+        """
+        cut, skipped = np.minimum(lengths, self.max_length - 1), np.zeros_like(lengths)
+        if spans:
+            cut = self._cut(rng, lengths)
+            skipped = rng.integers(0, lengths - cut + 1)
+        steps, buckets = len(lengths) // self.batch_size, np.array(self.bucket_lengths)
+        # Sorting by bucket over a random order both shuffles within a bucket and carries remainders upwards.
+        order = rng.permutation(len(cut))
+        lane, bucket = order * lanes // len(cut), np.searchsorted(buckets, cut[order] + 1)
+        order = order[np.argsort(lane * len(buckets) + bucket, kind="stable")]
+        order = order[: steps * self.batch_size].reshape(lanes, steps, self.batch_size // lanes)
+        order = order.swapaxes(0, 1).reshape(steps, self.batch_size)[rng.permutation(steps)]
+        return Plan(order, skipped, cut, buckets[np.searchsorted(buckets, cut[order].max(1) + 1)])
+
+    def _cut(self, rng: np.random.Generator, lengths: np.ndarray) -> np.ndarray:
+        """Pieces to use of each text."""
+        longest = self.max_length - 1
+        fits = lengths <= longest
+        most = np.minimum(lengths, longest)
+        random = rng.integers(np.minimum(SHORTEST_SPAN, most), most + 1)
+        chance = rng.random(len(lengths))
+        return np.where(chance < np.where(fits, self.span_share, 1 - FULL_SPAN_SHARE), random, most)
+
+
+class Plan(NamedTuple):
+    """Batches of N rows."""
+
+    order: np.ndarray  # int64 [steps, batch], which row stands where
+    skipped: np.ndarray  # int64 [N], pieces left out at each row's beginning
+    cut: np.ndarray  # int64 [N], pieces used of each row
+    widths: np.ndarray  # int64 [steps], the bucket length of each batch
+
+    @property
+    def padding_share(self) -> float:
+        """Share of positions that are padding."""
+        return 1 - float((self.cut[self.order] + 1).sum() / (self.widths.sum() * self.order.shape[1]))
+
+
+def fill(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Rows int32 [n, width]: `lengths` [n] ids of the flat `tokens` from `starts` [n] on, end-of-sequence, padding."""
+    position, lengths = np.arange(width), lengths[:, None]
+    inside = position < lengths
+    ids = tokens[np.where(inside, starts[:, None] + position, 0)]
+    return np.where(inside, ids, np.where(position == lengths, EOS, PAD)).astype(np.int32)
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of a batch that a process holds.
+
+    Raises:
+        InputError: the processes can't share the batch evenly, or there is no such process.
+    """
+    if process_count < 1 or batch_size % process_count:
+        raise InputError(f"A batch of {batch_size} can't be shared by {process_count} processes: choose a multiple.")
+    if not 0 <= process_index < process_count:
+        raise InputError(f"There is no process {process_index} of {process_count}: count from 0.")
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
 
 
 class Batches:
@@ -62,95 +147,62 @@ class Batches:
 
     Args:
         stores: where texts come from.
+        batching: how they become batches.
         weights: times that each store's texts appear in an epoch; a fraction is a fresh random subset.
-        batch_size: rows in every batch.
-        max_length: most tokens in a row, end-of-sequence included.
-        span_share: 0..1, see above.
-        bucket_lengths: the row lengths that batches come in (one program each), rising to `max_length`.
-        seed: with the step, decides everything.
 
     Raises:
-        InputError: fewer rows than one batch, or settings that contradict each other.
+        InputError: fewer rows than one batch, or weights that don't fit the stores.
     """
 
-    def __init__(
-        self,
-        stores: Sequence[TokenStore],
-        weights: Sequence[float] | None = None,
-        *,
-        batch_size: int,
-        max_length: int,
-        span_share: float,
-        bucket_lengths: tuple[int, ...],
-        seed: int,
-    ):
+    def __init__(self, stores: Sequence[TokenStore], batching: Batching, weights: Sequence[float] | None = None):
         weights = [1.0] * len(stores) if weights is None else list(weights)
         if len(weights) != len(stores) or any(weight < 0 for weight in weights):
             raise InputError(f"Give one weight >= 0 a source: {len(stores)} sources, weights {weights}.")
-        if not 0 <= span_share <= 1:
-            raise InputError(f"span_share must lie in [0, 1], not {span_share}.")
-        rising = bool(bucket_lengths) and list(bucket_lengths) == sorted(set(bucket_lengths))
-        if not rising or bucket_lengths[0] < 2 or bucket_lengths[-1] != max_length:
-            raise InputError(f"bucket_lengths must rise from 2 or more to {max_length}, not {bucket_lengths}.")
-        self.batch_size, self.max_length = batch_size, max_length
-        self.span_share, self.seed = span_share, seed
-        self._buckets = np.array(bucket_lengths, np.int64)
+        self.batching = batching
         self._tokens = np.concatenate([np.zeros(0, np.int32), *(store.tokens for store in stores)])
         shifts = np.cumsum([0, *(len(store.tokens) for store in stores)])
         self._starts = [store.offsets[:-1] + shift for store, shift in zip(stores, shifts, strict=False)]
         self._lengths = [store.lengths for store in stores]
         self._counts = [round(weight * len(store.lengths)) for weight, store in zip(weights, stores, strict=True)]
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {batch_size}.")
-        self.steps_per_epoch = sum(self._counts) // batch_size
-        if self.steps_per_epoch < 1:
-            count = sum(self._counts)
-            raise InputError(f"{count} texts do not fill a batch of {batch_size}: use more text or smaller batches.")
-        self._planned: tuple[int, _Plan] | None = None
+        self.steps_per_epoch = steps_per_epoch(sum(self._counts), batching.batch_size)
+        self._planned: tuple[int, np.ndarray, Plan] | None = None
 
     def __call__(self, step: int) -> np.ndarray:
         """The batch of a step: int32 [batch_size, one of bucket_lengths], content ids + EOS + PAD."""
+        return self.rows(step, 0, 1)
+
+    def rows(self, step: int, process_index: int, process_count: int) -> np.ndarray:
+        """A process's rows of that batch; the processes' rows, one below the other, are the batch."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        plan = self._plan(epoch)
-        position = np.arange(plan.widths[index])
-        starts, lengths = plan.starts[index][:, None], plan.lengths[index][:, None]
-        inside = position < lengths
-        tokens = self._tokens[np.where(inside, starts + position, 0)]
-        return np.where(inside, tokens, np.where(position == lengths, EOS, PAD)).astype(np.int32)
+        starts, plan = self._plan(epoch)
+        mine = plan.order[index][process_rows(self.batching.batch_size, process_index, process_count)]
+        return fill(self._tokens, starts[mine], plan.cut[mine], plan.widths[index])
 
     @property
     def padding_share(self) -> float:
         """Share of positions that are padding in the current epoch (the first one, if none was begun)."""
-        plan = self._planned[1] if self._planned else self._plan(0)
-        return 1 - float((plan.lengths + 1).sum() / (plan.widths.sum() * self.batch_size))
+        return self._plan(self._planned[0] if self._planned else 0)[1].padding_share
 
-    def _plan(self, epoch: int) -> _Plan:
+    def _plan(self, epoch: int) -> tuple[np.ndarray, Plan]:
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, self._make_plan(np.random.default_rng((self.seed, epoch)))
-        return self._planned[1]
+            rng = np.random.default_rng((self.batching.seed, epoch))
+            chosen = [_choose(rng, len(lengths), n) for lengths, n in zip(self._lengths, self._counts, strict=True)]
+            starts = np.concatenate([s[c] for s, c in zip(self._starts, chosen, strict=True)])
+            lengths = np.concatenate([n[c] for n, c in zip(self._lengths, chosen, strict=True)])
+            plan = self.batching.plan(rng, lengths)
+            self._planned = epoch, starts + plan.skipped, plan
+        return self._planned[1:]
 
-    def _make_plan(self, rng: np.random.Generator) -> _Plan:
-        chosen = [_choose(rng, len(lengths), count) for lengths, count in zip(self._lengths, self._counts, strict=True)]
-        starts = np.concatenate([s[c] for s, c in zip(self._starts, chosen, strict=True)])
-        lengths = np.concatenate([n[c] for n, c in zip(self._lengths, chosen, strict=True)])
-        cut = self._cut(rng, lengths)
-        starts = starts + rng.integers(0, lengths - cut + 1)
-        # Sorting by bucket over a random order both shuffles within a bucket and carries remainders upwards.
-        order = rng.permutation(len(cut))
-        order = order[np.argsort(np.searchsorted(self._buckets, cut[order] + 1), kind="stable")]
-        order = order[: self.steps_per_epoch * self.batch_size].reshape(self.steps_per_epoch, self.batch_size)
-        order = order[rng.permutation(self.steps_per_epoch)]
-        widths = self._buckets[np.searchsorted(self._buckets, cut[order].max(1) + 1)]
-        return _Plan(starts[order], cut[order], widths)
 
-    def _cut(self, rng: np.random.Generator, lengths: np.ndarray) -> np.ndarray:
-        """Pieces to use of each text."""
-        longest = self.max_length - 1
-        fits = lengths <= longest
-        most = np.minimum(lengths, longest)
-        random = rng.integers(np.minimum(SHORTEST_SPAN, most), most + 1)
-        chance = rng.random(len(lengths))
-        return np.where(chance < np.where(fits, self.span_share, 1 - FULL_SPAN_SHARE), random, most)
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Whole batches that `count` rows fill.
+
+    Raises:
+        InputError: none.
+    """
+    if count < batch_size:
+        raise InputError(f"{count} texts do not fill a batch of {batch_size}: use more text or smaller batches.")
+    return count // batch_size
 
 
 def _choose(rng: np.random.Generator, available: int, count: int) -> np.ndarray:

@@ -84,7 +84,11 @@ class Vocabulary:
             one array a text; a piece that the vocabulary lacks (or an unknown or special one) is -1.
         """
         end = None if max_length is None else max_length - 1
-        return [self._model_id[np.array(ids[:end], np.int64)] for ids in self._tokenizer_ids(texts)]
+        return [self.model_ids(np.array(ids[:end], np.int64)) for ids in self._tokenizer_ids(texts)]
+
+    def model_ids(self, token_ids: np.ndarray) -> np.ndarray:
+        """Model ids of tokenizer ids, int32; -1 for a piece that the vocabulary lacks, or an unknown or special one."""
+        return self._model_id[token_ids]
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """Texts of model ids [..., L], flattened in order; each stops at end-of-sequence and skips padding.
@@ -118,6 +122,12 @@ def frequent_pieces(token_ids: Iterable[np.ndarray], tokenizer: Tokenizer, limit
     counts = np.zeros(1 + max(tokenizer.get_vocab(with_added_tokens=True).values()), np.int64)
     for ids in token_ids:
         counts += np.bincount(np.asarray(ids, np.int64), minlength=len(counts))
+    return commonest_pieces(counts, tokenizer, limit)
+
+
+def commonest_pieces(counts: np.ndarray, tokenizer: Tokenizer, limit: int) -> np.ndarray:
+    """The same by how often each tokenizer id stands in the corpus: counts [tokenizer's size]."""
+    counts = counts.copy()
     counts[sorted(_special_ids(tokenizer))] = 0
     order = np.argsort(-counts, kind="stable")
     return order[: min(limit, int((counts > 0).sum()))].astype(np.int32)

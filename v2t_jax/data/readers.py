@@ -1,0 +1,253 @@
+"""Texts out of the files that people have, one after the other: no file is ever whole in memory.
+
+    wordnet        the packaged corpus
+    NAME.txt       a text a line
+    NAME.jsonl     an object a line with a field "text" (BEIR's corpus.jsonl is one; its title is left out)
+    NAME.tsv       id<TAB>text without a header (MSMARCO's collection.tsv), or a header line that names a column "text"
+                   (DPR's psgs_w100.tsv: id, text, title, quoted as CSV is)
+    NAME.parquet   a column "text"
+    FOLDER, GLOB   the files in it, in the order of their names
+    tfds:NAME:FIELD  a TFDS data set's "train" part; NAME may be the folder of one that is prepared
+
+Text, JSON lines and TSV may be packed by gzip (.txt.gz ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import gzip
+import importlib
+import io
+import itertools
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from v2t_jax.errors import InputError
+
+WORDNET = Path(__file__).parent.parent / "assets" / "wordnet.txt.gz"
+WATCH_TEXTS = 256  # texts between two reports of the position
+TFDS_TEXT_BYTES = 256  # nobody knows how long a TFDS record's text is
+
+Watch = Callable[[int], None]  # is told how many bytes of the source have been read
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to read texts from, more than once if need be."""
+
+    name: str  # as it was given
+    files: tuple[Path, ...]  # what it is made of
+    size: int  # its texts' bytes, more or less
+    read: Callable[[Watch], Iterator[str]]
+
+
+def open_source(source: str) -> Source:
+    """A source by its name, see the module's docstring; nothing is read yet but a TFDS data set's description.
+
+    Raises:
+        InputError: there is no such source, or one can see from outside that it can't be read. `read` raises it for
+            what shows only inside.
+    """
+    if source.startswith("tfds:"):
+        return _open_tfds(source)
+    source = str(WORDNET) if source == "wordnet" else source
+    files = tuple(_files(source))
+    for file in files:
+        if file.stat().st_size == 0:
+            raise InputError(f"{file} is empty: give a file with text in it.")
+    sizes = [file.stat().st_size for file in files]
+
+    def read(watch: Watch) -> Iterator[str]:
+        before = 0
+        for file, size in zip(files, sizes, strict=True):
+            try:
+                raw = file.open("rb")
+            except OSError as error:
+                raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+            with raw:
+                for i, text in enumerate(_reader(file)(raw, file)):
+                    if i % WATCH_TEXTS == 0:
+                        watch(before + raw.tell())
+                    yield text
+            before += size
+            watch(before)
+
+    return Source(source, files, sum(sizes), read)
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        if (path / "made_of.json").is_file():
+            raise InputError(f"{path} is a built data set: give the files that it was built from.")
+        found = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
+        kinds = {file.name.removesuffix(".gz").rpartition(".")[2] for file in found}
+        if not found:
+            raise InputError(f"{path} holds no file ending in {', '.join(_READERS)}: check the path.")
+        if len(kinds) > 1:
+            raise InputError(f"{path} holds files of several kinds ({', '.join(sorted(kinds))}): name one, {path}/*.KIND.")
+        return found
+    if not _reader(path):
+        raise InputError(
+            f"Cannot read {source!r}: use 'wordnet', 'tfds:NAME:FIELD', a folder, or files ending in "
+            f"{', '.join(_READERS)}."
+        )
+    if path.is_file():
+        return [path]
+    found = [Path(file) for file in sorted(glob.glob(str(path))) if os.path.isfile(file)]
+    if not found:
+        raise InputError(f"There is no file {path}: check the path.")
+    return found
+
+
+def _lines(raw: BinaryIO, path: Path) -> Iterator[str]:
+    """Lines that aren't blank, without their ends. A carriage return inside a line is a part of it."""
+    try:
+        packed: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        for line in io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n"):
+            if "\0" in line:
+                raise InputError(f"{path} is not a text file (it holds zero bytes): give UTF-8 text, one a line.")
+            if not line.isspace():
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is not a whole gzip file ({error}): make or download it again.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_lines(raw: BinaryIO, path: Path) -> Iterator[str]:
+    return map(str.strip, _lines(raw, path))
+
+
+def _read_jsonl(raw: BinaryIO, path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(raw, path), 1):
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deep")
+            raise InputError(f"Record {number} of {path} is not JSON ({reason}): give one object a line.") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise InputError(
+                f"Record {number} of {path} has no string field 'text': give lines like {{\"text\": ...}}."
+            )
+        yield _as_text(record["text"], f"Record {number} of {path}")
+
+
+def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
+    lines = _lines(raw, path)
+    first = next(lines, "")
+    header = first.split("\t")
+    named = "text" in header
+    if not named and len(header) != 2:
+        raise InputError(
+            f"{path} begins with a line of {len(header)} columns and no header: give id<TAB>text, or a header line "
+            "with a column named text, such as DPR's id<TAB>text<TAB>title."
+        )
+    if named and len(set(header)) < len(header):
+        raise InputError(f"The header of {path} names a column twice ({', '.join(header)}): rename one.")
+    column = header.index("text") if named else 1
+    rows: Iterator[list[str]]
+    if "title" in header:  # DPR's: written by a CSV library, where MSMARCO's quotation marks are just that
+        rows = csv.reader((f"{line}\n" for line in lines), delimiter="\t")
+    else:
+        rows = (line.split("\t") for line in (lines if named else itertools.chain([first], lines)))
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                raise InputError(
+                    f"Record {number} of {path} has {len(row)} columns, not {len(header)}: mend it or write the file again."
+                )
+            yield row[column].strip()
+    except csv.Error as error:
+        raise InputError(f"Record {number + 1} of {path} is not whole ({error}): is a quotation mark left open?") from error
+
+
+def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[str]:
+    parquet = _import("pyarrow.parquet", "pyarrow", "Parquet files")
+    arrow = _import("pyarrow", "pyarrow", "Parquet files")
+    try:
+        file = parquet.ParquetFile(raw)
+        if "text" not in file.schema_arrow.names:
+            raise InputError(f"{path} has no column 'text' but {file.schema_arrow.names}: rename the one you mean.")
+        for batch in file.iter_batches(columns=["text"]):
+            yield from (_as_text(value, str(path)) for value in batch.column(0).to_pylist() if value is not None)
+    except (arrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable Parquet file ({error}): write it again.") from error
+
+
+_READERS: dict[str, Callable[[BinaryIO, Path], Iterator[str]]] = {
+    ".txt": _read_lines,
+    ".txt.gz": _read_lines,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".tsv": _read_tsv,
+    ".tsv.gz": _read_tsv,
+    ".parquet": _read_parquet,
+}
+
+
+def _reader(path: Path) -> Any:
+    return next((reader for suffix, reader in _READERS.items() if path.name.endswith(suffix)), None)
+
+
+def _open_tfds(source: str) -> Source:
+    name, _, field = source.removeprefix("tfds:").rpartition(":")
+    if not name or not field:
+        raise InputError(
+            f"{source!r} names no data set and field: write tfds:NAME:FIELD, e.g. tfds:ag_news_subset:title."
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # it talks, and stdout may be somebody's JSON
+        tfds = _import("tensorflow_datasets", "tensorflow-datasets", "TFDS sources")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            if os.path.isdir(name):
+                records = tfds.builder_from_directory(name).as_data_source(split="train")
+            else:
+                records = tfds.data_source(name, split="train")
+    except ImportError as error:
+        raise InputError(f"TFDS cannot open {name!r} ({error}): install what it lacks.") from error
+    except (ValueError, OSError, RuntimeError, NotImplementedError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"TFDS cannot open {name!r} ({reason}): prepare it with file_format='array_record'."
+        ) from error
+
+    def read(watch: Watch) -> Iterator[str]:
+        for i in range(len(records)):
+            record = records[i]
+            if field not in record:
+                raise InputError(
+                    f"TFDS data set {name!r} has no field {field!r} but {sorted(record)}: name one of these."
+                )
+            watch((i + 1) * TFDS_TEXT_BYTES)
+            yield _as_text(record[field], source)
+
+    info = getattr(records, "dataset_info", None)
+    files = sorted(Path(info.data_dir).iterdir()) if info else []
+    return Source(source, tuple(files), len(records) * TFDS_TEXT_BYTES, read)
+
+
+def _as_text(value: Any, where: str) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
+    raise InputError(f"{where} holds {type(value).__name__} where text was expected: choose a field of strings.")
+
+
+def _import(module: str, package: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{what} need the package {package} ({error}): pip install {package}.") from error
