@@ -67,7 +67,7 @@ class Batching:
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {self.batch_size}.")
 
-    def plan(self, rng: np.random.Generator, lengths: np.ndarray, lanes: int = 1, spans: bool = True) -> "Plan":
+    def plan(self, rng: np.random.Generator, lengths: np.ndarray, lanes: int = 1, spans: bool = True) -> Plan:
         """Cuts rows to length and sorts them into batches whose rows are about as long as each other.
 
         Args:

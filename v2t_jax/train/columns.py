@@ -84,7 +84,9 @@ def embed_column(
         raise InputError(f"max_length is {max_length}; it must be at least 2: one id and the end.")
     made_by = {"kind": "embeddings", "embedder": _embedder_key(embedder), "max_length": max_length}
     specs: Specs = {name: ("float16", (embedder.width,))}
-    if isinstance(embedder, Embedder) and tokenizer_sha256(embedder.tokenizer) == tokenizer_sha256(vocabulary.tokenizer):
+    if isinstance(embedder, Embedder) and tokenizer_sha256(embedder.tokenizer) == tokenizer_sha256(
+        vocabulary.tokenizer
+    ):
         piece_map = PieceMap.of(embedder)
         room = embedder.config.max_length - len(piece_map.before)
         if max_length > room:
@@ -96,12 +98,12 @@ def embed_column(
         run = OnAllDevices(program, {"embedder": embedder.params, "pieces": vocabulary.pieces}, batch_size)
 
         def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-            (vectors,) = run(_padded(texts, max_length))
+            (vectors,) = run(padded(texts, max_length))
             return {name: vectors}
     else:
 
         def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-            return {name: embedder.embed(vocabulary.decode(_padded(texts, max_length)), batch_size)}
+            return {name: embedder.embed(vocabulary.decode(padded(texts, max_length)), batch_size)}
 
     return _fill(stored, specs, made_by, compute, "embedding texts", share)
 
@@ -140,8 +142,8 @@ def hypothesis_columns(
     stored_pieces = stored.vocabulary(first.vocabulary.tokenizer).pieces
     if not np.array_equal(stored_pieces, first.vocabulary.pieces):
         raise InputError(
-            f"The ids of {stored.folder} are of another vocabulary than {first.name}'s: give a model that was trained on "
-            "this data set."
+            f"The ids of {stored.folder} are of another vocabulary than {first.name}'s: give a model that was trained "
+            "on this data set."
         )
     length = first.config.max_length
     column = None if embeddings is None else stored.column(embeddings)
@@ -165,10 +167,14 @@ def hypothesis_columns(
                 f"The column {embeddings} wasn't made for {first.name}, which takes {length} tokens' embeddings by "
                 f"{victim.name}: make another with 'v2t data embed'."
             )
+    ends = np.cumsum(stored.block_rows)
     programs = [_guessing(model, column is None, batch_size) for model in loaded]
 
     def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-        inputs = _padded(texts, length) if column is None else column.rows(rows).astype(np.float32)
+        if column is None:
+            inputs = padded(texts, length)
+        else:  # a piece is whole blocks
+            inputs = column.read(np.unique(np.searchsorted(ends, rows, side="right"))).astype(np.float32)
         guesses = np.full((len(rows), length), PAD, np.int32)
         vectors = np.zeros((len(rows), victim.width), np.float32)
         for fold, run in enumerate(programs):
@@ -193,8 +199,8 @@ def _check_folds(models: Sequence[str]) -> None:
         if (folds, fold if folds > 1 else i) != (len(models), i):
             trained = f"without fold {fold} of {folds}" if folds > 1 else "on all texts"
             raise InputError(
-                f"{model} was trained {trained} and is model {i} of {len(models)} here: give one model that was trained "
-                "on all texts, or those of all folds in their order (data.folds, data.fold)."
+                f"{model} was trained {trained} and is model {i} of {len(models)} here: give one model that was "
+                "trained on all texts, or those of all folds in their order (data.folds, data.fold)."
             )
 
 
@@ -208,7 +214,7 @@ def _embedder_key(embedder: TextEmbedder) -> dict[str, Any]:
     return key
 
 
-def _padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
+def padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
     """Ids int32 [n, length]: what fits with its end, padded."""
     ids = np.full((len(texts), length), PAD, np.int32)
     for row, text in zip(ids, texts, strict=True):
@@ -220,18 +226,18 @@ def _padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
 
 def _guessing(model: Inverter, on_the_fly: bool, batch_size: int) -> "OnAllDevices":
     """Texts' ids (on the fly) or embeddings -> guesses [n, L], and their embeddings where the embedder shares ids."""
+    guess = functools.partial(greedy_hypotheses, model.config)
     embedder = model.embedder
-    weights = {"inverter": model.params["inverter"], "pieces": model.vocabulary.pieces}
-    shared = isinstance(embedder, Embedder) and not model.bridged
-    if shared:
-        weights["embedder"] = embedder.params
-        embed = functools.partial(embed_pieces, embedder.config, PieceMap.of(embedder))
+    if model.bridged or not isinstance(embedder, Embedder):
+        return OnAllDevices(lambda weights, e: (guess(weights, e),), model.params["inverter"], batch_size)
+    embed = functools.partial(embed_pieces, embedder.config, PieceMap.of(embedder))
 
     def program(weights: Any, given: jax.Array) -> tuple[jax.Array, ...]:
         e = embed(weights["embedder"], weights["pieces"], given) if on_the_fly else given
-        guesses = greedy_hypotheses(model.config, weights["inverter"], e)
-        return (guesses, embed(weights["embedder"], weights["pieces"], guesses)) if shared else (guesses,)
+        guesses = guess(weights["inverter"], e)
+        return guesses, embed(weights["embedder"], weights["pieces"], guesses)
 
+    weights = {"inverter": model.params["inverter"], "embedder": embedder.params, "pieces": model.vocabulary.pieces}
     return OnAllDevices(program, weights, batch_size)
 
 
@@ -258,7 +264,9 @@ class OnAllDevices:
             missing = self._batch_size - len(chosen)
             chosen = np.pad(chosen, [(0, missing), *[(0, 0)] * (rows.ndim - 1)], mode="edge")
             parts.append(self._program(self._weights, jax.device_put(chosen, self._rows)))
-        return tuple(np.concatenate([np.asarray(part) for part in arrays])[: len(rows)] for arrays in zip(*parts))
+        return tuple(
+            np.concatenate([np.asarray(part) for part in arrays])[: len(rows)] for arrays in zip(*parts, strict=True)
+        )
 
 
 def _fill(
@@ -280,8 +288,13 @@ def _fill(
                     file = work / f"{shard:05d}-{piece:05d}.npz"
                     rows = np.arange(first_row[block], first_row[block] + len(texts))
                     if not file.is_file():
+                        arrays = compute(texts, rows)
+                        if not all(np.isfinite(array).all() for array in arrays.values()):
+                            raise InputError(
+                                "The weights give NaN or infinite values; they are damaged: fetch them again."
+                            )
                         buffer = io.BytesIO()
-                        np.savez(buffer, allow_pickle=False, **compute(texts, rows))
+                        np.savez(buffer, allow_pickle=False, **arrays)
                         write_file(file, buffer.getvalue())
                     pieces.append(file)
                     done += len(texts)
