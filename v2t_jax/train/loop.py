@@ -11,6 +11,7 @@ workdir/evaluation.{json,png}          its scores on held-out texts, over correc
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import signal
