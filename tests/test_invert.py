@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from tiny_model import MAX_LENGTH, WIDTH, make_model
 from tiny_run import make_texts
 
 import v2t_jax as v2t
+from v2t_jax.bench.collectives import collectives
+from v2t_jax.config import MeshConfig
 from v2t_jax.errors import InputError
 from v2t_jax.invert import check_vectors, cosines, read_vectors, warn_of_foreign_vectors
 from v2t_jax.pretrained import Inverter
+from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 
 TEXTS = make_texts(9)
 # One shape for nearly all tests: a program is compiled once.
@@ -39,9 +43,21 @@ def vectors(model: Inverter) -> np.ndarray:
 def test_result_does_not_depend_on_the_batch_size(model: Inverter, vectors: np.ndarray) -> None:
     whole = recover(model, vectors, num_steps=2)
     assert len(whole) == len(vectors)
-    for size in (1, 3):
-        found = recover(model, vectors, num_steps=2, batch_size=size)
-        assert [one.text for one in found] == [one.text for one in whole]
+    for count, size in ((1, 1), (9, 3)):  # the second on three devices
+        found = recover(model, vectors[:count], num_steps=2, batch_size=size)
+        assert [one.text for one in found] == [one.text for one in whole][:count]
+
+
+def test_each_device_has_its_share_of_the_vectors(model: Inverter, vectors: np.ndarray) -> None:
+    """16 vectors, 2 a device: each decodes its own. (A CPU's top_k, unlike a TPU's, is not cut: its scores are sent.)"""
+    mesh = make_mesh(MeshConfig())
+    e = jax.device_put(np.resize(vectors, (16, WIDTH)), batch_sharding(mesh))
+    weights = jax.device_put(model.loop_params(), replicated(mesh))
+    loop = model.correction_loop(2)
+    beam, _ = loop._start(weights, e, np.int32(1))
+    assert {shard.data.shape[0] for shard in beam.ids.addressable_shards} == {2}
+    hlo = loop._advance.lower(weights, e, beam, np.int32(0), np.int32(1)).compile().as_text()
+    assert {size for _, size in collectives(hlo, lambda line: "/top_k" not in line)} == {1}  # whether all are done
 
 
 def test_few_texts_share_a_compiled_shape(model: Inverter, vectors: np.ndarray) -> None:

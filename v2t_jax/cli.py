@@ -20,7 +20,6 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
-from v2t_jax.commands.bench import Bench
 from v2t_jax.commands.data import Data
 from v2t_jax.commands.models import Convert, Embedders, Env, Push
 from v2t_jax.commands.recovery import Demo, Embed, Evaluate, Invert
@@ -179,10 +178,30 @@ class _TrainHelp:
         train([])
 
 
+def bench(arguments: list[str]) -> None:
+    """`v2t bench WHAT [options]`: a list of commands of its own, each of which loads JAX."""
+    start_jax()
+    from v2t_jax.commands.bench import COMMANDS as BENCHMARKS
+
+    about = "Measure, and compile for TPUs that aren't here."
+    parsed(
+        lambda: tyro.extras.subcommand_cli_from_dict(BENCHMARKS, args=arguments, prog="v2t bench", description=about)
+    ).run()
+
+
+@dataclass(frozen=True)
+class _BenchHelp:
+    """Measure beside PyTorch, and compile for TPUs that aren't here: v2t bench --help."""
+
+    def run(self) -> None:
+        bench(["--help"])
+
+
 COMMANDS: dict[str, Any] = {
     **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "convert": Convert, "push": Push},
-    **{"data": Data, "demo": Demo, "env": Env, "bench": Bench},
+    **{"data": Data, "demo": Demo, "env": Env},
     "train": _TrainHelp,  # for the list of commands: what comes after `train` is parsed by the recipe's fields
+    "bench": _BenchHelp,
 }
 
 
@@ -228,11 +247,14 @@ def main() -> None:
         if arguments[:1] == ["train"]:
             train(arguments[1:])
             return
+        if arguments[:1] == ["bench"]:
+            bench(arguments[1:])
+            return
         command = parsed(
             lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="v2t", description=__doc__)
         )
         start_jax()
-        if not isinstance(command, Env | Bench):  # the one reports what doesn't work, the other looks for itself
+        if not isinstance(command, Env):  # that reports what doesn't work
             check_devices()
         command.run()
         sys.stdout.flush()

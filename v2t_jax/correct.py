@@ -365,6 +365,7 @@ def correct_in_batches(
     num_steps: int,
     batch_size: int,
     on_progress: Callable[[int, float], None] | None = None,
+    place: Callable[[np.ndarray], Array] = jnp.asarray,
 ) -> Correction:
     """Runs the loop over e in batches that fit memory; the result does not depend on the split.
 
@@ -378,6 +379,7 @@ def correct_in_batches(
         batch_size: rows of a batch; e with fewer rows is one batch of its own size.
         on_progress: called as on_progress(texts done, mean cosine of the current batch) whenever the loop
             reports. A batch at step s of N counts for its share s / N.
+        place: puts a batch where the weights are; with its rows cut over several devices, each does its part.
 
     Returns:
         One Correction for all rows; steps_run is the largest of any batch.
@@ -400,7 +402,7 @@ def correct_in_batches(
             if on_progress is not None:
                 on_progress(first + rows * step // max(num_steps, 1), cosine)
 
-        parts.append(loop(params, batch, num_steps, on_step))
+        parts.append(loop(params, place(batch), num_steps, on_step))
         if on_progress is not None:
             on_progress(first + rows, float(parts[-1].cosine[:rows].mean()))
     *arrays, steps_run = zip(*parts, strict=True)

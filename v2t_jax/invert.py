@@ -1,5 +1,6 @@
 """Vectors or texts in, texts out: the public functions around a loaded `Inverter`."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,16 +9,19 @@ from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax import progress
 from v2t_jax.arrays import as_numpy
 from v2t_jax.bridge import host_errors
+from v2t_jax.config import MeshConfig
 from v2t_jax.correct import check_num_steps, correct_in_batches
 from v2t_jax.errors import InputError, check_texts
 from v2t_jax.models.embedder import embed_texts
 from v2t_jax.pretrained import Inverter
+from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 
 BATCH_SIZE = 32
 # Mean squared distance of vectors from the training's mean, in its own variance: 1 at home (0.84 to 1.17 for single
@@ -182,7 +186,8 @@ def invert_embeddings(
         sequence_beam_width: W, hypotheses kept between steps.
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
         patience: stop a vector after so many steps without improvement; 0 doesn't.
-        batch_size: vectors at a time, by default 32, or fewer for beams wider than 5; the result doesn't depend on it.
+        batch_size: vectors at a time on a device, by default 32, or fewer for beams wider than 5; what is more goes to
+            other devices of this process at the same time. The result doesn't depend on it.
 
     Raises:
         InputError: see `check_vectors`; a setting is out of range; or num_steps > 0 and the model has no corrector.
@@ -201,6 +206,13 @@ def invert_embeddings(
     most = batch_size or max(1, min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2))
     whole = -(-len(e) // BATCH_SIZE) * BATCH_SIZE
     size = min(most, next((size for size in BATCH_SIZES if len(e) <= size), whole))
+    weights, place = inverter.loop_params(), jnp.asarray
+    # Where hypotheses reach the embedder over the host, one device does all.
+    devices = [] if inverter.host_bound else jax.local_devices()[: len(e) // size]
+    if len(devices) > 1:
+        mesh = make_mesh(MeshConfig(), devices)
+        weights = jax.device_put(weights, replicated(mesh))
+        place, size = functools.partial(jax.device_put, device=batch_sharding(mesh)), size * len(devices)
     filled = np.concatenate([e, np.repeat(e[-1:], max(size - len(e), 0), axis=0)])
     with (
         progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
@@ -217,7 +229,7 @@ def invert_embeddings(
             update(min(done, len(e)), cosine=round(cosine, 4))
 
         with host_errors():
-            found = correct_in_batches(loop, inverter.loop_params(), filled, num_steps, size, on_progress)
+            found = correct_in_batches(loop, weights, filled, num_steps, size, on_progress, place)
     trace_ids = found.trace_ids[: len(e)]
     # What is reported is embedded anew from its text, by the victim's own tokenizer: a sequence of pieces that the
     # tokenizer would never make of the text can't flatter.

@@ -75,6 +75,11 @@ class Inverter:
     def has_corrector(self) -> bool:
         return "corrector" in self.params
 
+    @property
+    def host_bound(self) -> bool:
+        """Whether the correction loop leaves the device to embed its hypotheses."""
+        return self.bridged or not isinstance(self.embedder, Embedder)
+
     def loop_params(self) -> dict[str, Any]:
         """The weights that a correction loop's programs take as arguments."""
         networks: dict[str, Any] = {

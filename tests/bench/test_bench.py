@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import v2t_jax
-from v2t_jax import bench
+from v2t_jax import cli
 from v2t_jax.bench import Comparison, Turn, decode, take_turns, train
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.errors import InputError
@@ -56,14 +56,13 @@ class NoTorch:
             raise ModuleNotFoundError("No module named 'torch'", name=name)
 
 
-@pytest.mark.parametrize("main", [decode.main, train.main])
-def test_without_torch_one_sentence_says_how_to_get_it(main, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("command", ["decode", "train"])
+def test_without_torch_one_sentence_says_how_to_get_it(command, monkeypatch, capsys) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(sys, "meta_path", [NoTorch(), *sys.meta_path])
-    monkeypatch.setattr(sys, "argv", ["bench"])
-    monkeypatch.setattr(bench, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["v2t", "bench", command])
     with pytest.raises(SystemExit) as exit_:
-        bench.run_script(main)
+        cli.main()
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "pip install torch" in error

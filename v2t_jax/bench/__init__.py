@@ -1,4 +1,4 @@
-"""Speed beside PyTorch: `python -m v2t_jax.bench.decode` and `python -m v2t_jax.bench.train`.
+"""Speed beside PyTorch: `v2t bench decode` and `v2t bench train`.
 
 Both sides hold the same random float32 weights, do the same work (which is checked), use the same cores and take turns
 in one process, so that whatever else the machine is doing slows both. Importing these modules doesn't import torch:
@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from v2t_jax.compile_cache import enable_compilation_cache
 from v2t_jax.config import T5_SIZES, T5Config
 from v2t_jax.errors import InputError
 
@@ -148,13 +146,3 @@ def report(comparisons: list[Comparison], as_json: bool) -> None:
             f"speed-up {c.speedup:.2f}x (median of {len(c.ours)} turns); "
             f"processor time {r['ours_cpu_seconds']:.2f} s and {r['torch_cpu_seconds']:.2f} s"
         )
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a benchmark's `main`; a mistake of the user's ends in one sentence and exit status 2."""
-    enable_compilation_cache()
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None

@@ -186,7 +186,7 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, PieceMap]:
     encoder = dataclasses.replace(encoder, dtype=config.embedder_dtype)
     if isinstance(encoder, T5Config):
         encoder = dataclasses.replace(encoder, dropout_rate=0.0)
-    layers: tuple[Activation, ...] = ("identity",) * dense
+    layers: tuple[Activation, ...] = tuple("identity" for _ in range(dense))
     sizes = EmbedderConfig(encoder, dense=layers, normalise=normalise, width=int(dimensions or width))
     return sizes, PieceMap(() if isinstance(encoder, T5Config) else (0,), 1)
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of a T5 beside transformers' `generate`: python -m v2t_jax.bench.decode --help
+"""Greedy decoding of a T5 beside transformers' `generate`: v2t bench decode
 
 A turn is a whole call: encoder, cross-attention keys and every token. The ends of sequence are banned on both sides,
 so that both make exactly `num_tokens` tokens a row, and both must make the same ones.
@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from v2t_jax.bench import T5_BASE, Comparison, load_torch, report, run_script, take_turns, to_numpy, torch_t5
+from v2t_jax.bench import T5_BASE, Comparison, load_torch, report, take_turns, to_numpy, torch_t5
 from v2t_jax.config import T5Config
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
@@ -38,6 +37,9 @@ class Decode:
     """turns of each side"""
     json: bool = False
     """print one JSON document and nothing else"""
+
+    def run(self) -> None:
+        report(compare(self), self.json)
 
 
 def generate(config: T5Config, params: Params, ids: jax.Array, num_tokens: int) -> jax.Array:
@@ -95,12 +97,3 @@ def compare(options: Decode, config: T5Config = T5_BASE) -> list[Comparison]:
         name = f"greedy decoding of {options.num_tokens} tokens, batch {batch_size}"
         results.append(take_turns(name, ours, theirs, options.repeats))
     return results
-
-
-def main() -> None:
-    options = tyro.cli(Decode, prog="python -m v2t_jax.bench.decode")
-    report(compare(options), options.json)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,4 +1,4 @@
-"""An inverter's train step beside the same network in PyTorch: python -m v2t_jax.bench.train --help
+"""An inverter's train step beside the same network in PyTorch: v2t bench train
 
 A turn is one step: forward, backward, clipping of the gradient's norm, AdamW. Dropout is off, because the two sides
 could not drop the same units; the losses of the first two steps must agree, so the first update is checked too.
@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from v2t_jax.bench import T5_SMALL, Comparison, load_torch, report, run_script, take_turns, to_numpy, torch_t5
+from v2t_jax.bench import T5_SMALL, Comparison, load_torch, report, take_turns, to_numpy, torch_t5
 from v2t_jax.config import ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import t5_from_huggingface
@@ -39,6 +38,9 @@ class Train:
     """turns of each side"""
     json: bool = False
     """print one JSON document and nothing else"""
+
+    def run(self) -> None:
+        report([compare(self)], self.json)
 
 
 def torch_projection(config: ModelConfig) -> Any:
@@ -140,12 +142,3 @@ def compare(options: Train, t5: T5Config = T5_SMALL) -> Comparison:
         assert abs(mine - reference) < LOSS_TOLERANCE, f"step {step}: our loss is {mine}, torch's {reference}"
     name = f"inverter train step, batch {options.batch_size} x {config.max_length} tokens"
     return take_turns(name, ours, theirs, options.repeats)
-
-
-def main() -> None:
-    options = tyro.cli(Train, prog="python -m v2t_jax.bench.train")
-    report([compare(options)], options.json)
-
-
-if __name__ == "__main__":
-    run_script(main)

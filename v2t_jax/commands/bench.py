@@ -1,10 +1,15 @@
-"""Commands about speed: beside PyTorch, and on TPUs that aren't here."""
+"""The commands of `v2t bench`: beside PyTorch, and for TPUs that aren't here."""
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Any
 
-import tyro
+import jax
+
+from v2t_jax.bench import aot
+from v2t_jax.bench.decode import Decode
+from v2t_jax.bench.train import Train
+from v2t_jax.config import load_recipe
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Aot:
     """v4, v5e, v5p or v6e, and a slice's shape, such as v5e:4x4 or v4:2x2x4"""
     slices: int = 1
     """slices of that shape, joined by the data-centre network"""
-    programs: tuple[Literal["train", "hypotheses", "correct"], ...] = ("train", "hypotheses", "correct")
+    programs: tuple[aot.Program, ...] = ("train", "hypotheses", "correct")
     """what to compile: the stages' training steps, greedy hypotheses, a step of the correction loop"""
     sequence_beam_width: int = 4
     """of the correction loop"""
@@ -25,11 +30,6 @@ class Aot:
     """print one JSON document and nothing else"""
 
     def run(self) -> None:
-        import jax
-
-        from v2t_jax.bench import aot
-        from v2t_jax.config import load_recipe
-
         jax.config.update("jax_platforms", "cpu")  # nothing runs here, least of all on a TPU that someone else may use
         config, topology = load_recipe(self.config), aot.Topology(self.topology, self.slices)
         reports = []
@@ -44,11 +44,4 @@ class Aot:
             )
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Measure: aot (compile for TPUs)."""
-
-    command: Annotated[Aot, tyro.conf.subcommand("aot")]
-
-    def run(self) -> None:
-        self.command.run()
+COMMANDS: dict[str, Any] = {"aot": Aot, "decode": Decode, "train": Train}
