@@ -29,12 +29,12 @@ def recorded(config: Config, workdir: Path, stop_at: int = 0, stop_process: int 
     def recording(*args):
         step_fn, shardings = shard(*args)
 
-        def step(state, frozen, ids):
+        def step(state, frozen, batch):
             if stop_at and int(state.step) + 1 == stop_at and jax.process_index() == stop_process:
                 os.kill(os.getpid(), signal.SIGTERM)
             steps.append(int(state.step) + 1)
-            batches.append(distributed.fetch(ids))
-            state, metrics = step_fn(state, frozen, ids)
+            batches.append(distributed.fetch(batch.ids))
+            state, metrics = step_fn(state, frozen, batch)
             losses.append(np.asarray(metrics.loss))
             return state, metrics
 

@@ -19,7 +19,7 @@ from v2t_jax.models import bert
 from v2t_jax.models.embedder import EmbedderConfig, PieceMap
 from v2t_jax.sharding import OnMesh, make_mesh
 from v2t_jax.train.optim import make_optimizer
-from v2t_jax.train.step import NETWORKS, Frozen, TrainState, frozen_shardings, make_loss, make_step, shard_step
+from v2t_jax.train.step import NETWORKS, Batch, Frozen, TrainState, frozen_shardings, make_loss, make_step, shard_step
 
 VOCAB, ROWS, LENGTH = 88, 16, 8
 MODEL = ModelConfig(
@@ -59,7 +59,7 @@ def train_step(stage: str, config: MeshConfig) -> str:
     frozen = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, frozen_shardings(mesh, frozen)
     )
-    return program.lower(state, frozen, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)).compile().as_text()
+    return program.lower(state, frozen, Batch(jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32))).compile().as_text()
 
 
 def control() -> str:

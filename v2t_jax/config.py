@@ -167,6 +167,14 @@ class DataConfig:
     """source whose held-out split is evaluated on"""
     vocabulary_size: int = 0
     """commonest word-pieces of the sources to keep; 0 keeps the embedder's whole vocabulary"""
+    embeddings: str = ""
+    """column of a built data set with the texts' embeddings (v2t data embed); empty makes them on the fly"""
+    hypotheses: str = ""
+    """column with what the corrector is to correct (v2t data hypotheses); empty makes it on the fly"""
+    folds: int = 1
+    """with 2 or more, a built data set's texts are K parts, of which `fold` is left out; for hypotheses out of fold"""
+    fold: int = 0
+    """the part that is left out"""
     span_share: float = 0.0
     """share of texts cut to a random contiguous span, for variety"""
     bucket_lengths: tuple[int, ...] = ()
@@ -179,6 +187,7 @@ class DataConfig:
             "data.weights must hold one finite number, 0 or more, for each of data.sources.",
         )
         _require(0 <= self.span_share <= 1, "data.span_share must lie between 0 and 1.")
+        _require(0 <= self.fold < self.folds, f"There is no fold {self.fold} of {self.folds}: data.fold counts from 0.")
         _require(self.vocabulary_size >= 0, "data.vocabulary_size must not be negative; 0 keeps all.")
 
 
@@ -286,6 +295,10 @@ class Config:
         _require(
             not self.partial_hypotheses or rows % 2 == 0,
             f"partial_hypotheses needs an even number of rows in the corrector's (micro-)batches, not {rows}.",
+        )
+        _require(
+            not (self.partial_hypotheses and self.data.hypotheses),
+            "partial_hypotheses are made on the fly: leave it off, or data.hypotheses empty.",
         )
         _require(self.initial_embedding_std > 0, "initial_embedding_std must be above 0.")
         _require(

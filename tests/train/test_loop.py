@@ -155,8 +155,8 @@ def test_nan_stops_and_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, 
     def breaking(*args):
         step_fn = original(*args)
 
-        def step(state, frozen, ids):
-            after, metrics = step_fn(state, frozen, ids)
+        def step(state, frozen, batch):
+            after, metrics = step_fn(state, frozen, batch)
             bad = jnp.where(state.step >= 6, jnp.nan, getattr(metrics, field))
             return after, metrics._replace(**{field: bad})
 

@@ -17,6 +17,7 @@ from v2t_jax.models import corrector, inverter
 from v2t_jax.models.embedder import PieceMap, embed_pieces
 from v2t_jax.sharding import make_mesh, replicated
 from v2t_jax.train.step import (
+    Batch,
     Frozen,
     TrainState,
     cross_entropy,
@@ -115,8 +116,8 @@ def test_cross_entropy_by_hand():
 def test_padding_does_not_count(stage, embedder, ids, frozen):
     loss_fn = jax.jit(loss_of(stage, embedder))
     params = new_state(stage, optax.sgd(0.1)).params
-    loss, (correct, tokens) = loss_fn(params, frozen, ids, None)
-    wide, (wide_correct, wide_tokens) = loss_fn(params, frozen, np.pad(ids, ((0, 0), (0, 5))), None)
+    loss, (correct, tokens) = loss_fn(params, frozen, Batch(ids), None)
+    wide, (wide_correct, wide_tokens) = loss_fn(params, frozen, Batch(np.pad(ids, ((0, 0), (0, 5)))), None)
     assert float(tokens) == float(wide_tokens) == (ids != 0).sum()
     assert float(correct) == float(wide_correct)
     assert float(loss) == pytest.approx(float(wide), rel=1e-6)
@@ -126,7 +127,7 @@ def test_padding_does_not_count(stage, embedder, ids, frozen):
 def test_accumulating_changes_nothing(stage, embedder, ids, frozen):
     optimizer, loss_fn = optax.sgd(0.1), loss_of(stage, embedder)
     whole, parts = (
-        jax.jit(make_step(loss_fn, optimizer, n, 0))(new_state(stage, optimizer), frozen, ids) for n in (1, 4)
+        jax.jit(make_step(loss_fn, optimizer, n, 0))(new_state(stage, optimizer), frozen, Batch(ids)) for n in (1, 4)
     )
     for one, four in zip(whole[1], parts[1], strict=True):
         assert float(one) == pytest.approx(float(four), rel=1e-5)
@@ -135,7 +136,7 @@ def test_accumulating_changes_nothing(stage, embedder, ids, frozen):
 
 def test_statistics_and_frozen_weights_get_no_gradient(embedder, ids, frozen):
     params = new_state("corrector", optax.sgd(0.1)).params
-    loss_fn = lambda p, f: loss_of("corrector", embedder)(p, f, jnp.asarray(ids), None)[0]  # noqa: E731
+    loss_fn = lambda p, f: loss_of("corrector", embedder)(p, f, Batch(jnp.asarray(ids)), None)[0]  # noqa: E731
     grads, frozen_grads = jax.jit(jax.grad(loss_fn, argnums=(0, 1), allow_int=True))(params, frozen)
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads["statistics"]))
     floats = [g for g in jax.tree.leaves(frozen_grads) if g.dtype == jnp.float32]
@@ -155,7 +156,7 @@ def run_on(devices, shape, stage, embedder, ids, frozen):
     state, frozen = jax.device_put(state, shardings), jax.device_put(frozen, replicated(mesh))
     losses = []
     for _ in range(5):
-        state, metrics = step(state, frozen, ids)
+        state, metrics = step(state, frozen, Batch(ids))
         losses.append(float(metrics.loss))
     return losses, state
 

@@ -38,6 +38,7 @@ from v2t_jax.sharding import OnMesh, make_mesh, param_specs, replicated, state_s
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
     NETWORKS,
+    Batch,
     Frozen,
     TrainState,
     frozen_shardings,
@@ -262,8 +263,8 @@ class _Recipe:
 
         step, shardings = shard_step(step_of(self.model), self.mesh, state, stage)
         state_here, frozen_here = _shapes(state, shardings), _shapes(frozen, frozen_shardings(self.mesh, frozen))
-        ids = self._rows(rows, length)
-        local = jax.ShapeDtypeStruct((rows // shards, length), jnp.int32)
+        batch = Batch(self._rows(rows, length))
+        local = Batch(jax.ShapeDtypeStruct((rows // shards, length), jnp.int32))
         once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
         run, needed = (
             work(jax.make_jaxpr(step_of(model))(state, frozen, local).jaxpr, length).times(1 / cut)
@@ -277,20 +278,20 @@ class _Recipe:
             "frozen": _bytes_a_chip(frozen_here),
             "activations": self._kept(stage, params, frozen, rows // shards // accumulate) // cut,
         }
-        arguments = (state_here, frozen_here, ids)
+        arguments = (state_here, frozen_here, batch)
         return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, moved)
 
     def _kept(self, stage: Stage, params: Any, frozen: Frozen, rows: int) -> int:
         """Bytes that the forward pass of `rows` texts leaves for the backward pass: arrays that have those rows."""
         loss = make_loss(stage, self.model, self.embedder, self.piece_map)
 
-        def kept(params: Any, frozen: Frozen, ids: jax.Array, key: jax.Array) -> Any:
-            return jax.tree.leaves(jax.vjp(lambda p: loss(p, frozen, ids, key)[0], params)[1])
+        def kept(params: Any, frozen: Frozen, batch: Batch, key: jax.Array) -> Any:
+            return jax.tree.leaves(jax.vjp(lambda p: loss(p, frozen, batch, key)[0], params)[1])
 
         # Rows that no other axis has, so that they can be told apart; then scaled.
         marked = 997
-        ids = jax.ShapeDtypeStruct((marked, self.model.max_length), jnp.int32)
-        left = jax.eval_shape(kept, params, frozen, ids, self._key)
+        batch = Batch(jax.ShapeDtypeStruct((marked, self.model.max_length), jnp.int32))
+        left = jax.eval_shape(kept, params, frozen, batch, self._key)
         return sum(nbytes(x) for x in left if marked in x.shape) * rows // marked
 
     def hypotheses(self) -> Report:

@@ -1,4 +1,4 @@
-"""How fast a built data set becomes batches on the device: python -m v2t_jax.bench.data --help
+"""How fast a built data set becomes batches on the device: v2t bench data
 
 WordNet's texts, over and over with a number in front, are built into a data set by `v2t data build`'s own code; then
 every batch is read through `StoredBatches`, put on the device and waited for. The files may be in the operating
@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-from v2t_jax.bench import num_cores, run_script
+from v2t_jax.bench import num_cores
 from v2t_jax.data.blocks import ColumnWriter, StoredTexts
 from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.data.pipeline import Batching
@@ -25,7 +24,6 @@ from v2t_jax.data.readers import open_source
 from v2t_jax.data.stored import StoredBatches
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import load_tokenizer
-from v2t_jax.progress import enable
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,25 @@ class Data:
     """where the data set is built, or lies since the last time; by default in a folder that is removed"""
     json: bool = False
     """print one JSON document and nothing else"""
+
+    def run(self) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(self.folder or temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            report = timed(self, folder)
+        if self.json:
+            print(json.dumps(report))
+            return
+        print(
+            f"{report['cores']} cores, {report['texts']:,} texts, batches of {report['batch_size']} x "
+            f"{report['max_length']} tokens at most; built at {report['build_texts_per_second']:,} texts/s"
+        )
+        for result in report["results"]:
+            what = f"with float16 vectors of {report['vector_width']}" if result["columns"] else "without vectors"
+            print(
+                f"{what}: {result['examples_per_second']:,} examples/s from disk to device "
+                f"({result['examples']:,} in {result['seconds']} s), padding {result['padding_share']:.1%}"
+            )
 
 
 def write_texts(file: Path, count: int) -> None:
@@ -95,7 +112,7 @@ def measure(stored: StoredTexts, batching: Batching, steps: int, columns: tuple[
     }
 
 
-def run(options: Data, folder: Path) -> dict[str, Any]:
+def timed(options: Data, folder: Path) -> dict[str, Any]:
     """Builds (or finds) the data set and times it.
 
     Raises:
@@ -126,29 +143,3 @@ def run(options: Data, folder: Path) -> dict[str, Any]:
         "vector_width": options.vector_width,
         "results": results,
     }
-
-
-def main() -> None:
-    options = tyro.cli(Data, prog="python -m v2t_jax.bench.data")
-    enable()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.folder or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        report = run(options, folder)
-    if options.json:
-        print(json.dumps(report))
-        return
-    print(
-        f"{report['cores']} cores, {report['texts']:,} texts, batches of {report['batch_size']} x "
-        f"{report['max_length']} tokens at most; built at {report['build_texts_per_second']:,} texts/s"
-    )
-    for result in report["results"]:
-        what = f"with float16 vectors of {report['vector_width']}" if result["columns"] else "without vectors"
-        print(
-            f"{what}: {result['examples_per_second']:,} examples/s from disk to device "
-            f"({result['examples']:,} in {result['seconds']} s), padding {result['padding_share']:.1%}"
-        )
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from v2t_jax.bench import aot
+from v2t_jax.bench.data import Data
 from v2t_jax.bench.decode import Decode
 from v2t_jax.bench.train import Train
 from v2t_jax.config import load_recipe
@@ -44,4 +45,4 @@ class Aot:
             )
 
 
-COMMANDS: dict[str, Any] = {"aot": Aot, "decode": Decode, "train": Train}
+COMMANDS: dict[str, Any] = {"aot": Aot, "data": Data, "decode": Decode, "train": Train}

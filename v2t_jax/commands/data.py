@@ -2,12 +2,14 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from v2t_jax.commands.recovery import open_embedder
+from v2t_jax.config import ApiConfig
 from v2t_jax.errors import InputError
 
 
@@ -74,6 +76,91 @@ class Build:
 
 
 @dataclass(frozen=True)
+class EmbedColumn:
+    """Embed a built data set's texts once, as a column that recipes name as data.embeddings; run again, it goes on."""
+
+    folder: tyro.conf.Positional[str]
+    """the data set, by v2t data build"""
+    name: str
+    """of the column"""
+    max_length: int
+    """the recipe's model.max_length: of longer texts, the beginnings are embedded"""
+    embedder: str = "all-MiniLM-L6-v2"
+    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL"""
+    tokenizer: str | None = None
+    """the tokenizer.json that the data set was built with, if it is not the embedder's own"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the arithmetic, as the recipe's embedder_dtype"""
+    batch_size: int = 256
+    """texts at a time, or in one request"""
+    host_index: int = 0
+    """which of the hosts this is, from 0"""
+    host_count: int = 1
+    """hosts that run this command, at the same time or one after the other"""
+    api: ApiConfig = field(default_factory=ApiConfig)
+
+    def run(self) -> None:
+        from v2t_jax.data.blocks import StoredTexts
+        from v2t_jax.data.tokenize import read_tokenizer
+        from v2t_jax.interop.sentence_transformers import load_embedder
+        from v2t_jax.train.columns import Share, embed_column
+
+        stored, share = StoredTexts(Path(os.path.expanduser(self.folder))), Share(self.host_index, self.host_count)
+        embedder = open_embedder(self.embedder, self.api)
+        if isinstance(embedder, str):
+            embedder = load_embedder(embedder, self.dtype)
+        elif self.tokenizer is None:
+            raise InputError("An endpoint has no tokenizer here: give --tokenizer, which the data set was built with.")
+        tokenizer = embedder.tokenizer if self.tokenizer is None else read_tokenizer(Path(self.tokenizer))
+        options: dict[str, Any] = {"max_length": self.max_length, "batch_size": self.batch_size, "share": share}
+        done = embed_column(stored, self.name, embedder, stored.vocabulary(tokenizer), **options)
+        _say(done, f'in a recipe: DataConfig(..., embeddings="{self.name}")')
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """Have inverters guess a built data set's texts once, as columns that recipes name as data.hypotheses."""
+
+    folder: tyro.conf.Positional[str]
+    """the data set, by v2t data build"""
+    name: str
+    """of the column; that of the guesses' embeddings is NAME.embedding"""
+    model: tuple[str, ...]
+    """a model that was trained on this data set; or one for each fold, in their order: each guesses the texts that it
+    was trained without"""
+    embedder: str | None = None
+    """where the models' embedder lies, if not where it did; or an endpoint's base URL"""
+    embeddings: str | None = None
+    """column to read the texts' embeddings from; by default they are made on the fly"""
+    batch_size: int = 256
+    """texts at a time"""
+    host_index: int = 0
+    """which of the hosts this is, from 0"""
+    host_count: int = 1
+    """hosts that run this command, at the same time or one after the other"""
+    api: ApiConfig = field(default_factory=ApiConfig)
+
+    def run(self) -> None:
+        from v2t_jax.data.blocks import StoredTexts
+        from v2t_jax.train.columns import Share, hypothesis_columns
+
+        done = hypothesis_columns(
+            StoredTexts(Path(os.path.expanduser(self.folder))),
+            self.name,
+            self.model,
+            open_embedder(self.embedder, self.api),
+            embeddings=self.embeddings,
+            batch_size=self.batch_size,
+            share=Share(self.host_index, self.host_count),
+        )
+        _say(done, f'in a recipe: DataConfig(..., hypotheses="{self.name}")')
+
+
+def _say(done: bool, how: str) -> None:
+    print(f"The column is finished; {how}" if done else "This host's part is done; the others' isn't yet.")
+
+
+@dataclass(frozen=True)
 class Tfds:
     """Write a source as a TFDS data set (ArrayRecord, a field "text"), for programs that read those."""
 
@@ -93,10 +180,12 @@ class Tfds:
 
 @dataclass(frozen=True)
 class Data:
-    """Data sets at scale: build, tfds."""
+    """Data sets at scale: build, embed, hypotheses, tfds."""
 
     command: Annotated[
         Annotated[Build, tyro.conf.subcommand("build", prefix_name=False)]
+        | Annotated[EmbedColumn, tyro.conf.subcommand("embed", prefix_name=False)]
+        | Annotated[Hypotheses, tyro.conf.subcommand("hypotheses", prefix_name=False)]
         | Annotated[Tfds, tyro.conf.subcommand("tfds", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]

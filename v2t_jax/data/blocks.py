@@ -109,6 +109,11 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(Vocabulary.full(tokenizer).tokenizer.to_str().encode()).hexdigest()
 
 
+def fold_of(blocks: np.ndarray, folds: int) -> np.ndarray:
+    """Which of K folds blocks belong to. Builds shuffle, so a block's texts have nothing in common."""
+    return blocks % folds
+
+
 class Records:
     """Blocks of all shards, numbered through, from one family of files.
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from v2t_jax.data.blocks import LENGTH_DTYPE, StoredTexts
+from v2t_jax.data.blocks import LENGTH_DTYPE, StoredTexts, fold_of
 from v2t_jax.data.pipeline import WHOLE, Batching, Plan, fill, steps_per_epoch
 from v2t_jax.errors import InputError
 
@@ -59,12 +59,15 @@ class StoredBatches:
         batching: how its texts become batches.
         columns: what else to read of each text, by the names of `stored`'s columns. They belong to the beginnings of
             texts, so there are no random spans with them.
+        folds, fold: with 2 folds or more, the texts of this one (`blocks.fold_of`) are left out.
 
     Raises:
         InputError: fewer texts than one batch, a column that is missing or doesn't fit; in reading, damaged files.
     """
 
-    def __init__(self, stored: StoredTexts, batching: Batching, columns: Sequence[str] = ()):
+    def __init__(
+        self, stored: StoredTexts, batching: Batching, columns: Sequence[str] = (), folds: int = 1, fold: int = 0
+    ):
         self.batching = batching
         self._stored = stored
         self._columns = [stored.column(name) for name in columns]
@@ -77,7 +80,10 @@ class StoredBatches:
                     f"{column.name} was made for texts of {made_for} tokens, not {batching.max_length}: make it again, "
                     f"or set model.max_length={made_for}."
                 )
-        self.steps_per_epoch = steps_per_epoch(int(stored.block_rows.sum()), batching.batch_size)
+        self._blocks_used = np.arange(len(stored.block_rows))
+        if folds > 1:
+            self._blocks_used = self._blocks_used[fold_of(self._blocks_used, folds) != fold]
+        self.steps_per_epoch = steps_per_epoch(int(stored.block_rows[self._blocks_used].sum()), batching.batch_size)
         self._lanes = math.gcd(batching.batch_size, LANES)
         self._window_steps = max(1, WINDOW_ROWS // batching.batch_size)
         self._lock = threading.Lock()
@@ -149,7 +155,7 @@ class StoredBatches:
     def _blocks(self, epoch: int, window: int, first: int, last: int) -> tuple[np.ndarray, slice]:
         """The blocks in which rows `first` to `last` of a window lie, and where in them."""
         if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng((self.batching.seed, epoch)).permutation(len(self._stored.block_rows))
+            order = np.random.default_rng((self.batching.seed, epoch)).permutation(self._blocks_used)
             self._epoch = epoch, order, np.cumsum(self._stored.block_rows[order])
         _, order, ends = self._epoch
         begin = window * self._window_steps * self.batching.batch_size

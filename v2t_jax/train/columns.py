@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
-from v2t_jax.data.blocks import ColumnWriter, StoredTexts, tokenizer_sha256, write_file
+from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, tokenizer_sha256, write_file
 from v2t_jax.data.tokenize import EOS, PAD, Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import sha256_of
@@ -155,9 +155,10 @@ def hypothesis_columns(
         )
     made_by: dict[str, Any] = {
         "kind": "hypotheses",
+        "max_length": length,
         "inverters": [sha256_of([locate_model(model) / "inverter.safetensors"]) for model in models],
         "embedder": _embedder_key(victim),
-        "decoding": {"method": "greedy", "max_length": length, "dtype": first.config.t5.dtype},
+        "decoding": {"method": "greedy", "dtype": first.config.t5.dtype},
         "of": "on the fly" if column is None else column.made_by,
     }
     if column is not None:
@@ -171,14 +172,13 @@ def hypothesis_columns(
     programs = [_guessing(model, column is None, batch_size) for model in loaded]
 
     def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-        if column is None:
-            inputs = padded(texts, length)
-        else:  # a piece is whole blocks
-            inputs = column.read(np.unique(np.searchsorted(ends, rows, side="right"))).astype(np.float32)
+        blocks = np.searchsorted(ends, rows, side="right")
+        # A piece is whole blocks.
+        inputs = padded(texts, length) if column is None else column.read(np.unique(blocks)).astype(np.float32)
         guesses = np.full((len(rows), length), PAD, np.int32)
         vectors = np.zeros((len(rows), victim.width), np.float32)
         for fold, run in enumerate(programs):
-            chosen = rows % len(programs) == fold
+            chosen = fold_of(blocks, len(programs)) == fold
             if not chosen.any():
                 continue
             guesses[chosen], *made = run(inputs[chosen])
@@ -202,6 +202,19 @@ def _check_folds(models: Sequence[str]) -> None:
                 f"{model} was trained {trained} and is model {i} of {len(models)} here: give one model that was "
                 "trained on all texts, or those of all folds in their order (data.folds, data.fold)."
             )
+
+
+def check_column(column: Column, embedder: TextEmbedder) -> None:
+    """Holds who made a column against the embedder of a recipe.
+
+    Raises:
+        InputError: it is another one's.
+    """
+    if column.made_by.get("embedder") != _embedder_key(embedder):
+        raise InputError(
+            f"The column {column.name} was made with another embedder than {embedder.name}, or another setting of it: "
+            "name the one it was made with, or make the column again."
+        )
 
 
 def _embedder_key(embedder: TextEmbedder) -> dict[str, Any]:

@@ -27,6 +27,8 @@ import numpy as np
 
 from v2t_jax import distributed, progress
 from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, to_dict
+from v2t_jax.data.blocks import StoredTexts
+from v2t_jax.data.stored import StoredBatches
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.eval.card import model_card
@@ -41,9 +43,11 @@ from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import CARD_HEAD, Inverter, check_length, load, locate_model, norm_statistics
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
+from v2t_jax.train.columns import EMBEDDING, check_column
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
     NETWORKS,
+    Batch,
     Frozen,
     Metrics,
     TrainState,
@@ -85,6 +89,19 @@ class Setup:
     initial_t5: Params | None  # that both networks start from
 
     @property
+    def stored(self) -> StoredTexts:
+        """The built data set that `data.sources` names.
+
+        Raises:
+            InputError: it names other sources.
+        """
+        if not isinstance(self.stores, StoredTexts):
+            raise InputError(
+                "data.embeddings and data.hypotheses need a built data set in data.sources: v2t data build."
+            )
+        return self.stores
+
+    @property
     def pieces(self) -> jax.Array:
         return jnp.asarray(self.vocabulary.pieces)
 
@@ -94,6 +111,11 @@ class Setup:
             "embedder": self.embedder.weights_sha256,
             "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
             "tokens": tokens_sha256(self.stores),
+            **{
+                f"column {name}": hashlib.sha256(json.dumps(self.stored.column(name).made_by).encode()).hexdigest()
+                for stage in self.config.stages
+                for name in column_names(self.config, stage).values()
+            },
             **(
                 {"initial_inverter": sha256_of([locate_model(self.config.initial_inverter) / "inverter.safetensors"])}
                 if self.config.initial_inverter
@@ -226,6 +248,14 @@ def pretrained_t5(config: Config, vocabulary: Vocabulary) -> tuple[T5Config, Par
     return dataclasses.replace(loaded, **kept), params
 
 
+def column_names(config: Config, stage: Stage) -> dict[str, str]:
+    """The data set's columns that a stage reads, by the batch's field that each fills."""
+    found = {"embedding": config.data.embeddings}
+    if stage == "corrector" and config.data.hypotheses:
+        found |= {"hypothesis": config.data.hypotheses, "hypothesis_embedding": config.data.hypotheses + EMBEDDING}
+    return {field: name for field, name in found.items() if name}
+
+
 def initial_params(
     setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Callable[[int], np.ndarray]
 ) -> Params:
@@ -272,7 +302,10 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     """Trains one network to its recipe's number of steps and returns its parameters."""
     config, model = setup.config, setup.model
     settings: StageConfig = getattr(config, stage)
-    batches = make_batches(config, setup.stores, settings.batch_size)
+    columns = column_names(config, stage)
+    batches = make_batches(config, setup.stores, settings.batch_size, [*columns.values()])
+    for name in columns.values():
+        check_column(setup.stored.column(name), setup.embedder)
     mesh = make_mesh(config.mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
@@ -296,7 +329,8 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         step_fn, shardings = shard_step(step_fn, mesh, jax.eval_shape(first_state, params), stage)
         params = distributed.put(params, shardings.params)
         state = jax.jit(first_state, out_shardings=shardings)(params)
-    frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if stage == "corrector" else None)
+    guesses = stage == "corrector" and not config.data.hypotheses
+    frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if guesses else None)
     frozen = distributed.put(frozen, frozen_shardings(mesh, frozen))
     cut = batch_sharding(mesh)
     rows = distributed.local_rows(cut, settings.batch_size)
@@ -322,14 +356,17 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     ):
         while step < last:
             local = batches(step, rows)
-            ids = distributed.global_batch(cut, local, rows, settings.batch_size)
+            read = batches.columns(step, rows) if isinstance(batches, StoredBatches) else {}
+            given = Batch(local, **{field: read[name] for field, name in columns.items()})
+            batch = jax.tree.map(lambda a: distributed.global_batch(cut, a, rows, settings.batch_size), given)
+            ids = batch.ids
             if ids.shape[1] not in compiled:
                 compiled.add(ids.shape[1])
                 with progress.stage(f"compiling the step for {ids.shape[1]} tokens"):
-                    state, metrics = jax.block_until_ready(step_fn(state, frozen, ids))
+                    state, metrics = jax.block_until_ready(step_fn(state, frozen, batch))
                 since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
             else:
-                state, metrics = step_fn(state, frozen, ids)
+                state, metrics = step_fn(state, frozen, batch)
                 texts, positions = texts + len(ids), positions + ids.size
                 tokens += float((local != 0).sum()) * len(ids) / len(local)  # taken to be alike on all hosts
             step += 1

@@ -44,6 +44,15 @@ class TrainState(NamedTuple):
     bad_updates: Any = np.zeros((), np.int32)  # [] int32, updates so far whose loss or gradient wasn't finite
 
 
+class Batch(NamedTuple):
+    """What a step learns from; what is None is computed on the fly."""
+
+    ids: Any  # [B, L] int32
+    embedding: Any = None  # [B, E], of ids
+    hypothesis: Any = None  # [B, max_length] int32, to be corrected
+    hypothesis_embedding: Any = None  # [B, E]
+
+
 class Frozen(NamedTuple):
     """Weights that training reads but doesn't change."""
 
@@ -134,26 +143,34 @@ def make_loss(
     piece_map: PieceMap,
     partial_hypotheses: bool = False,
     decode: DecodeLayout = "batch",
-) -> Callable[[Params, Frozen, jax.Array, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """`loss(params, frozen, ids [B, L], dropout_key) -> (summed loss, (correct tokens, tokens))`"""
+) -> Callable[[Params, Frozen, Batch, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """`loss(params, frozen, batch, dropout_key) -> (summed loss, (correct tokens, tokens))`"""
 
     def embed(frozen: Frozen, ids: jax.Array) -> jax.Array:
         embed = functools.partial(embed_pieces, embedder, piece_map, frozen.embedder, frozen.pieces)
         return jax.lax.stop_gradient(spread_rows(embed, "batch", ids))
 
-    def inverter_loss(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array | None) -> Any:
-        loss, correct, tokens = cross_entropy(inverter.logits(model, params, embed(frozen, ids), ids, key), ids)
+    def target(frozen: Frozen, batch: Batch) -> jax.Array:
+        return embed(frozen, batch.ids) if batch.embedding is None else batch.embedding.astype(jnp.float32)
+
+    def inverter_loss(params: Params, frozen: Frozen, batch: Batch, key: jax.Array | None) -> Any:
+        logits = inverter.logits(model, params, target(frozen, batch), batch.ids, key)
+        loss, correct, tokens = cross_entropy(logits, batch.ids)
         return loss, (correct, tokens)
 
-    def corrector_loss(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array | None) -> Any:
-        e = embed(frozen, ids)
-        if frozen.inverter is None:
-            raise ValueError("the corrector's loss needs an inverter")
+    def corrector_loss(params: Params, frozen: Frozen, batch: Batch, key: jax.Array | None) -> Any:
+        e = target(frozen, batch)
         partial_key, key = split_key(key, 2)
-        partial_key = partial_key if partial_hypotheses else None
-        hypothesis = training_hypotheses(model, frozen.inverter, e, ids, partial_key, decode)
-        logits = corrector.logits(model, params, e, hypothesis, embed(frozen, hypothesis), ids, key)
-        loss, correct, tokens = cross_entropy(logits, ids)
+        if batch.hypothesis is not None and batch.hypothesis_embedding is not None:
+            hypothesis, e_hat = batch.hypothesis, batch.hypothesis_embedding.astype(jnp.float32)
+        elif frozen.inverter is not None:
+            partial_key = partial_key if partial_hypotheses else None
+            hypothesis = training_hypotheses(model, frozen.inverter, e, batch.ids, partial_key, decode)
+            e_hat = embed(frozen, hypothesis)
+        else:
+            raise ValueError("the corrector's loss needs hypotheses or an inverter")
+        logits = corrector.logits(model, params, e, hypothesis, e_hat, batch.ids, key)
+        loss, correct, tokens = cross_entropy(logits, batch.ids)
         return loss, (correct, tokens)
 
     return inverter_loss if stage == "inverter" else corrector_loss
@@ -165,27 +182,33 @@ def make_step(
     accumulate_steps: int,
     seed: int,
     skip_bad: bool = False,
-) -> Callable[[TrainState, Frozen, jax.Array], tuple[TrainState, Metrics]]:
-    """`step(state, frozen, ids [B, L]) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches.
+) -> Callable[[TrainState, Frozen, Any], tuple[TrainState, Metrics]]:
+    """`step(state, frozen, batch) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches.
+
+    A batch is whatever the loss takes, a tree of arrays [B, ...].
 
     With `skip_bad`, an update whose loss or gradient isn't finite leaves parameters and optimiser as they were.
     """
 
-    def gradients(params: Params, frozen: Frozen, ids: jax.Array, key: jax.Array) -> Any:
-        (loss, (correct, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, ids, key)
+    def gradients(params: Params, frozen: Frozen, batch: Any, key: jax.Array) -> Any:
+        (loss, (correct, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, key)
         return grads, (loss, correct, tokens)
 
-    def step(state: TrainState, frozen: Frozen, ids: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulate_steps == 1:
-            grads, sums = gradients(state.params, frozen, ids, key)
+            grads, sums = gradients(state.params, frozen, batch, key)
         else:
-            # Every n-th row, not every n-th part: a device's rows stay on it when the batch is cut over devices.
-            micro = ids.reshape(-1, accumulate_steps, ids.shape[1]).swapaxes(0, 1)
+
+            def cut(rows: jax.Array) -> jax.Array:
+                # Every n-th row, not every n-th part: a device's rows stay on it when the batch is cut over devices.
+                return rows.reshape(-1, accumulate_steps, *rows.shape[1:]).swapaxes(0, 1)
+
+            micro = jax.tree.map(cut, batch)
             keys = jax.random.split(key, accumulate_steps)
             zeros = jax.tree.map(jnp.zeros_like, state.params), (jnp.float32(0),) * 3
 
-            def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, gradients(state.params, frozen, *part)), None
 
             (grads, sums), _ = jax.lax.scan(add, zeros, (micro, keys))

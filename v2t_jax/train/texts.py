@@ -1,6 +1,7 @@
 """What a recipe's `data` names: training texts, in memory or a built data set, and texts held out from them."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -40,13 +41,26 @@ def open_texts(config: Config, tokenizer: Tokenizer, num_held_out: int) -> tuple
     return vocabulary, stores, held_out
 
 
-def make_batches(config: Config, stores: Stores, batch_size: int) -> Batches | StoredBatches:
-    """The training texts in batches."""
+def make_batches(
+    config: Config, stores: Stores, batch_size: int, columns: Sequence[str] = ()
+) -> Batches | StoredBatches:
+    """The training texts in batches.
+
+    Args:
+        columns: what else to read of each text.
+
+    Raises:
+        InputError: too few texts; or columns or folds of texts that no built data set holds.
+    """
     data, max_length = config.data, config.model.max_length
     buckets = data.bucket_lengths or (max_length,)
     batching = Batching(batch_size, max_length, buckets, data.span_share, config.seed)
     if isinstance(stores, StoredTexts):
-        return StoredBatches(stores, batching)
+        return StoredBatches(stores, batching, columns, data.folds, data.fold)
+    if columns or data.folds > 1:
+        raise InputError(
+            "data.embeddings, data.hypotheses and data.folds need a built data set in data.sources: v2t data build."
+        )
     return Batches(stores, batching, data.weights or None)
 
 
