@@ -82,11 +82,17 @@ def test_the_roofline_is_what_takes_longest():
     json.dumps(report.to_dict())
 
 
-def test_the_compilers_refusal_says_how_much_it_wanted():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.5G of 15.75G hbm. Exceeded by 9.75G."
-    assert aot._needed(RuntimeError(said)) == int(25.5 * 2**30)
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("Ran out of memory in memory space hbm. Used 25.5G of 15.75G hbm. Exceeded by 9.75G.", 25.5 * 2**30),
+        ("the total memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G).", 20.5 * 2**30 + 100),
+    ],
+)
+def test_the_compilers_refusal_says_how_much_it_wanted(said, needed):
+    assert aot._needed(RuntimeError(f"RESOURCE_EXHAUSTED: {said}"), 100) == int(needed)
     with pytest.raises(RuntimeError, match="another"):
-        aot._needed(RuntimeError("another"))
+        aot._needed(RuntimeError("another"), 100)
 
 
 def test_without_libtpu_one_sentence_says_how_to_get_it(monkeypatch):

@@ -82,7 +82,7 @@ class Report:
     needed: int
     capacity: int
     collectives: dict[str, dict[str, int]]
-    """kind -> {count, bytes}; "... between slices" for those that leave the slice"""
+    """kind -> {count, bytes}; "... between slices" for those that leave the slice; empty too where it can't be read"""
     flops: float
     """ours: matrix products of the model, without what is recomputed"""
     flops_run: float
@@ -197,7 +197,10 @@ def _shapes(tree: Any, shardings: Any) -> Any:
 
 
 def _bytes_a_chip(tree: Any) -> int:
-    return sum(nbytes(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in jax.tree.leaves(tree))
+    def on_a_chip(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) if x.sharding is not None else x
+
+    return sum(nbytes(on_a_chip(x)) for x in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
@@ -357,7 +360,7 @@ class _Recipe:
             try:
                 compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
-                needed = _needed(error)
+                needed = _needed(error, _bytes_a_chip(arguments))
             else:
                 found = compiled.memory_analysis()
                 memory["temporaries"] = found.temp_size_in_bytes
@@ -365,7 +368,10 @@ class _Recipe:
                 outputs = found.output_size_in_bytes - found.alias_size_in_bytes
                 needed = found.argument_size_in_bytes + outputs + memory["temporaries"] + memory["program"]
                 flops_xla = (compiled.cost_analysis() or {}).get("flops", 0.0)
-                sent = self._sent(compiled.as_text())
+                try:
+                    sent = self._sent(compiled.as_text())
+                except jax.errors.JaxRuntimeError:  # an older jaxlib can't read all that a newer libtpu writes
+                    progress.note(f"{name}: this jaxlib can't read what the program sends; its time leaves that out.")
                 seconds |= {"ici": _wire_bytes(sent, "") / chip.ici, "dcn": _wire_bytes(sent, BETWEEN) / chip.dcn}
         advice = ""
         if needed > capacity:
@@ -413,12 +419,17 @@ def _wire_bytes(sent: dict[str, dict[str, int]], where: str) -> float:
     return float(sum(size * (2 if kind.startswith("all-reduce") else 1) for kind, size in kinds.items()))
 
 
-def _needed(error: Exception) -> int:
-    """Bytes that a program wanted of a chip, from the compiler's refusal; another error is raised again."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
-    if found is None:
+def _needed(error: Exception, arguments: int) -> int:
+    """Bytes that a program wanted of a chip, from the compiler's refusal; another error is raised again.
+
+    Args:
+        arguments: bytes of what the program is given, which the compiler leaves out where it speaks of temporaries.
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of|required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds", str(error))
+    if found is None or "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * 1024 ** " KMGT".index(unit or " ")) + (0 if found[1] else arguments)
 
 
 def text(report: Report) -> str:
