@@ -15,7 +15,6 @@ import pytest
 
 from v2t_jax.bench import aot
 from v2t_jax.bench.chips import CHIPS, Work, work
-from v2t_jax.bench.collectives import groups
 from v2t_jax.config import T5_SIZES, Config, ModelConfig
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter
@@ -58,20 +57,6 @@ def test_an_inverters_step_is_what_arithmetic_on_paper_gives():
     attention = 12 * 2 * d * (16 * 16 + 32 * 32 + 32 * 16)
     projection = 768 * 768 + 768 * 768 * 16
     assert found.flops == 2 * (encoder + decoder + attention + projection + 32 * d * 32128)
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("all-gather(%x), replica_groups={{0,1},{2,3}}, dimensions={1}", [[0, 1], [2, 3]]),
-        ("all-reduce(%x), replica_groups=[2,2]<=[4], to_apply=%add", [[0, 1], [2, 3]]),
-        ("all-reduce(%x), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add", [[0, 2], [1, 3]]),
-        ("collective-permute(%x), source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
-        ("all-reduce(%x), replica_groups={}, to_apply=%add", [[0, 1, 2, 3]]),
-    ],
-)
-def test_which_devices_a_collective_joins(line, expected):
-    assert groups(line, 4) == expected
 
 
 def test_the_roofline_is_what_takes_longest():

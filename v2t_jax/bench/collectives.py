@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable, Iterator
 from math import prod
 
-import numpy as np
-
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -108,14 +106,3 @@ def _bytes(shape: str) -> int:
         elif kind != "u32":
             total += int(bits or 8) // 8
     return total
-
-
-def groups(line: str, devices: int) -> list[list[int]]:
-    """Which devices, by their place in the mesh, a collective's line joins; all, where it doesn't say."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = ([int(i) for i in part.split(",")] if part else None for part in found.groups())
-        places = np.arange(devices).reshape(dims)
-        return (places.transpose(order) if order else places).reshape(shape).tolist()
-    return [list(range(devices))]
