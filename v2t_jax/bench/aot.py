@@ -82,8 +82,8 @@ class Report:
     needed: int
     capacity: int
     collectives: dict[str, dict[str, int]]
-    """kind -> {count, bytes}, within a slice; empty too where the program can't be read. What goes from slice to slice is
-    no part of a TPU program's text: a training step's gradients are reckoned, under seconds["dcn"]"""
+    """kind -> {count, bytes}, within a slice; empty too where the program can't be read. What goes from slice to slice
+    is no part of a TPU program's text: a training step's gradients are reckoned, under seconds["dcn"]"""
     flops: float
     """ours: matrix products of the model, without what is recomputed"""
     flops_run: float
