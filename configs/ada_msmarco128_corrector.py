@@ -5,7 +5,9 @@
 Its hypotheses and their vectors must be cached before training: `v2t data hypotheses`, which pays the endpoint for one
 more vector a text.
 
-@@TIME@@
+Hardware: 16 chips of TPU v5e or more. Not yet run: training on cached vectors of an endpoint is to come, and its time
+isn't known. Expected, with 50 steps and a sequence beam of 8: BLEU 55.0, exact 8.0% (Morris et al. 2023, ada-002 on
+MSMARCO, 128 tokens).
 """
 
 from dataclasses import replace

@@ -6,7 +6,8 @@
 The pieces are T5's, which gtr-base has. The vectors come from an endpoint, so they must be cached before training
 (8.8 million texts, 54 GB as float32): `v2t data embed`.
 
-@@TIME@@
+Hardware: 16 chips of TPU v5e or more. Not yet run: training on cached vectors of an endpoint is to come, and its time
+isn't known. Expected: BLEU 17.0, token F1 0.54, exact 0.6% (Morris et al. 2023, ada-002 on MSMARCO, 128 tokens).
 """
 
 from dataclasses import replace

@@ -3,7 +3,7 @@
     v2t data build psgs_w100.tsv --embedder gtr-base --output data/nq --held-out-share 0.001
     v2t train configs/gtr_nq32_small.py --workdir runs/gtr_nq32_small
 
-@@TIME@@
+Hardware: any GPU or TPU, one or more chips. Not yet run; time and scores aren't known (the paper has no T5-small).
 """
 
 from dataclasses import replace

@@ -49,7 +49,7 @@ def test_result_does_not_depend_on_the_batch_size(model: Inverter, vectors: np.n
 
 
 def test_each_device_has_its_share_of_the_vectors(model: Inverter, vectors: np.ndarray) -> None:
-    """16 vectors, 2 a device: each decodes its own. (A CPU's top_k, unlike a TPU's, isn't cut: its scores are sent.)"""
+    """16 vectors, 2 a device: each decodes its own. (A CPU can not cut its top_k, whose scores are sent.)"""
     mesh = make_mesh(MeshConfig())
     e = jax.device_put(np.resize(vectors, (16, WIDTH)), batch_sharding(mesh))
     weights = jax.device_put(model.loop_params(), replicated(mesh))

@@ -83,6 +83,44 @@ def test_the_lines_of_tpu_programs():
     ]
 
 
+LOOP = """
+%condition (c: (s32[], f32[16])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(12)
+  %c = (s32[]{:T(128)}, f32[16]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%body (b: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %b = (s32[]{:T(128)}, f32[16]{0}) parameter(0)
+  %x = f32[16]{0} get-tuple-element(%b), index=1
+  %begun = (f32[16]{0}, f32[64]{0}) fusion(%x), kind=kCustom, calls=%first
+  %ended = f32[64]{0} fusion(%begun), kind=kCustom, calls=%second
+}
+
+%first (p: f32[16]) -> f32[64] {
+  %p = f32[16]{0} parameter(0)
+  ROOT %gather.1 = f32[64]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%second (q: f32[16]) -> f32[64] {
+  %q = f32[16]{0} parameter(0)
+  ROOT %gather.2 = f32[64]{0} all-gather(%q), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (x: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %x = (s32[]{:T(128)}, f32[16]{0}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, f32[16]{0}) while(%x), condition=%condition, body=%body
+}
+"""
+
+
+def test_the_loops_of_tpu_programs_and_the_parts_of_one_collective():
+    assert collectives(LOOP) == [("all-gather", 64 * 4)] * 12
+    assert collectives(LOOP.replace("direction=LT", "direction=NE")) == [("all-gather", 64 * 4)]
+    assert collectives(LOOP, lambda line: "channel_id=8" in line) == []
+
+
 @pytest.mark.parametrize("text", ["", "HloModule empty"])
 def test_no_program_sends_nothing(text):
     assert collectives(text) == []

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
 from v2t_jax.bench.chips import CHIPS, Chip, Work, nbytes, work
-from v2t_jax.bench.collectives import collectives, groups
+from v2t_jax.bench.collectives import collectives
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings
 from v2t_jax.errors import InputError
@@ -83,7 +83,8 @@ class Report:
     needed: int
     capacity: int
     collectives: dict[str, dict[str, int]]
-    """kind -> {count, bytes}; "... between slices" for those that leave the slice"""
+    """kind -> {count, bytes}, within a slice; empty too where the program can't be read. What goes from slice to slice
+    is no part of a TPU program's text: a training step's gradients are reckoned, under seconds["dcn"]"""
     flops: float
     """ours: matrix products of the model, without what is recomputed"""
     flops_run: float
@@ -137,6 +138,7 @@ class Topology:
         except Exception as error:  # XlaRuntimeError, NotImplementedError: by version
             raise InputError(f"libtpu knows no topology {name} ({str(error).splitlines()[0]}).") from error
         self.name = f"{num_slices} x {name}" if num_slices > 1 else name
+        self.num_slices = num_slices
         self.chip: Chip = CHIPS[kind]
         self.devices = list(found.devices)
 
@@ -198,7 +200,10 @@ def _shapes(tree: Any, shardings: Any) -> Any:
 
 
 def _bytes_a_chip(tree: Any) -> int:
-    return sum(nbytes(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in jax.tree.leaves(tree))
+    def on_a_chip(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) if x.sharding is not None else x
+
+    return sum(nbytes(on_a_chip(x)) for x in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
@@ -279,7 +284,10 @@ class _Recipe:
             "activations": self._kept(stage, params, frozen, rows // shards // accumulate) // cut,
         }
         arguments = (state_here, frozen_here, batch)
-        return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, moved)
+        # Between n slices, a ring over each chip's share of the gradients; the chips that hold the same share split it.
+        n = self.topology.num_slices
+        between = 2 * (n - 1) / n * memory["params"] / (self.mesh.shape["data"] // n)
+        return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, moved, between)
 
     def _kept(self, stage: Stage, params: Any, frozen: Frozen, rows: int) -> int:
         """Bytes that the forward pass of `rows` texts leaves for the backward pass: arrays that have those rows."""
@@ -347,8 +355,10 @@ class _Recipe:
         run: Work,
         flops: float,
         moved: int,
+        between: float = 0.0,
     ) -> Report:
-        """Compiles; `run` and `flops` are a chip's, `moved` are bytes of HBM beside those of matrix products."""
+        """Compiles; `run` and `flops` are a chip's, `moved` are bytes of HBM beside those of matrix products, `between`
+        bytes that a chip sends to other slices."""
         chip, capacity = self.topology.chip, int(self.topology.chip.memory)
         sent: dict[str, dict[str, int]] = {}
         seconds = {"compute": run.flops / chip.flops, "memory": (run.bytes + moved) / chip.bandwidth}
@@ -358,7 +368,7 @@ class _Recipe:
             try:
                 compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
-                needed = _needed(error)
+                needed = _needed(error, _bytes_a_chip(arguments))
             else:
                 found = compiled.memory_analysis()
                 memory["temporaries"] = found.temp_size_in_bytes
@@ -366,8 +376,11 @@ class _Recipe:
                 outputs = found.output_size_in_bytes - found.alias_size_in_bytes
                 needed = found.argument_size_in_bytes + outputs + memory["temporaries"] + memory["program"]
                 flops_xla = (compiled.cost_analysis() or {}).get("flops", 0.0)
-                sent = self._sent(compiled.as_text())
-                seconds |= {"ici": _wire_bytes(sent, "") / chip.ici, "dcn": _wire_bytes(sent, BETWEEN) / chip.dcn}
+                try:
+                    sent = self._sent(compiled.as_text())
+                except jax.errors.JaxRuntimeError:  # an older jaxlib can't read all that a newer libtpu writes
+                    progress.note(f"{name}: this jaxlib can't read what the program sends; its time leaves that out.")
+                seconds |= {"ici": _wire_bytes(sent) / chip.ici, "dcn": between / chip.dcn}
         advice = ""
         if needed > capacity:
             advice = f"It lacks {(needed - capacity) / 1e9:.2f} GB a chip: {self._advice(name)}."
@@ -377,19 +390,12 @@ class _Recipe:
         )
 
     def _sent(self, hlo_text: str) -> dict[str, dict[str, int]]:
-        """The collectives of a program by kind, and apart from them those that leave a slice."""
-        slice_of = [getattr(device, "slice_index", None) or 0 for device in self.mesh.devices.flat]
+        """The collectives of a program by kind."""
         sent: dict[str, dict[str, int]] = {}
-        for where in ("", BETWEEN):
-
-            def chosen(line: str, where: str = where) -> bool:
-                leaves = any(len({slice_of[i] for i in group}) > 1 for group in groups(line, len(slice_of)))
-                return leaves == bool(where)
-
-            for kind, size in collectives(hlo_text, chosen):
-                entry = sent.setdefault(kind + where, {"count": 0, "bytes": 0})
-                entry["count"] += 1
-                entry["bytes"] += size
+        for kind, size in collectives(hlo_text):
+            entry = sent.setdefault(kind, {"count": 0, "bytes": 0})
+            entry["count"] += 1
+            entry["bytes"] += size
         return sent
 
     def _advice(self, name: str) -> str:
@@ -405,21 +411,22 @@ class _Recipe:
         return "every chip holds whole weights for this: take chips with more memory"
 
 
-BETWEEN = " between slices"
-
-
-def _wire_bytes(sent: dict[str, dict[str, int]], where: str) -> float:
+def _wire_bytes(sent: dict[str, dict[str, int]]) -> float:
     """What a chip sends in rings: an all-reduce goes round twice."""
-    kinds = {kind: entry["bytes"] for kind, entry in sent.items() if kind.endswith(BETWEEN) == bool(where)}
-    return float(sum(size * (2 if kind.startswith("all-reduce") else 1) for kind, size in kinds.items()))
+    return float(sum(entry["bytes"] * (2 if kind == "all-reduce" else 1) for kind, entry in sent.items()))
 
 
-def _needed(error: Exception) -> int:
-    """Bytes that a program wanted of a chip, from the compiler's refusal; another error is raised again."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
-    if found is None:
+def _needed(error: Exception, arguments: int) -> int:
+    """Bytes that a program wanted of a chip, from the compiler's refusal; another error is raised again.
+
+    Args:
+        arguments: bytes of what the program is given, which the compiler leaves out where it speaks of temporaries.
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of|required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds", str(error))
+    if found is None or "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * 1024 ** " KMGT".index(unit or " ")) + (0 if found[1] else arguments)
 
 
 def text(report: Report) -> str:

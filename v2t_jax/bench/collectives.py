@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable, Iterator
 from math import prod
 
-import numpy as np
-
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -22,6 +20,7 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|\w+_computation|called_computations)=\{?%?([\w.-]+)|branch_\w+=\{([^}]*)\}"
 )
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")
 
@@ -79,10 +78,23 @@ def _walk(
                 yield kind, max(taken, left), text
             channels |= {channel[1]} if channel else set()
             continue  # what an all-reduce applies is arithmetic
-        turns = int(known[1]) if opcode == "while" and (known := _TURNS.search(text)) else 1
+        turns = _turns(text, computations) if opcode == "while" else 1
         for one, several in _CALLED.findall(text):
             for called in [one] if one else re.findall(r"[\w.-]+", several):
                 yield from list(_walk(called, computations, channels)) * turns
+
+
+def _turns(text: str, computations: dict[str, list[tuple[str, str]]]) -> int:
+    """Turns of a loop: as it says itself, or, in TPU programs, the constant that its condition compares a counter with.
+
+    1 where it isn't known.
+    """
+    if known := _TURNS.search(text):
+        return int(known[1])
+    condition = dict(computations.get(found[1], []) if (found := _CONDITION.search(text)) else [])
+    bounds = [int(n) for line in condition.values() for n in re.findall(r"^[su]32\[\]\S* constant\((\d+)\)", line)]
+    last = next(reversed(condition.values()), "")
+    return bounds[0] if len(bounds) == 1 and " compare(" in last and "direction=LT" in last else 1
 
 
 def _bytes(shape: str) -> int:
@@ -94,14 +106,3 @@ def _bytes(shape: str) -> int:
         elif kind != "u32":
             total += int(bits or 8) // 8
     return total
-
-
-def groups(line: str, devices: int) -> list[list[int]]:
-    """Which devices, by their place in the mesh, a collective's line joins; all, where it doesn't say."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = ([int(i) for i in part.split(",")] if part else None for part in found.groups())
-        places = np.arange(devices).reshape(dims)
-        return (places.transpose(order) if order else places).reshape(shape).tolist()
-    return [list(range(devices))]

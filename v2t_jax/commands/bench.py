@@ -32,6 +32,7 @@ class Aot:
 
     def run(self) -> None:
         jax.config.update("jax_platforms", "cpu")  # nothing runs here, least of all on a TPU that someone else may use
+        jax.config.update("jax_enable_compilation_cache", False)  # what is compiled so can't be read back
         config, topology = load_recipe(self.config), aot.Topology(self.topology, self.slices)
         reports = []
         for report in aot.compile_recipe(config, topology, self.programs, self.sequence_beam_width):

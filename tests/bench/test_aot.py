@@ -1,0 +1,147 @@
+"""Compiling for TPUs that aren't here: what is counted, what is refused, and, where libtpu is, one topology."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from v2t_jax.bench import aot
+from v2t_jax.bench.chips import CHIPS, Work, work
+from v2t_jax.config import T5_SIZES, Config, ModelConfig
+from v2t_jax.errors import InputError
+from v2t_jax.models import inverter
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="make aot installs libtpu")
+
+
+def counted(function, *shapes, turns: int = 1) -> Work:
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return work(jax.make_jaxpr(function)(*arrays).jaxpr, turns)
+
+
+def test_products_are_counted_through_loops_branches_and_gradients():
+    product = Work(2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7))
+    assert counted(jnp.matmul, (3, 5), (5, 7)) == product
+    assert counted(jax.jit(lambda x, w: jnp.tanh(x) @ w), (3, 5), (5, 7)) == product
+    square = counted(jnp.matmul, (3, 5), (5, 5))
+    scan = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=4)[0]  # noqa: E731
+    assert counted(scan, (3, 5), (5, 5)) == square.times(4)
+    loop = lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ w, x)  # noqa: E731
+    assert counted(loop, (3, 5), (5, 5), turns=6) == square.times(6)
+    branch = lambda x, w: jax.lax.cond(x[0, 0] < 1, lambda: x @ w @ w, lambda: x @ w)  # noqa: E731
+    assert counted(branch, (3, 5), (5, 5)) == square.times(2)
+    # Backward, each product is two; recomputed, the forward one is made again.
+    both = lambda f: lambda x, w: jax.grad(lambda x, w: jnp.sum(f(x @ w)), (0, 1))(x, w)  # noqa: E731
+    assert counted(both(jnp.tanh), (3, 5), (5, 7)).flops == 3 * product.flops
+    again = jax.checkpoint(lambda x, w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)))
+    assert counted(jax.grad(again, (0, 1)), (3, 5), (5, 5)).flops == (2 + 2 + 4) * square.flops
+
+
+def test_an_inverters_step_is_what_arithmetic_on_paper_gives():
+    """T5-base, 16 pseudo-tokens, 32 tokens: every matrix's weights times the tokens that pass it."""
+    t5 = T5_SIZES["t5-base"]
+    config = ModelConfig(t5=t5, max_length=32)
+    params = jax.eval_shape(functools.partial(inverter.init, config), jax.random.key(0))
+    shapes = [jax.ShapeDtypeStruct((1, 768), jnp.float32), jax.ShapeDtypeStruct((1, 32), jnp.int32)]
+    found = work(jax.make_jaxpr(functools.partial(inverter.logits, config))(params, *shapes).jaxpr)
+    d, ff = 768, 3072
+    encoder, decoder = 12 * 16 * (4 * d * d + 2 * d * ff), 12 * (32 * (6 * d * d + 2 * d * ff) + 16 * 2 * d * d)
+    attention = 12 * 2 * d * (16 * 16 + 32 * 32 + 32 * 16)
+    projection = 768 * 768 + 768 * 768 * 16
+    assert found.flops == 2 * (encoder + decoder + attention + projection + 32 * d * 32128)
+
+
+def test_the_roofline_is_what_takes_longest():
+    seconds = {"compute": 2.0, "memory": 4.0, "ici": 1.0, "dcn": 0.0}
+    report = aot.Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, 0.0, seconds, "It lacks 1 GB a chip.")
+    assert (report.step_seconds, report.mfu, report.fits) == (4.0, 0.25, False)
+    assert "does not fit" in aot.text(report) and "lacks 1 GB" in aot.text(report)
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("Ran out of memory in memory space hbm. Used 25.5G of 15.75G hbm. Exceeded by 9.75G.", 25.5 * 2**30),
+        ("the total memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G).", 20.5 * 2**30 + 100),
+    ],
+)
+def test_the_compilers_refusal_says_how_much_it_wanted(said, needed):
+    assert aot._needed(RuntimeError(f"RESOURCE_EXHAUSTED: {said}"), 100) == int(needed)
+    with pytest.raises(RuntimeError, match="another"):
+        aot._needed(RuntimeError("another"), 100)
+
+
+def test_without_libtpu_one_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install libtpu"):
+        aot.Topology("v5e:4x4")
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v9:2x2", "v5e:axb", "", "v5e:4x4x", "tpu:2x2"])
+def test_topologies_that_are_none(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(InputError, match="There is no topology .* v5e:4x4"):
+        aot.Topology(name)
+
+
+def test_an_embedder_is_known_by_name_or_by_its_folder(tmp_path):
+    config = dataclasses.replace(Config(), embedder="gtr-base", embedder_dtype="bfloat16")
+    sizes, around = aot.embedder_sizes(config)
+    assert (sizes.width, sizes.normalise, sizes.encoder.dtype, around.before) == (768, False, "bfloat16", ())
+    with pytest.raises(InputError, match="sizes of the embedder text-embedding-ada-002 aren't known"):
+        aot.embedder_sizes(dataclasses.replace(config, embedder="text-embedding-ada-002"))
+    bert = {"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert |= {"intermediate_size": 64, "max_position_embeddings": 16, "type_vocab_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps(bert))
+    sizes, around = aot.embedder_sizes(dataclasses.replace(config, embedder=str(tmp_path)))
+    assert (sizes.width, len(around.before)) == (32, 1)
+
+
+def test_peaks_are_per_chip():
+    assert CHIPS["v5e"].dcn == pytest.approx(3.125e9) and CHIPS["v6e"].ici == 400e9
+
+
+RECIPE = """
+from v2t_jax.config import *
+def get_config():
+    t5 = T5Config(d_model=32, d_kv=8, d_ff=64, num_heads=4, num_encoder_layers=1, num_decoder_layers=1)
+    stage = StageConfig(batch_size=ROWS)
+    return Config(
+        stages=("inverter",), model=ModelConfig(t5=t5, num_pseudo_tokens=2, max_length=8),
+        data=DataConfig(vocabulary_size=512), inverter=stage, corrector=stage, mesh=MeshConfig(data=-1, fsdp=2),
+    )
+"""
+
+
+@needs_libtpu
+@pytest.mark.tpu
+@pytest.mark.parametrize("rows", [32, 2**24])
+def test_a_recipe_compiles_for_tpus_that_are_not_here(rows, tmp_path: Path):
+    (tmp_path / "recipe.py").write_text(RECIPE.replace("ROWS", str(rows)))
+    arguments = ["v2t", "bench", "aot", "--config", str(tmp_path / "recipe.py"), "--topology", "v5e:2x2", "--json"]
+    arguments += ["--programs", "train", "hypotheses"] if rows == 32 else ["--programs", "train"]
+    code = f"import sys; sys.argv = {arguments!r}; from v2t_jax.cli import main; main()"
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith(("starting JAX", "compiling ")) for line in done.stderr.splitlines()), done.stderr
+    said = json.loads(done.stdout)
+    assert said["compiled, not run"] is True
+    train = said["programs"][0]
+    if rows != 32:
+        assert not train["fits"] and train["needed"] > train["capacity"]
+        assert "It lacks " in train["advice"] and "model.t5.remat=full" in train["advice"]
+        return
+    assert train["fits"] and train["chips"] == 4 and train["collectives"]["all-gather"]["bytes"] > 0
+    assert 0 < train["mfu"] < 1 and train["flops"] == train["flops_run"] > train["flops_xla"] > 0
+    assert train["memory"]["optimizer"] > train["memory"]["params"] > 0
+    assert said["programs"][1]["program"] == "hypotheses"
