@@ -203,4 +203,9 @@ def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[Ca
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             return jitted(*args)
 
+    def lower(*args: Any) -> jax.stages.Lowered:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            return jitted.lower(*args)
+
+    on_mesh.lower = lower  # type: ignore[attr-defined]  # as a jitted function has it
     return on_mesh, shardings
