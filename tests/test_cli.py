@@ -307,6 +307,7 @@ MISTAKES = [
     (("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "0"), "must be at least 1"),
     (("train", RECIPE, "--workdir", "T/w", "--stages", "mapper"), "mapper"),
     (("train", RECIPE, "--workdir", "T/other"), "another config"),
+    (("train", RECIPE, "--workdir", "T/w", "--distributed.coordinator", "host"), "give HOST:PORT of process 0"),
     (("nonsense",), "nonsense"),
     ((), "invert, embed, embedders, eval"),
 ]
@@ -346,14 +347,16 @@ def test_typed_overrides_reach_the_training_run(run: Run, monkeypatch: pytest.Mo
     assert config.inverter.optimizer.learning_rate == 1e-4 and not config.model.standardise
     assert (config.stages, config.name) == (("inverter",), "mine")
 
-    def stop(*_: Any) -> Path:
-        raise loop.TrainingStopped("stopped at step 3; run the same command to resume")
+    for preempted, status in ((True, 0), (False, 130)):  # by SIGTERM, or by Ctrl-C
 
-    monkeypatch.setattr(loop, "train", stop)
-    assert run("train", RECIPE, "--workdir", "T/w")[::2] == (
-        130,
-        "v2t: stopped at step 3; run the same command to resume\n",
-    )
+        def stop(*_: Any, preempted: bool = preempted) -> Path:
+            raise loop.TrainingStopped("stopped at step 3; run the same command to resume", preempted)
+
+        monkeypatch.setattr(loop, "train", stop)
+        assert run("train", RECIPE, "--workdir", "T/w")[::2] == (
+            status,
+            "v2t: stopped at step 3; run the same command to resume\n",
+        )
 
 
 def test_a_fresh_process_keeps_stdout_and_stderr_apart(models: Path) -> None:

@@ -1,10 +1,14 @@
 """Checkpoints give back what was saved, whatever has happened to the state or to the newest one since."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from v2t_jax import progress
 from v2t_jax.config import CheckpointConfig
 from v2t_jax.errors import InputError
 from v2t_jax.train.checkpoint import Checkpoints
@@ -73,6 +77,51 @@ def test_a_truncated_checkpoint_is_set_aside(folder):
     checkpoints, step, _ = restored(folder)
     assert (checkpoints.latest(), step) == (3, 30)
     assert len(list(folder.glob("unreadable-3-*"))) == 1
+    checkpoints.close()
+
+
+def test_flipped_bytes_are_noticed_and_said(folder, capsys):
+    """A file that is altered is never read as other numbers."""
+    array = max((folder / "3").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    array.write_bytes(content)
+    progress.enable()
+    try:
+        checkpoints, step, weights = restored(folder)
+    finally:
+        progress.disable()
+    assert step == 2 and (weights == 2).all()
+    name = re.escape(str(array.relative_to(folder / "3")))
+    said = rf"checkpoint 3 in .* can't be read \({name} is truncated or altered.*\); trying the one before"
+    assert re.search(said, capsys.readouterr().err)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"nothing": "0"}'])
+def test_checksums_that_are_missing_or_damaged(folder, content):
+    file = folder / "3" / "checksums.json"
+    file.unlink() if content is None else file.write_text(content)
+    checkpoints, step, _ = restored(folder)
+    assert step == 2
+    checkpoints.close()
+
+
+def test_another_mesh_goes_on(tmp_path):
+    """Cut over four devices when saved, over eight when restored."""
+
+    def cut(devices):
+        mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        return NamedSharding(mesh, PartitionSpec("fsdp"))
+
+    values = np.arange(64 * 3, dtype=np.float32).reshape(64, 3)
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    checkpoints.save(1, {"weights": jax.device_put(values, cut(4))})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    found = checkpoints.restore({"weights": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=cut(8))})
+    assert found["weights"].sharding == cut(8)
+    np.testing.assert_array_equal(found["weights"], values)
     checkpoints.close()
 
 

@@ -173,6 +173,43 @@ def test_nan_stops_and_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, 
     assert not (tmp_path / "model").exists()
 
 
+def test_bad_updates_may_be_left_out(recipe, tmp_path, monkeypatch):
+    """Two steps of ten have a gradient that isn't finite: with an allowance of two the run goes on without them."""
+    original = loop.make_loss
+
+    def breaking(*args):
+        loss_fn = original(*args)
+
+        def loss(params, frozen, ids, key):
+            total, rest = loss_fn(params, frozen, ids, key)
+            hit = jnp.any(jnp.all(jnp.broadcast_to(ids[:1], bad.shape) == bad, axis=1))
+            return total * jnp.where(hit, jnp.nan, 1.0), rest
+
+        return loss
+
+    def run(allowed):
+        optimizer = dataclasses.replace(recipe.inverter.optimizer, skip_bad_updates=allowed)
+        stage = dataclasses.replace(recipe.inverter, num_steps=10, optimizer=optimizer)
+        checkpoint = dataclasses.replace(recipe.checkpoint, every_steps=2)
+        config = inverter_only(recipe, inverter=stage, checkpoint=checkpoint, log_every_steps=1)
+        train(config, tmp_path / str(allowed))
+
+    setup, size = loop.prepare(recipe), recipe.inverter.batch_size
+    batches = loop.Batches(
+        setup.stores, batch_size=size, max_length=8, span_share=0.2, bucket_lengths=(8,), seed=recipe.seed
+    )
+    bad = np.stack([batches(step)[0] for step in (3, 6)])
+    monkeypatch.setattr(loop, "make_loss", breaking)
+    run(2)
+    lines = [line for line in log(tmp_path / "2", "inverter") if "loss" in line]
+    assert [line["bad_updates"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [np.isfinite(line["loss"]) for line in lines] == [step not in (3, 6) for step in range(10)]
+    with pytest.raises(InputError, match="loss is nan .* at step 7; the checkpoint of step 6 is untouched"):
+        run(1)
+    with pytest.raises(InputError, match="at step 4; the checkpoint of step 2"):
+        run(0)
+
+
 def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(recipe, tmp_path, monkeypatch):
     """The log first (every write to /dev/full fails as on a full disk), then a checkpoint."""
     config = inverter_only(recipe, inverter=dataclasses.replace(recipe.inverter, num_steps=8), log_every_steps=2)

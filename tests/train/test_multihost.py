@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, STOP = 60, 52  # losses are compared over STOP steps or more
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.multihost
+pytestmark = [pytest.mark.multihost, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,6 @@ def test_two_processes_are_one_run_and_eight_devices_go_on_from_their_checkpoint
     assert log_steps(workdir) == list(range(5, STEPS + 1, 5))
 
 
-@pytest.mark.slow
 def test_eight_devices_are_one_run_and_two_processes_go_on_from_their_checkpoint(recipe, alone, tmp_path):
     workdir = tmp_path / "run"
     found = recorded(dataclasses.replace(recipe, mesh=MeshConfig(fsdp=2)), workdir, stop_at=STOP)

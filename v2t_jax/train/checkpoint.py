@@ -77,8 +77,7 @@ class Checkpoints:
         """Called in Orbax's thread when a checkpoint's files are complete, before its folder gets its name."""
         if distributed.is_main():
             for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-                sums = {str(file.relative_to(folder)): _sha256(file) for file in files if file.name != TIMES}
+                sums = {name: _sha256(folder / name) for name in _names(folder)}
                 (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
     def _fault(self, step: int) -> str:
@@ -86,10 +85,12 @@ class Checkpoints:
         folder, found = self._folder / str(step), ""
         try:
             sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            if any("/" in name and name not in sums for name in _names(folder)):  # the rest Orbax adds at the end
+                found = f"{CHECKSUMS} doesn't name all files"
             for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
                 if _sha256(folder / name) != sums[name]:
                     found = f"{name} is truncated or altered: its sha256 is not the recorded one"
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             found = f"{CHECKSUMS} or a file that it names is missing or damaged: {error}"
         return next((fault for fault in distributed.gather(found) if fault), "")
 
@@ -122,6 +123,12 @@ class Checkpoints:
                 f"A checkpoint can't be written to {self._folder} ({reason}); earlier ones are untouched: free space "
                 "there, then run the same command to go on from the newest."
             ) from error
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a checkpoint that are never written again."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in (CHECKSUMS, TIMES)]
+    return sorted(str(file.relative_to(folder)) for file in files)
 
 
 def _sha256(file: Path) -> str:

@@ -1,0 +1,145 @@
+"""The launch scripts: free of shellcheck's complaints, right when run dry, and a manifest of the right form.
+
+The schema is our own, of the fields that this manifest needs: JobSet's isn't published as a package.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+
+
+def fields(properties, required=None):
+    return {"type": "object", "properties": properties, "required": required or list(properties)}
+
+
+def items(of, least=1):
+    return {"type": "array", "items": of, "minItems": least}
+
+
+TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}
+CONTAINER = fields(
+    {
+        "name": TEXT,
+        "image": TEXT,
+        "command": items(TEXT),
+        "args": items(TEXT),
+        "ports": items(fields({"containerPort": COUNT})),
+        "resources": fields({name: fields({"google.com/tpu": COUNT}) for name in ("requests", "limits")}),
+        "volumeMounts": items(fields({"name": TEXT, "mountPath": {"pattern": "^/"}})),
+    }
+)
+POD = fields(
+    {
+        "restartPolicy": {"enum": ["Never"]},  # the JobSet starts all pods again, never one alone
+        "terminationGracePeriodSeconds": {"type": "integer", "minimum": 30},
+        "nodeSelector": fields(
+            {
+                "cloud.google.com/gke-tpu-accelerator": {"pattern": "^tpu-"},
+                "cloud.google.com/gke-tpu-topology": {"pattern": r"^\d+(x\d+)+$"},
+            }
+        )
+        | {"additionalProperties": {"type": "string"}},  # a bare true is no string, and is refused by the cluster
+        "containers": items(CONTAINER),
+        "volumes": items(fields({"name": TEXT, "csi": fields({"driver": TEXT, "volumeAttributes": {}})})),
+    }
+)
+JOB = fields({"parallelism": COUNT, "completions": COUNT, "backoffLimit": {"enum": [0]}, "template": {}})
+JOB["properties"]["template"] = fields({"spec": POD})
+JOBSET = fields(
+    {
+        "apiVersion": {"enum": ["jobset.x-k8s.io/v1alpha2"]},
+        "kind": {"enum": ["JobSet"]},
+        "metadata": fields({"name": {"pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}}),
+        "spec": fields(
+            {
+                "failurePolicy": fields({"maxRestarts": COUNT}),
+                "replicatedJobs": items(fields({"name": TEXT, "replicas": COUNT, "template": fields({"spec": JOB})})),
+            }
+        ),
+    }
+)
+
+
+def run(*command, **environ):
+    return subprocess.run(list(map(str, command)), env=os.environ | environ, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_shellcheck_has_nothing_to_say(script):
+    done = run(Path(sys.executable).with_name("shellcheck"), script)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_manifest_has_the_form_of_a_jobset():
+    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    jsonschema.validate(manifest, JOBSET)
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    chips = 1
+    for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
+        chips *= int(side)
+    limits = [container["resources"]["limits"]["google.com/tpu"] for container in pod["containers"]]
+    assert job["parallelism"] == job["completions"] == chips // sum(limits)  # a pod on every host of the slice
+    mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backoffLimit"] = 6
+    with pytest.raises(jsonschema.ValidationError, match="6 is not one of"):
+        jsonschema.validate(manifest, JOBSET)
+
+
+def test_the_line_in_the_pod_fails_until_there_is_a_model(tmp_path):
+    """What the pod runs, with a stand-in for v2t that stops with 0 on SIGTERM, as v2t does."""
+    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    line = container["args"][0].replace("/runs/NAME", str(tmp_path))
+    stand_in = tmp_path / "v2t"
+    stand_in.write_text("#!/bin/bash\ntrap 'exit 0' TERM\necho up\nsleep ${SECONDS_TO_RUN} & wait\n")
+    stand_in.chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SECONDS_TO_RUN": "20"}
+    process = subprocess.Popen([*container["command"], line], env=environ, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.wait(10) == 75
+    process.stdout.close()
+    (tmp_path / "evaluation.json").write_text("{}")
+    done = subprocess.run([*container["command"], line], env=environ | {"SECONDS_TO_RUN": "0"}, timeout=10)
+    assert done.returncode == 0
+
+
+def test_slurm_runs_one_process_a_node():
+    done = run("bash", LAUNCH / "slurm.sbatch", "configs/tiny.py", "/shared/run", "--seed", "1", DRY_RUN="1")
+    assert done.stdout == "srun --kill-on-bad-exit=1 v2t train configs/tiny.py --workdir /shared/run --seed 1\n"
+    done = run("bash", LAUNCH / "slurm.sbatch", "configs/tiny.py")
+    assert done.returncode == 2 and done.stderr.startswith("usage: sbatch")
+    assert "#SBATCH --ntasks-per-node=1\n" in (LAUNCH / "slurm.sbatch").read_text()
+
+
+def test_a_tpu_slice_is_made_used_made_again_and_deleted():
+    def dry(*arguments):
+        done = run(LAUNCH / "tpu_vm.sh", "--dry-run", *arguments, BUCKET="mine", SOURCE="git+https://x/v2t_jax")
+        assert done.returncode == 0, done.stderr
+        return [line.split()[:5][-1] for line in done.stdout.splitlines()], done.stdout
+
+    assert dry("create")[0] == ["create", "ssh"]
+    actions, printed = dry("run", "configs/tiny.py", "--name", "two words")
+    assert actions == ["scp", "ssh"] and printed.count("--worker=all") == 2
+    assert "v2t\\ train\\ recipe.py" in printed
+    assert dry("resume", "configs/tiny.py")[0] == ["delete", "create", "ssh", "scp", "ssh"]
+    assert dry("delete")[0] == ["delete"]
+    assert run(LAUNCH / "tpu_vm.sh").returncode == 2
+    missing = run(LAUNCH / "tpu_vm.sh", "--dry-run", "run", "configs/tiny.py")
+    assert missing.returncode != 0 and "name the bucket" in missing.stderr
+
+
+def test_each_says_what_it_costs_and_how_long_it_takes():
+    for file in [*SCRIPTS, LAUNCH / "gke_jobset.yaml", LAUNCH / "local.py"]:
+        text = file.read_text()
+        assert "Cost" in text and "Time:" in text, file.name
