@@ -1,4 +1,4 @@
-"""What dividing a training step over devices costs: `python -m v2t_jax.bench.scaling [--json]`.
+"""What dividing a training step over devices costs: v2t bench scaling.
 
 Weak scaling: every device has the same number of rows, on 1, 2, 4 and 8 CPU devices of one process and on two
 processes of four. The devices share this machine's cores, so the time of a step says nothing; what is compared is the
@@ -22,10 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from v2t_jax import distributed
-from v2t_jax.bench import num_cores, run_script
+from v2t_jax.bench import num_cores
 from v2t_jax.bench.collectives import collectives
 from v2t_jax.config import DistributedConfig, MeshConfig, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import InputError
@@ -57,6 +56,20 @@ class Scaling:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
+    def run(self) -> None:
+        rows = compare(self)
+        if self.json:
+            print(json.dumps({"cores": num_cores(), "jax": jax.__version__, "rows": self.rows, "results": rows}))
+            return
+        print(f"weak scaling, {self.rows} rows a device, {num_cores()} shared cores, jax {jax.__version__}")
+        for row in rows:
+            moved = ", ".join(f"{n['count']} {kind} {n['bytes']:,} B" for kind, n in row["collectives"].items())
+            print(
+                f"{row['processes']} x {row['devices'] // row['processes']} devices: "
+                f"{1000 * row['cpu_seconds_per_example']:.2f} ms of processor time an example, "
+                f"{row['overhead']:.2f} of one device's; collectives a step: {moved or 'none'}"
+            )
+
 
 def measure(options: Scaling) -> dict[str, Any]:
     """This process's part of a layout: processor seconds an example over all processes, and collectives a step."""
@@ -82,7 +95,7 @@ def measure(options: Scaling) -> dict[str, Any]:
     all_ids = rng.integers(2, T5.vocab_size, (batch, options.num_tokens)).astype(np.int32)
     ids = distributed.put(all_ids, batch_sharding(mesh))
     moved: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for kind, size in collectives(step.lower(state, frozen, ids).compile().as_text()):  # type: ignore[attr-defined]
+    for kind, size in collectives(step.lower(state, frozen, ids).compile().as_text()):
         moved[kind] = [moved[kind][0] + 1, moved[kind][1] + size]
     for _ in range(2):
         state, metrics = jax.block_until_ready(step(state, frozen, ids))
@@ -145,23 +158,3 @@ def worker(options: str) -> None:
     """A process of a layout."""
     distributed.start(DistributedConfig())
     print(json.dumps(measure(Scaling(**json.loads(options)))))
-
-
-def main() -> None:
-    options = tyro.cli(Scaling, prog="python -m v2t_jax.bench.scaling")
-    rows = compare(options)
-    if options.json:
-        print(json.dumps({"cores": num_cores(), "jax": jax.__version__, "rows": options.rows, "results": rows}))
-        return
-    print(f"weak scaling, {options.rows} rows a device, {num_cores()} shared cores, jax {jax.__version__}")
-    for row in rows:
-        moved = ", ".join(f"{n['count']} {kind} {n['bytes']:,} B" for kind, n in row["collectives"].items()) or "none"
-        print(
-            f"{row['processes']} x {row['devices'] // row['processes']} devices: "
-            f"{1000 * row['cpu_seconds_per_example']:.2f} ms of processor time an example, "
-            f"{row['overhead']:.2f} of one device's; collectives a step: {moved}"
-        )
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -9,6 +9,7 @@ import jax
 from v2t_jax.bench import aot
 from v2t_jax.bench.data import Data
 from v2t_jax.bench.decode import Decode
+from v2t_jax.bench.scaling import Scaling
 from v2t_jax.bench.train import Train
 from v2t_jax.config import load_recipe
 
@@ -46,4 +47,4 @@ class Aot:
             )
 
 
-COMMANDS: dict[str, Any] = {"aot": Aot, "data": Data, "decode": Decode, "train": Train}
+COMMANDS: dict[str, Any] = {"aot": Aot, "data": Data, "decode": Decode, "scaling": Scaling, "train": Train}
