@@ -9,8 +9,10 @@ from tiny_run import make_recipe, make_tokenizer
 
 from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.errors import InputError
+from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.train import loop
 from v2t_jax.train.loop import train
+from v2t_jax.train.setup import prepare
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def recipe(tmp_path_factory):
     """The tiny recipe, its text built."""
     folder = tmp_path_factory.mktemp("built")
     made = make_recipe(folder)
-    embedder = loop.load_embedder(made.embedder)
+    embedder = load_embedder(made.embedder)
     settings = BuildSettings(held_out_share=0.1, chunk_bytes=2000, shard_bytes=6000)
     built = str(build(list(made.data.sources), folder / "data", embedder.tokenizer, settings, Workers()).folder)
     stage = dataclasses.replace(made.inverter, num_steps=2)
@@ -39,7 +41,7 @@ def test_a_run_trains_from_it(recipe, tmp_path):
 
 
 def test_the_held_out_texts_are_its_own_cut_to_the_model(recipe):
-    setup = loop.prepare(recipe)
+    setup = prepare(recipe)
     stored = setup.stores
     texts = stored.held_out(max(recipe.evaluation.num_examples, loop.NORM_TEXTS))
     assert setup.held_out == [t for t in setup.vocabulary.normalise(texts, recipe.model.max_length) if t]
@@ -63,7 +65,7 @@ def test_settings_that_belong_to_texts_in_memory_are_refused(recipe, fields, mes
     built = recipe.data.held_out
     fields = {k: tuple(built if x == "BUILT" else x for x in v) if k == "sources" else v for k, v in fields.items()}
     with pytest.raises(InputError, match=message):
-        loop.prepare(changed(recipe, **fields))
+        prepare(changed(recipe, **fields))
 
 
 def test_a_data_set_of_another_tokenizer_or_half_a_one_is_refused(recipe, tmp_path):
@@ -74,9 +76,9 @@ def test_a_data_set_of_another_tokenizer_or_half_a_one_is_refused(recipe, tmp_pa
     settings = BuildSettings(held_out_share=0.3)
     folder = build([str(source)], tmp_path / "built", other, settings, Workers()).folder
     with pytest.raises(InputError, match="was built with another tokenizer than the embedder's"):
-        loop.prepare(changed(recipe, sources=(str(folder),), held_out=str(folder)))
+        prepare(changed(recipe, sources=(str(folder),), held_out=str(folder)))
     (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="manifest.json is missing: .* was never finished; run v2t data build"):
-        loop.prepare(changed(recipe, sources=(str(folder),), held_out=str(folder)))
+        prepare(changed(recipe, sources=(str(folder),), held_out=str(folder)))
     with pytest.raises(InputError, match="is a built data set"):  # its held-out texts are no source of texts
-        loop.prepare(changed(recipe, sources=("wordnet",), held_out=str(folder)))
+        prepare(changed(recipe, sources=("wordnet",), held_out=str(folder)))

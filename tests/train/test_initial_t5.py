@@ -15,7 +15,7 @@ from v2t_jax.config import Config
 from v2t_jax.data.pipeline import Batches, Batching
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5
-from v2t_jax.train import loop
+from v2t_jax.train.setup import initial_params, prepare
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def test_both_networks_start_from_it(recipe: Config) -> None:
-    setup = loop.prepare(recipe)
+    setup = prepare(recipe)
     config, params = load_t5(recipe.initial_t5)
     kept = recipe.model.t5
     assert setup.model.t5 == dataclasses.replace(config, dropout_rate=kept.dropout_rate, dtype=kept.dtype)
     batches = Batches(setup.stores, Batching(batch_size=2, max_length=24, bucket_lengths=(24,)))
     for stage in recipe.stages:
-        start = loop.initial_params(setup, stage, {"inverter": {}}, batches)
+        start = initial_params(setup, stage, {"inverter": {}}, batches)
         jax.tree.map(np.testing.assert_array_equal, start["t5"], params)
     assert "initial_t5" in setup.hashes()
     # The embedder's ids are the model's own.
@@ -55,7 +55,7 @@ def test_both_networks_start_from_it(recipe: Config) -> None:
 def test_an_embedder_with_another_tokenizer(recipe: Config, tmp_path: Path) -> None:
     other = dataclasses.replace(recipe, embedder=str(make_embedder(tmp_path / "embedder")))
     with pytest.raises(InputError, match="have different tokenizers: choose an embedder with T5's"):
-        loop.prepare(dataclasses.replace(other, model=dataclasses.replace(recipe.model, max_length=8)))
+        prepare(dataclasses.replace(other, model=dataclasses.replace(recipe.model, max_length=8)))
 
 
 def test_other_ways_to_start(recipe: Config) -> None:

@@ -19,6 +19,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.train import loop, texts
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.loop import TrainingStopped, train
+from v2t_jax.train.setup import prepare
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_the_model_folder_gives_what_the_run_gave(finished, recipe):
     assert model.has_corrector and model.name == "test" and model.config.t5.vocab_size == 60
     # The last checkpoint holds the same parameters, to the bit.
     saved = Checkpoints(finished / "corrector" / "checkpoints", recipe.checkpoint)
-    setup = loop.prepare(recipe)
+    setup = prepare(recipe)
     optimizer = loop.make_optimizer(recipe.corrector.optimizer, recipe.corrector.num_steps)
     params = jax.tree.map(jnp.zeros_like, model.params["corrector"])
     state = saved.restore(loop.TrainState(jnp.int32(0), params, optimizer.init(params)))
@@ -194,7 +195,7 @@ def test_bad_updates_may_be_left_out(recipe, tmp_path, monkeypatch):
         config = inverter_only(recipe, inverter=stage, checkpoint=checkpoint, log_every_steps=1)
         train(config, tmp_path / str(allowed))
 
-    setup, size = loop.prepare(recipe), recipe.inverter.batch_size
+    setup, size = prepare(recipe), recipe.inverter.batch_size
     batches = loop.Batches(
         setup.stores, batch_size=size, max_length=8, span_share=0.2, bucket_lengths=(8,), seed=recipe.seed
     )
@@ -237,7 +238,7 @@ def test_changed_inputs_are_refused_and_a_failed_start_claims_nothing(tmp_path):
     with pytest.raises(InputError, match="There is no file"):
         train(mistyped, workdir)
     assert not (workdir / "config.json").exists()
-    loop.claim_workdir(config, workdir, loop.prepare(config).hashes())
+    loop.claim_workdir(config, workdir, prepare(config).hashes())
     with open(config.data.sources[0], "a", encoding="utf-8") as source:
         source.write("the old man sees a very big fish\n")
     with pytest.raises(InputError, match=r"has changed since the run .* began \(its tokens\)"):
@@ -303,5 +304,5 @@ def test_a_held_out_text_of_unknown_pieces_alone_is_left_out(tmp_path, monkeypat
     config = make_recipe(tmp_path)
     read = read_texts
     monkeypatch.setattr(texts, "read_texts", lambda source, split, **kw: ["zyx", *read(source, split, **kw)])
-    held_out = loop.prepare(config).held_out
+    held_out = prepare(config).held_out
     assert held_out and all(text.strip() and "zyx" not in text for text in held_out)

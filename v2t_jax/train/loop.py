@@ -9,14 +9,11 @@ workdir/model/                         the finished model, for `v2t_jax.load`
 workdir/evaluation.{json,png}          its scores on held-out texts, over correction steps and beam widths
 """
 
-import dataclasses
-import functools
-import hashlib
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,27 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax import distributed, progress
-from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, to_dict
-from v2t_jax.data.blocks import StoredTexts
+from v2t_jax.config import Config, Stage, StageConfig, to_dict
 from v2t_jax.data.stored import StoredBatches
-from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.eval.card import model_card
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
-from v2t_jax.interop.checkpoint import sha256_of, weight_files
-from v2t_jax.interop.hf_t5 import load_t5
-from v2t_jax.interop.hub import folder_of
-from v2t_jax.interop.sentence_transformers import load_embedder
-from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
+from v2t_jax.models.embedder import PieceMap
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import CARD_HEAD, Inverter, check_length, load, locate_model, norm_statistics
+from v2t_jax.pretrained import CARD_HEAD, Inverter, load, norm_statistics
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
-from v2t_jax.train.columns import EMBEDDING, check_column
+from v2t_jax.train.columns import check_column
 from v2t_jax.train.optim import make_optimizer
+from v2t_jax.train.setup import NORM_TEXTS, Setup, column_names, initial_params, prepare, trained_inverter
 from v2t_jax.train.step import (
-    NETWORKS,
     Batch,
     Frozen,
     Metrics,
@@ -57,11 +48,8 @@ from v2t_jax.train.step import (
     make_step,
     shard_step,
 )
-from v2t_jax.train.texts import Stores, make_batches, open_texts, tokens_sha256
+from v2t_jax.train.texts import make_batches
 from v2t_jax.train.workdir import Log, check_workdir, claim_workdir
-
-STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
-NORM_TEXTS = 256  # texts whose vectors' lengths are recorded in the model: by them it knows foreign vectors
 
 
 class TrainingStopped(Exception):
@@ -74,65 +62,6 @@ class TrainingStopped(Exception):
     def __init__(self, message: str, preempted: bool):
         super().__init__(message)
         self.preempted = preempted
-
-
-@dataclasses.dataclass
-class Setup:
-    """What both stages work with."""
-
-    config: Config
-    model: ModelConfig  # with the embedder's width and the vocabulary's size filled in
-    embedder: Embedder
-    vocabulary: Vocabulary
-    stores: Stores
-    held_out: list[str]  # normalised, short enough for the model
-    initial_t5: Params | None  # that both networks start from
-
-    @property
-    def stored(self) -> StoredTexts:
-        """The built data set that `data.sources` names.
-
-        Raises:
-            InputError: it names other sources.
-        """
-        if not isinstance(self.stores, StoredTexts):
-            raise InputError(
-                "data.embeddings and data.hypotheses need a built data set in data.sources: v2t data build."
-            )
-        return self.stores
-
-    @property
-    def pieces(self) -> jax.Array:
-        return jnp.asarray(self.vocabulary.pieces)
-
-    def hashes(self) -> dict[str, str]:
-        """Of all that the config names but doesn't hold."""
-        return {
-            "embedder": self.embedder.weights_sha256,
-            "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
-            "tokens": tokens_sha256(self.stores),
-            **{
-                f"column {name}": hashlib.sha256(json.dumps(self.stored.column(name).made_by).encode()).hexdigest()
-                for stage in self.config.stages
-                for name in column_names(self.config, stage).values()
-            },
-            **(
-                {"initial_inverter": sha256_of([locate_model(self.config.initial_inverter) / "inverter.safetensors"])}
-                if self.config.initial_inverter
-                else {}
-            ),
-            **({"initial_t5": sha256_of(weight_files(folder_of(self.config.initial_t5)))} if self.initial_t5 else {}),
-        }
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        """Ids [n, L] -> embeddings [n, E] by the path that training uses."""
-        embed = jax.jit(embed_pieces, static_argnums=(0, 1))
-        piece_map = PieceMap.of(self.embedder)
-        parts = [
-            embed(self.embedder.config, piece_map, self.embedder.params, self.pieces, ids[i : i + 256])
-            for i in range(0, len(ids), 256)
-        ]
-        return np.concatenate([np.asarray(part) for part in parts])
 
 
 def train(config: Config, workdir: Path) -> Path:
@@ -186,25 +115,6 @@ def _train(config: Config, workdir: Path) -> Path:
     return folder
 
 
-def trained_inverter(setup: Setup) -> Params:
-    """The inverter of the model that the recipe names.
-
-    Raises:
-        InputError: it isn't of the recipe's sizes and word-pieces.
-    """
-    name = setup.config.initial_inverter
-    found = load(name, setup.embedder)
-    params = found.params["inverter"]
-    expected = jax.eval_shape(functools.partial(NETWORKS["inverter"].init, setup.model), jax.random.key(0))
-    shapes = jax.tree.map(lambda p: p.shape, (params, expected))
-    if found.bridged or shapes[0] != shapes[1] or not np.array_equal(found.vocabulary.pieces, setup.vocabulary.pieces):
-        raise InputError(
-            f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
-            "data.sources and data.vocabulary_size, or train a new one."
-        )
-    return params
-
-
 def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, Any]:
     """The final evaluation, as numbers and as a plot."""
     settings = setup.config.evaluation
@@ -215,87 +125,6 @@ def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, An
         (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
         plot(report, workdir / "evaluation.png")
     return report
-
-
-def prepare(config: Config) -> Setup:
-    """Loads the embedder, reads and tokenises the text, settles vocabulary and widths."""
-    embedder = load_embedder(config.embedder, config.embedder_dtype)
-    check_length(config.model, embedder)
-    num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
-    vocabulary, stores, held_out = open_texts(config, embedder.tokenizer, num_held_out)
-    t5, pretrained = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size), None
-    if config.initial_t5:
-        t5, pretrained = pretrained_t5(config, vocabulary)
-    model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
-    return Setup(config, model, embedder, vocabulary, stores, held_out, pretrained)
-
-
-def pretrained_t5(config: Config, vocabulary: Vocabulary) -> tuple[T5Config, Params]:
-    """The T5 that the recipe starts from, under the recipe's own dtype, dropout and the like.
-
-    Raises:
-        InputError: there is none, or it has another tokenizer than the embedder.
-    """
-    loaded, params = load_t5(config.initial_t5)
-    tokenizer = read_tokenizer(folder_of(config.initial_t5) / "tokenizer.json")
-    in_order = np.array_equal(vocabulary.pieces, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
-    if not in_order or tokenizer.get_vocab() != vocabulary.tokenizer.get_vocab():
-        raise InputError(
-            f"{config.initial_t5} and {config.embedder} have different tokenizers: choose an embedder with T5's, such "
-            "as gtr-base, or leave initial_t5 empty."
-        )
-    kept = {name: getattr(config.model.t5, name) for name in ("dropout_rate", "dtype", "remat", "scan_unroll")}
-    return dataclasses.replace(loaded, **kept), params
-
-
-def column_names(config: Config, stage: Stage) -> dict[str, str]:
-    """The data set's columns that a stage reads, by the batch's field that each fills."""
-    found = {"embedding": config.data.embeddings}
-    if stage == "corrector" and config.data.hypotheses:
-        found |= {"hypothesis": config.data.hypotheses, "hypothesis_embedding": config.data.hypotheses + EMBEDDING}
-    return {field: name for field, name in found.items() if name}
-
-
-def initial_params(
-    setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Callable[[int], np.ndarray]
-) -> Params:
-    """Random parameters, with the recipe's options laid over them."""
-    config, model = setup.config, setup.model
-    key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
-    params = NETWORKS[stage].init(model, key)
-    if setup.initial_t5 is not None:
-        params["t5"] = jax.tree.map(jnp.asarray, setup.initial_t5)
-    if config.initial_embedding == "embedder":
-        words = setup.embedder.params["encoder"]["word_embedding"][setup.pieces]
-        if words.shape[1] != model.t5.d_model:
-            raise InputError(
-                f"initial_embedding=embedder needs model.t5.d_model={words.shape[1]}, the embedder's width; "
-                f"it is {model.t5.d_model}."
-            )
-        words = words - words.mean(axis=0, keepdims=True)
-        params["t5"]["token_embedding"] = words * (config.initial_embedding_std / words.std())
-        # Small embeddings under a tied head scaled by 1/sqrt(D) would start with logits near zero.
-        params["t5"]["decoder"]["final_norm"]["scale"] *= model.t5.d_model**0.5
-    if model.standardise:
-        rows: list[np.ndarray] = []
-        while sum(len(row) for row in rows) < STATISTICS_TEXTS:
-            batch = batches(len(rows))
-            rows.append(np.pad(batch, ((0, 0), (0, model.max_length - batch.shape[1]))))
-        e = setup.embed(np.concatenate(rows)[:STATISTICS_TEXTS])
-        std = e.std(axis=0)
-        # Some embedders have constant dimensions: there the deviation is only rounding.
-        params["statistics"] = {
-            "mean": jnp.asarray(e.mean(axis=0)),
-            "std": jnp.asarray(np.maximum(std, 0.1 * std.mean())),
-        }
-    if stage == "corrector" and config.corrector_from_inverter:
-        source = trained["inverter"]
-        params["t5"] = jax.tree.map(jnp.copy, source["t5"])
-        params["projection_target"] = jax.tree.map(jnp.copy, source["projection"])
-        for name in ("statistics", "bag_of_words"):
-            if name in source:
-                params[name] = jax.tree.map(jnp.copy, source[name])
-    return params
 
 
 def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, Params], stopped: "StopFlag") -> Params:
