@@ -60,7 +60,9 @@ class Build:
             tokenizer = load_tokenizer(self.embedder)
         else:
             tokenizer = read_tokenizer(Path(os.path.expanduser(str(self.tokenizer))))
-        stored = build(self.sources, Path(os.path.expanduser(self.output)), tokenizer, settings, workers)
+        stored = build(
+            self.sources, Path(os.path.abspath(os.path.expanduser(self.output))), tokenizer, settings, workers
+        )
         counts = stored.manifest["counts"]
         if self.json:
             print(json.dumps({"folder": str(stored.folder), **counts}))

@@ -296,10 +296,10 @@ def _make_chunks(job: Job, sources: Sequence[Source], chunk_bytes: int, workers:
         yield count, chunk
         count, texts = count + 1, texts + len(chunk)
 
-    def missing() -> Iterator[tuple[int, list[str]]]:
+    def missing() -> Iterator[tuple[int, Path]]:
         for index, chunk in tasks():
             if index % workers.host_count == workers.host_index and not job.chunk(index).is_file():
-                yield index, chunk
+                yield index, shards.hand_over(job, index, chunk)
 
     with progress.bar(total // 1024, "tokenising", unit="KB") as update:
         for _ in run(shards.write_chunk, missing()):

@@ -55,8 +55,20 @@ def start(job: Job) -> None:
     _protected.cache_clear()
 
 
-def write_chunk(index: int, texts: Sequence[str]) -> None:
-    """Tokenises texts and writes them to the chunk's file."""
+def hand_over(job: Job, index: int, texts: Sequence[str]) -> Path:
+    """Writes a chunk's texts for a worker.
+
+    Not through the pipe to it: when a worker is killed with megabytes on their way, Python waits for ever.
+    """
+    file = job.folder / "work" / f".texts-{index:06d}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(texts), encoding="utf-8")
+    return file
+
+
+def write_chunk(index: int, handed_over: Path) -> None:
+    """Tokenises the texts of a file, writes them to the chunk's and deletes the first."""
+    texts = json.loads(handed_over.read_text(encoding="utf-8"))
     normalised = [normalise_for_split(text) for text in texts]
     kept = [i for i, text in enumerate(normalised) if text]
     hashes = [split_hash(normalised[i]) for i in kept]
@@ -83,6 +95,7 @@ def write_chunk(index: int, texts: Sequence[str]) -> None:
             ]
             file.write_batch(pa.record_batch(columns, schema=schema))
     write_file(_job.chunk(index), sink.getvalue())
+    handed_over.unlink()
 
 
 def read_counts(job: Job, chunks: int) -> tuple[dict[str, int], np.ndarray]:
