@@ -11,8 +11,10 @@ from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.errors import InputError
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.train import loop
+from v2t_jax.train.columns import embed_column, hypothesis_columns, padded
 from v2t_jax.train.loop import train
 from v2t_jax.train.setup import prepare
+from v2t_jax.train.texts import make_batches
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,45 @@ def test_a_data_set_of_another_tokenizer_or_half_a_one_is_refused(recipe, tmp_pa
         prepare(changed(recipe, sources=(str(folder),), held_out=str(folder)))
     with pytest.raises(InputError, match="is a built data set"):  # its held-out texts are no source of texts
         prepare(changed(recipe, sources=("wordnet",), held_out=str(folder)))
+
+
+def losses(workdir, stage):
+    lines = [json.loads(line) for line in (workdir / stage / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_columns_stand_for_what_is_made_on_the_fly(recipe, tmp_path):
+    """Embeddings and guesses read from columns train as those that a step makes, but for their rounding to float16."""
+    recipe = dataclasses.replace(changed(recipe, span_share=0.0), log_every_steps=1)
+    model = str(train(recipe, tmp_path / "first"))
+    stored, setup = prepare(recipe).stores, prepare(recipe)
+    length = recipe.model.max_length
+    assert embed_column(stored, "vectors", setup.embedder, setup.vocabulary, max_length=length)
+    assert hypothesis_columns(stored, "guesses", [model])
+    stage = dataclasses.replace(recipe.corrector, num_steps=8)
+    second = dataclasses.replace(recipe, stages=("corrector",), initial_inverter=model, corrector=stage)
+    train(second, tmp_path / "fly")
+    read = changed(second, embeddings="vectors", hypotheses="guesses")
+    train(read, tmp_path / "columns")
+    assert len(losses(tmp_path / "fly", "corrector")) == 8
+    np.testing.assert_allclose(
+        losses(tmp_path / "columns", "corrector"), losses(tmp_path / "fly", "corrector"), atol=0.01
+    )
+    with pytest.raises(InputError, match="The column vectors was made with another embedder"):
+        train(dataclasses.replace(read, embedder_dtype="bfloat16"), tmp_path / "other")
+
+
+def test_a_fold_is_left_out(recipe):
+    recipe = changed(recipe, span_share=0.0)
+    stored = prepare(recipe).stores
+    seen = []
+    for fold in range(2):
+        batches = make_batches(changed(recipe, folds=2, fold=fold), stored, 8)
+        rows = np.concatenate([batches(step) for step in range(batches.steps_per_epoch)])
+        seen.append({tuple(row) for row in rows.tolist()})
+    ids = [block for shard in range(len(stored.manifest["shards"])) for block in stored.texts(shard)]
+    for i, block in enumerate(ids):
+        whole = {tuple(row) for row in padded(block, recipe.model.max_length).tolist()}
+        assert not whole & seen[i % 2]
+    with pytest.raises(InputError, match="data.folds need a built data set"):
+        make_batches(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, folds=2)), [], 8)

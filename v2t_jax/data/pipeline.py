@@ -77,10 +77,10 @@ class Batching:
                 with more than one, `lanes` must divide the batch's size, and that N.
             spans: whether to cut at random; otherwise a row that is too long keeps its beginning.
         """
-        cut, skipped = np.minimum(lengths, self.max_length - 1), np.zeros_like(lengths)
-        if spans:
-            cut = self._cut(rng, lengths)
-            skipped = rng.integers(0, lengths - cut + 1)
+        cut = self._cut(rng, lengths)
+        skipped = rng.integers(0, lengths - cut + 1)
+        if not spans:  # drawn all the same: texts that fit come in the same order either way
+            cut, skipped = np.minimum(lengths, self.max_length - 1), np.zeros_like(lengths)
         steps, buckets = len(lengths) // self.batch_size, np.array(self.bucket_lengths)
         # Sorting by bucket over a random order both shuffles within a bucket and carries remainders upwards.
         order = rng.permutation(len(cut))
