@@ -31,10 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corrector(folder: Path) -> Inverter:
     return vec2text.load_corrector(
-        str(folder / "inverter"),
+        folder / "inverter",
         str(folder / "corrector"),
-        embedder=str(upstream_pair.embedder_of(folder)),
-        t5=str(folder / "t5-base"),
+        embedder=upstream_pair.embedder_of(folder),
+        t5=folder / "t5-base",
     )
 
 
@@ -117,4 +117,6 @@ def test_what_is_refused(corrector: Inverter, folder: Path, record: Case) -> Non
     with pytest.raises(InputError, match="jxm/gtr__nq__32 is not in the local cache and the hub can't be reached"):
         vec2text.load_pretrained_corrector("gtr-base")
     with pytest.raises(InputError, match="There is no folder .*nowhere"):
-        vec2text.load_corrector(str(folder / "nowhere"), str(folder / "corrector"), embedder="gtr-base")
+        vec2text.load_corrector(folder / "nowhere", folder / "corrector", embedder="gtr-base")
+    with pytest.raises(InputError, match="The embedder is of type function"):
+        vec2text.load_corrector(folder / "inverter", folder / "corrector", embedder=lambda texts: texts)  # type: ignore
