@@ -160,4 +160,4 @@ def _options(num_steps: int | None, sequence_beam_width: int, mode: str) -> dict
     if num_steps is None and sequence_beam_width:
         raise InputError("sequence_beam_width needs num_steps: without steps there is only the first guess.")
     # The inverter's first guess is its greedy one: in mode "best" a beam of 1 makes no other either.
-    return {"num_steps": num_steps or 0, "sequence_beam_width": max(sequence_beam_width, 1), "mode": mode}
+    return {"num_steps": num_steps or 0, "sequence_beam_width": sequence_beam_width or 1, "mode": mode}
