@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and how every mistake ends in one sentence and exit status 2."""
 
+import inspect
 import json
 import os
 import pickle
@@ -22,6 +23,8 @@ from tiny_run import make_texts
 
 from v2t_jax import cli, pretrained
 from v2t_jax.commands import recovery
+from v2t_jax.errors import InputError
+from v2t_jax.models.embedder import quantise
 
 BEAM = ("--sequence-beam-width", "2", "--batch-size", "1")  # one shape, compiled once, for nearly all tests
 V2T = [sys.executable, "-c", "from v2t_jax.cli import main; main()"]
@@ -134,6 +137,8 @@ def test_embed_as_vector_stores_keep_them(run: Run, models: Path, tmp_path: Path
     assert (signs.dtype, signs.shape) == (np.int8, (300, 2))
     bits = np.unpackbits((signs.astype(np.int16) + 128).astype(np.uint8), axis=1)[:, :12]
     np.testing.assert_array_equal(bits, part > 0)
+    with pytest.raises(InputError, match="precision is 'ubinary'; choose float32, int8, binary"):
+        inspect.unwrap(quantise)(whole, "ubinary")  # without the types that tests check
     assert np.abs(made("--prefix", "the cat ") - whole).max() > 1e-3
     (tmp_path / "few.txt").write_text("a dog\nthe cat\n")
     few = ("embed", "--embedder", "M/embedder", "--input", "T/few.txt", "--output", "T/few.npy", "--precision", "int8")
@@ -436,6 +441,15 @@ def test_output_through_a_link_replaces_what_it_points_to(run: Run, tmp_path: Pa
     (tmp_path / "lines.txt").write_text("the cat\n")
     assert run("embed", "--embedder", "M/embedder", "--input", "T/lines.txt", "--output", "T/link.npy")[0] == 0
     assert (tmp_path / "link.npy").is_symlink() and np.load(tmp_path / "real.npy").shape == (1, WIDTH)
+
+
+def test_vectors_are_not_written_over_their_texts(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("the cat\n")
+    (tmp_path / "link.npy").symlink_to("lines.txt")
+    for output in ("T/lines.txt", "T/link.npy"):
+        status, _, err = run("embed", "--embedder", "M/embedder", "--input", "T/lines.txt", "--output", output)
+        assert status == 2 and "is the input itself, which would be lost; give another name" in err
+    assert (tmp_path / "lines.txt").read_text() == "the cat\n"
 
 
 @pytest.mark.parametrize("close", ["exec >&-", "exec 2>&-", "exec >/dev/full"])

@@ -229,6 +229,8 @@ def test_back_off_doubles(endpoint: Endpoint, api: Api) -> None:
         ("https://host/v1?key=hunter2", "behind . or #"),
         ("https://host:port/v1", "can't be understood"),
         ("https://[::1/v1", "can't be understood"),
+        ("https://host..name/v1", "can't be understood"),
+        ("https://host/\x00v1", "can't be understood"),
     ],
 )
 def test_base_urls_that_cannot_be_used(url: str, said: str) -> None:

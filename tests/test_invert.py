@@ -12,6 +12,7 @@ from tiny_model import MAX_LENGTH, WIDTH, make_model
 from tiny_run import make_texts
 
 import v2t_jax as v2t
+import v2t_jax.vec2text as vec2text
 from v2t_jax.bench.collectives import collectives
 from v2t_jax.config import MeshConfig
 from v2t_jax.errors import InputError
@@ -158,11 +159,16 @@ def test_odd_texts_are_recovered_from_what_the_tokenizer_knows(model: Inverter, 
         (["the cat", " \n"], "Text 2 of 2 is empty"),
         (["🙂"], "nothing that the embedder's tokenizer knows"),
         (["cat \udcff"], "not valid Unicode"),
+        ("cat", "A single string was given where a list of texts is meant"),
+        (["cat", 3], "Text 2 of 2 is of type int; give a str"),
     ],
 )
 def test_texts_that_are_refused(model: Inverter, texts: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         v2t.invert_strings(model, texts)
+    if "tokenizer" not in message:  # there texts are embedded as they are
+        with pytest.raises(InputError, match=message):
+            vec2text.invert_strings(texts, model, mode="upstream")
 
 
 def test_long_texts_are_cut(model: Inverter) -> None:
@@ -201,7 +207,10 @@ def test_vectors_that_are_refused(bad: object, message: str) -> None:
     [
         ({"num_steps": -1}, "num_steps is -1"),
         ({"sequence_beam_width": 0}, "sequence_beam_width is 0"),
+        ({"num_steps": 1.5}, "num_steps is 1.5; give a whole number"),
+        ({"sequence_beam_width": True}, "sequence_beam_width is True; give a whole number"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.0}, "batch_size is 2.0; give a whole number"),
         ({"patience": -1}, "patience is -1"),
         ({"mode": "worst"}, "mode is 'worst'"),
     ],
@@ -255,4 +264,10 @@ def test_cosines_by_hand() -> None:
 
 
 def test_embedding_by_folder(folder: Path, model: Inverter, vectors: np.ndarray) -> None:
-    np.testing.assert_allclose(v2t.embed(TEXTS, str(folder / "embedder")), vectors, atol=1e-6)
+    for embedder in (str(folder / "embedder"), folder / "embedder", model.embedder):
+        np.testing.assert_allclose(v2t.embed(TEXTS, embedder), vectors, atol=1e-6)
+    with pytest.raises(InputError, match="of type function; give its name .*CallableEmbedder"):
+        v2t.embed(TEXTS, lambda texts: texts)  # type: ignore[arg-type]
+    for batch_size in (0, -1):
+        with pytest.raises(InputError, match=f"batch_size is {batch_size}"):
+            model.embedder.embed(TEXTS, batch_size)

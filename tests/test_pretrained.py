@@ -246,6 +246,14 @@ def test_another_embedder(folder, tmp_path):
         load(str(folder))
 
 
+def test_an_embedder_of_another_kind(model, folder):
+    with pytest.raises(InputError, match="The embedder is of type function; .*CallableEmbedder.function."):
+        load(str(folder), lambda texts: texts)
+    assert load(folder, folder.parent / model.embedder.name).name == model.name
+    with pytest.raises(InputError, match="There is no model '.*nowhere'"):
+        load(folder / "nowhere")
+
+
 def test_an_embedder_that_cannot_be_compared(model, folder):
     unknown = dataclasses.replace(model.embedder, name="another", weights_sha256="")
     with pytest.warns(UserWarning, match="was trained for .*; that another is the same embedder can't be checked"):

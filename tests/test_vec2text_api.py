@@ -31,10 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corrector(folder: Path) -> Inverter:
     return vec2text.load_corrector(
-        str(folder / "inverter"),
+        folder / "inverter",
         str(folder / "corrector"),
-        embedder=str(upstream_pair.embedder_of(folder)),
-        t5=str(folder / "t5-base"),
+        embedder=upstream_pair.embedder_of(folder),
+        t5=folder / "t5-base",
     )
 
 
@@ -110,6 +110,8 @@ def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: Inverter,
 def test_what_is_refused(corrector: Inverter, folder: Path, record: Case) -> None:
     with pytest.raises(InputError, match="sequence_beam_width needs num_steps"):
         vec2text.invert_embeddings(record["e"], corrector, sequence_beam_width=2)
+    with pytest.raises(InputError, match="sequence_beam_width is -1"):
+        vec2text.invert_embeddings(record["e"], corrector, num_steps=1, sequence_beam_width=-1)
     with pytest.raises(InputError, match="no published corrector for 'bert'; choose gtr-base or"):
         vec2text.load_pretrained_corrector("bert")
     with pytest.raises(InputError, match="is behind an API: give the embedder too"):
@@ -117,4 +119,6 @@ def test_what_is_refused(corrector: Inverter, folder: Path, record: Case) -> Non
     with pytest.raises(InputError, match="jxm/gtr__nq__32 is not in the local cache and the hub can't be reached"):
         vec2text.load_pretrained_corrector("gtr-base")
     with pytest.raises(InputError, match="There is no folder .*nowhere"):
-        vec2text.load_corrector(str(folder / "nowhere"), str(folder / "corrector"), embedder="gtr-base")
+        vec2text.load_corrector(folder / "nowhere", folder / "corrector", embedder="gtr-base")
+    with pytest.raises(InputError, match="The embedder is of type function"):
+        vec2text.load_corrector(folder / "inverter", folder / "corrector", embedder=lambda texts: texts)  # type: ignore

@@ -23,7 +23,7 @@ from v2t_jax.arrays import as_numpy
 from v2t_jax.compile_cache import user_cache_dir
 from v2t_jax.config import ApiConfig
 from v2t_jax.endpoint import Endpoint, approximate_tokens, dollars
-from v2t_jax.errors import InputError, check_texts
+from v2t_jax.errors import InputError, check_texts, check_whole
 from v2t_jax.vector_cache import VectorCache
 
 PROBE = "width"  # the text that is embedded where only the vectors' width or length is asked for
@@ -39,8 +39,8 @@ class BlackBox(ABC):
     """
 
     def __init__(self, name: str, width: int | None, normalised: bool | None) -> None:
-        if width is not None and width < 1:
-            raise InputError(f"The width of {name} is {width}; give at least 1.")
+        if width is not None:
+            check_whole(f"The width of {name}", width, 1)
         self.name, self.weights_sha256 = name, ""
         self._width, self._normalised = width, normalised
         self._learning = threading.Lock()
@@ -277,8 +277,7 @@ class HttpEmbedder(BlackBox):
 
 def _distinct(texts: Sequence[str], batch_size: int) -> list[str]:
     """Each text once, after a look at what was given."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1.")
+    check_whole("batch_size", batch_size, 1)
     check_texts(texts)
     return list(dict.fromkeys(texts))
 

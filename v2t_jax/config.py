@@ -249,7 +249,7 @@ class Config:
 
     name: str = "unnamed"
     embedder: str = "all-MiniLM-L6-v2"
-    """a name that `v2t env` lists, or a sentence-transformers folder"""
+    """a name that `v2t embedders` lists, or a folder"""
     embedder_dtype: Dtype = "float32"
     """of the embedder's arithmetic inside the training step"""
     stages: tuple[Stage, ...] = STAGES

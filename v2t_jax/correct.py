@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 from v2t_jax.distributed import fetch
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_whole
 from v2t_jax.torch_order import topk_order
 
 MOST_STEPS = 100_000
@@ -76,8 +76,8 @@ class CorrectionSettings:
         least = {"sequence_beam_width": 1, "num_candidates": 1, "patience": 0, "scan_chunk": 1, "guess_length": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InputError(f"{name} is {value}: give at least {minimum}.")
+            if value is not None:
+                check_whole(name, value, minimum)
         for name in ("sequence_beam_width", "num_candidates"):
             if (getattr(self, name) or 0) > MOST_BEAMS:
                 raise InputError(f"{name} is {getattr(self, name)}: give at most {MOST_BEAMS}.")
@@ -189,10 +189,9 @@ def _take(pool: _Pool, index: Array) -> _Pool:
 
 def check_num_steps(num_steps: int) -> None:
     """Raises:
-    InputError: num_steps is negative, or would never end.
+    InputError: num_steps is no whole number, negative, or would never end.
     """
-    if not 0 <= num_steps <= MOST_STEPS:
-        raise InputError(f"num_steps is {num_steps}; give a number from 0 to {MOST_STEPS}.")
+    check_whole("num_steps", num_steps, 0, MOST_STEPS)
 
 
 def _check_embeddings(e: np.ndarray | Array) -> None:

@@ -297,7 +297,9 @@ def _checked_url(url: str) -> str:
     try:
         parts = urlsplit(url.strip())
         _ = parts.port  # raises where it is no number
-    except ValueError as error:
+        (parts.hostname or "").encode("idna")  # so does this where the network's library would
+        httpx2.URL(url.strip())
+    except (ValueError, httpx2.InvalidURL) as error:
         raise InputError(f"The base URL can't be understood ({error}); {advice}.") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # Not quoted: it may hold a secret.

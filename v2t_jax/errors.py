@@ -1,19 +1,39 @@
 """The one exception that is meant for the person at the keyboard, and the check that all ways in share."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one sentence: what is wrong, what to do."""
 
 
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuses a setting that is no whole number in its range.
+
+    Raises:
+        InputError: that.
+    """
+    whole = isinstance(value, Integral) and type(value) is not bool
+    if not whole:
+        raise InputError(f"{name} is {value!r}; give a whole number.")
+    if value < least or (most is not None and value > most):
+        span = f"at least {least}" if most is None else f"a number from {least} to {most}"
+        raise InputError(f"{name} is {value}; give {span}.")
+
+
 def check_texts(texts: Sequence[str], what: str = "Text") -> None:
     """Refuses texts that can't be embedded.
 
     Raises:
-        InputError: a text is blank, or holds bytes that are no text.
+        InputError: a text is blank, or holds bytes that are no text; or it is a single string, not a list of them.
     """
+    if isinstance(texts, str):  # whose letters would pass for texts
+        raise InputError("A single string was given where a list of texts is meant; put it in brackets: [text].")
     for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"{what} {i + 1} of {len(texts)} is of type {type(text).__name__}; give a str.")
         if not text.strip():
             raise InputError(f"{what} {i + 1} of {len(texts)} is empty; leave it out or give it words.")
         try:

@@ -18,8 +18,8 @@ from v2t_jax.arrays import as_numpy
 from v2t_jax.bridge import host_errors
 from v2t_jax.config import MeshConfig
 from v2t_jax.correct import check_num_steps, correct_in_batches
-from v2t_jax.errors import InputError, check_texts
-from v2t_jax.models.embedder import embed_texts
+from v2t_jax.errors import InputError, check_texts, check_whole
+from v2t_jax.models.embedder import TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.pretrained import Inverter
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 
@@ -196,8 +196,8 @@ def invert_embeddings(
     check_num_steps(num_steps)
     if num_steps and not inverter.has_corrector:
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1.")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
     warn_of_foreign_vectors(inverter, e)
     if inverter.embedder.normalised:
         e = (e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
@@ -259,9 +259,9 @@ def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> 
     Raises:
         InputError: no texts, or one is blank or holds nothing that the tokenizer knows; or see `invert_embeddings`.
     """
-    if not texts:
-        raise InputError("There are no texts to recover; give at least one.")
     check_texts(texts)
+    if len(texts) == 0:
+        raise InputError("There are no texts to recover; give at least one.")
     longest = inverter.config.max_length
     references = inverter.vocabulary.normalise(texts, longest)
     for i, (text, reference) in enumerate(zip(texts, references, strict=True)):
@@ -278,8 +278,9 @@ def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> 
     ]
 
 
-def embed(texts: Sequence[str], embedder: str = "all-MiniLM-L6-v2") -> np.ndarray:
-    """Embeddings [len(texts), E] float32 by an embedder's name or folder."""
+def embed(texts: Sequence[str], embedder: str | Path | TextEmbedder = "all-MiniLM-L6-v2") -> np.ndarray:
+    """Embeddings [len(texts), E] float32 by an embedder's name or folder, or by the embedder itself."""
     from v2t_jax.interop.sentence_transformers import load_embedder
 
-    return load_embedder(embedder).embed(list(texts))
+    given = named_or_embedder(embedder)
+    return (load_embedder(given) if isinstance(given, str) else given).embed(texts)

@@ -35,7 +35,7 @@ from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.loop_functions import guesser, hypothesis_embedder, proposer
 from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder
+from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, named_or_embedder
 from v2t_jax.models.layers import Params
 
 FORMAT_VERSION = 1
@@ -271,7 +271,7 @@ def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str
     return tensors, tokenizer
 
 
-def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = None) -> Inverter:
+def load(name: str | Path = "minilm-wordnet", embedder: str | Path | TextEmbedder | None = None) -> Inverter:
     """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
 
     Args:
@@ -281,7 +281,8 @@ def load(name: str = "minilm-wordnet", embedder: str | TextEmbedder | None = Non
         InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
             trained on.
     """
-    stored = read_model(name)
+    embedder = embedder if embedder is None else named_or_embedder(embedder)
+    stored = read_model(str(name))
     recorded = stored.embedder["weights_sha256"]
     if embedder is None and not recorded:
         raise InputError(

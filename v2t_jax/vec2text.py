@@ -9,16 +9,17 @@ The same names and arguments; embeddings may be arrays of numpy, JAX or torch. W
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from v2t_jax.convert import build
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_texts
 from v2t_jax.invert import Recovered
 from v2t_jax.invert import invert_embeddings as invert
 from v2t_jax.invert import invert_strings as invert_texts
-from v2t_jax.models.embedder import Embedder, TextEmbedder
+from v2t_jax.models.embedder import Embedder, TextEmbedder, named_or_embedder
 from v2t_jax.pretrained import Inverter
 
 UPSTREAM_TOKENS = 128  # that the original embeds of a text to be inverted
@@ -65,7 +66,11 @@ def load_pretrained_corrector(embedder: str, victim: TextEmbedder | None = None)
 
 
 def load_corrector(
-    inversion_model: str, corrector_model: str, *, embedder: str | TextEmbedder | None = None, t5: str | None = None
+    inversion_model: str | Path,
+    corrector_model: str | Path,
+    *,
+    embedder: str | Path | TextEmbedder | None = None,
+    t5: str | Path | None = None,
 ) -> Inverter:
     """A pair of the original's checkpoints, converted in memory.
 
@@ -78,7 +83,8 @@ def load_corrector(
     Raises:
         InputError: see `v2t_jax.convert.build`.
     """
-    model, _ = build(inversion_model, corrector_model, t5, embedder)
+    embedder = embedder if embedder is None else named_or_embedder(embedder)
+    model, _ = build(str(inversion_model), str(corrector_model), t5 if t5 is None else str(t5), embedder)
     return model
 
 
@@ -125,7 +131,8 @@ def invert_strings(
 
 
 def _embed(strings: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
-    if not strings:
+    check_texts(strings)
+    if len(strings) == 0:
         raise InputError("There are no texts to recover; give at least one.")
     if isinstance(embedder, Embedder):  # cut, for hypotheses, to the length of the training texts
         positions = getattr(embedder.config.encoder, "max_positions", UPSTREAM_TOKENS)
@@ -153,4 +160,4 @@ def _options(num_steps: int | None, sequence_beam_width: int, mode: str) -> dict
     if num_steps is None and sequence_beam_width:
         raise InputError("sequence_beam_width needs num_steps: without steps there is only the first guess.")
     # The inverter's first guess is its greedy one: in mode "best" a beam of 1 makes no other either.
-    return {"num_steps": num_steps or 0, "sequence_beam_width": max(sequence_beam_width, 1), "mode": mode}
+    return {"num_steps": num_steps or 0, "sequence_beam_width": sequence_beam_width or 1, "mode": mode}

@@ -151,6 +151,18 @@ def test_a_folder_of_ours(config: T5Config, tmp_path: Path) -> None:
         load_t5(str(tmp_path / "t5"))
 
 
+def test_parameters_of_another_config_are_not_written(tmp_path: Path) -> None:
+    params = make(TINY)
+    for changes, message in (
+        ({"d_ff": TINY.d_ff + 1}, "feed_forward.* has shape .* but its config means"),
+        ({"num_encoder_layers": 1, "num_decoder_layers": 1}, "encoder/layers/.* has shape"),
+        ({"tie_word_embeddings": False}, "'lm_head' has shape None"),
+    ):
+        with pytest.raises(InputError, match=message):
+            save_t5(str(tmp_path / "t5"), dataclasses.replace(TINY, **changes), params)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_head_is_a_copy_only_where_transformers_leaves_it_out(tmp_path: Path) -> None:
     """Its version 5, whose configs have `scale_decoder_outputs`; elsewhere the file was cut short."""
     params = make(V1_1)

@@ -132,6 +132,8 @@ class Embed:
         output = Path(self.output).resolve()  # what a link points to is replaced, not the link
         if not self.output or (output.exists() and not output.is_file()):
             raise InputError(f"The output {self.output!r} is a folder or a device; give the name of a .npy file.")
+        if output.exists() and output.samefile(self.input):
+            raise InputError(f"The output {self.output!r} is the input itself, which would be lost; give another name.")
         part = output.with_name(f"{output.name}.part")
         try:
             with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -78,16 +79,27 @@ def load_t5(name: str) -> tuple[T5Config, Params]:
         return config, t5_from_huggingface(state, config)
 
 
-def save_t5(folder: Path, config: T5Config, params: Params) -> None:
+def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
     """The inverse: config.json and model.safetensors as transformers reads them; whole or not at all.
 
     Raises:
-        InputError: there is something at `folder`, or it can't be written.
+        InputError: the parameters aren't those of `config`, there is something at `folder`, or it can't be written.
     """
-    with whole_folder(folder) as building:
+    shapes, meant = _shapes(params), _shapes(t5.abstract_params(config))
+    if differing := sorted(path for path in shapes | meant if shapes.get(path) != meant.get(path)):
+        raise InputError(
+            f"The T5's parameter {differing[0]!r} has shape {shapes.get(differing[0])}, but its config means "
+            f"{meant.get(differing[0])}; give the two that belong together."
+        )
+    with whole_folder(Path(folder)) as building:
         values = t5_config_to_huggingface(config)
         (building / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         save_file(t5_to_huggingface(params, config), building / SAFETENSORS, metadata={"format": "pt"})
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(step.key) for step in path): leaf.shape for path, leaf in leaves}
 
 
 def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params:

@@ -106,7 +106,7 @@ def locate(name: str) -> Path:
 
 
 def load_embedder(
-    name: str, dtype: Dtype = "float32", *, dimensions: int | None = None, prefix: str | None = None
+    name: str | Path, dtype: Dtype = "float32", *, dimensions: int | None = None, prefix: str | None = None
 ) -> Embedder:
     """An embedder by name (see the module's docstring), its weights checked against the known sha256.
 
@@ -119,6 +119,7 @@ def load_embedder(
     Raises:
         InputError: a missing, corrupt or altered file, or an architecture, module or setting that isn't supported.
     """
+    name = str(name)
     parsed, folder = _Name.of(name), locate(name)
     if parsed.folder is not None:  # what is recorded of it must hold in other folders too
         before, _, behind = name.rpartition(parsed.folder)

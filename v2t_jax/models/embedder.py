@@ -1,10 +1,11 @@
 """The embedder under attack: encoder + pooling (+ dense layers) (+ L2), as sentence-transformers composes them."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from v2t_jax import progress
 from v2t_jax.config import T5Config
-from v2t_jax.errors import InputError, check_texts
+from v2t_jax.errors import InputError, check_texts, check_whole
 from v2t_jax.models import bert, clip_text, llama, modernbert, nomic_bert, t5_encoder
 from v2t_jax.models.layers import NEGATIVE, Params, dense
 
@@ -99,11 +100,15 @@ def quantise(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
             those of a large sample where few vectors, or several batches, are to be comparable.
     Returns:
         [n, E] float32 or int8, or [n, ceil(E / 8)] int8.
+    Raises:
+        InputError: there is no such precision.
     """
     if precision == "binary":
         return (np.packbits(vectors > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
     if precision == "float32":
         return vectors.astype(np.float32)
+    if precision != "int8":
+        raise InputError(f"precision is {precision!r}; choose {', '.join(get_args(Precision))}.")
     low, high = (vectors.min(axis=0), vectors.max(axis=0)) if ranges is None else ranges
     step = (high - low) / 255
     steps = np.floor((vectors - low[None]) / np.where(step == 0, 1, step)[None])
@@ -131,6 +136,22 @@ class TextEmbedder(Protocol):
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings [len(texts), E] float32; refuses blank texts with an `InputError`."""
+
+
+def named_or_embedder(embedder: Any) -> Any:
+    """An embedder as people give it: a name (or a path, as a name), or an object that embeds.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(embedder, os.PathLike):
+        return os.fspath(embedder)
+    if not isinstance(embedder, str) and not hasattr(embedder, "embed"):
+        raise InputError(
+            f"The embedder is of type {type(embedder).__name__}; give its name or folder, or the embedder itself: of "
+            "a function, v2t_jax.blackbox.CallableEmbedder(function)."
+        )
+    return embedder
 
 
 def embed_texts(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
@@ -195,8 +216,10 @@ class Embedder:
         """Embeddings [len(texts), E] float32.
 
         Raises:
-            InputError: a text is empty or blank: its vector would say nothing; or the vectors aren't finite.
+            InputError: a text is empty or blank: its vector would say nothing; the batch size is below 1; or the
+                vectors aren't finite.
         """
+        check_whole("batch_size", batch_size, 1)
         check_texts(texts)
         # Similar lengths share a batch; the batch size is fixed (the last one is padded), so few shapes compile.
         order = np.argsort([len(text) for text in texts], kind="stable")
