@@ -6,6 +6,7 @@ from v2t_jax.bench.scaling import Scaling, compare
 from v2t_jax.errors import InputError
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_one_device_sends_nothing_and_more_send_the_gradients():
     one, two = compare(Scaling(rows=2, num_tokens=8, steps=1), layouts=((1, 1), (2, 1)))
