@@ -59,6 +59,22 @@ def test_an_inverters_step_is_what_arithmetic_on_paper_gives():
     assert found.flops == 2 * (encoder + decoder + attention + projection + 32 * d * 32128)
 
 
+def test_what_is_recomputed_is_not_kept():
+    """The policies act: each keeps less for the backward pass than the one before."""
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        t5 = dataclasses.replace(T5_SIZES["t5-small"], remat=remat)
+        config = ModelConfig(t5=t5, max_length=32)
+        params = jax.eval_shape(functools.partial(inverter.init, config), jax.random.key(0))
+        e, ids = jax.ShapeDtypeStruct((7, 768), jnp.float32), jax.ShapeDtypeStruct((7, 32), jnp.int32)
+
+        def left(params, e, ids, config=config):
+            return jax.tree.leaves(jax.vjp(lambda p: inverter.logits(config, p, e, ids), params)[1])
+
+        kept[remat] = sum(leaf.size for leaf in jax.eval_shape(left, params, e, ids) if 7 in leaf.shape)
+    assert kept["none"] > 1.2 * kept["dots"] > 1.5 * kept["full"], kept
+
+
 def test_the_roofline_is_what_takes_longest():
     seconds = {"compute": 2.0, "memory": 4.0, "ici": 1.0, "dcn": 0.0}
     report = aot.Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, 0.0, seconds, "It lacks 1 GB a chip.")

@@ -306,3 +306,19 @@ def test_a_held_out_text_of_unknown_pieces_alone_is_left_out(tmp_path, monkeypat
     monkeypatch.setattr(texts, "read_texts", lambda source, split, **kw: ["zyx", *read(source, split, **kw)])
     held_out = prepare(config).held_out
     assert held_out and all(text.strip() and "zyx" not in text for text in held_out)
+
+
+def test_a_corrector_alone_learns_from_a_trained_inverter(finished, recipe, tmp_path):
+    model = str(finished / "model")
+    short = dataclasses.replace(recipe.corrector, num_steps=5)
+    alone = dataclasses.replace(recipe, stages=("corrector",), initial_inverter=model, corrector=short)
+    made = v2t_jax.load(str(train(alone, tmp_path / "alone")))
+    jax.tree.map(np.testing.assert_array_equal, made.params["inverter"], v2t_jax.load(model).params["inverter"])
+    assert made.has_corrector and not (tmp_path / "alone" / "inverter").exists()
+    larger = dataclasses.replace(alone, model=dataclasses.replace(recipe.model, num_pseudo_tokens=3))
+    with pytest.raises(InputError, match="has other sizes or word-pieces than this recipe"):
+        train(larger, tmp_path / "larger")
+    with pytest.raises(InputError, match="initial_inverter is for a recipe whose stages are corrector alone"):
+        dataclasses.replace(recipe, initial_inverter=model)
+    with pytest.raises(InputError, match="give a trained model as initial_inverter"):
+        dataclasses.replace(recipe, stages=("corrector",))

@@ -13,9 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
+PRODUCT = "product with weights"
 NEGATIVE = -1e9  # added to masked attention scores: finite, so a fully masked row stays finite (and is ignored)
 
 # Rules for PARAM_AXES tables: stacked layers' attention (`self_attention`) and gated feed-forward, without biases.
@@ -74,7 +76,8 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """x [..., in] @ kernel [in, out] with operands and result in `dtype`, summed in float32."""
-    return matmul_float32(x, kernel, dtype).astype(dtype)
+    # By this name rematerialisation knows what to keep: it doesn't see products inside a custom gradient.
+    return checkpoint_name(matmul_float32(x, kernel, dtype).astype(dtype), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from v2t_jax.config import T5Config
 from v2t_jax.models.layers import (
     NEGATIVE,
+    PRODUCT,
     AttentionProjections,
     FeedForward,
     Params,
@@ -229,7 +230,7 @@ def _rematerialised(config: T5Config, layer: Callable) -> Callable:
         return layer
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     }
     return jax.checkpoint(layer, policy=policies[config.remat], prevent_cse=False)
 
