@@ -181,9 +181,9 @@ def test_bad_updates_may_be_left_out(recipe, tmp_path, monkeypatch):
     def breaking(*args):
         loss_fn = original(*args)
 
-        def loss(params, frozen, ids, key):
-            total, rest = loss_fn(params, frozen, ids, key)
-            hit = jnp.any(jnp.all(jnp.broadcast_to(ids[:1], bad.shape) == bad, axis=1))
+        def loss(params, frozen, batch, key):
+            total, rest = loss_fn(params, frozen, batch, key)
+            hit = jnp.any(jnp.all(jnp.broadcast_to(batch.ids[:1], bad.shape) == bad, axis=1))
             return total * jnp.where(hit, jnp.nan, 1.0), rest
 
         return loss
@@ -195,10 +195,7 @@ def test_bad_updates_may_be_left_out(recipe, tmp_path, monkeypatch):
         config = inverter_only(recipe, inverter=stage, checkpoint=checkpoint, log_every_steps=1)
         train(config, tmp_path / str(allowed))
 
-    setup, size = prepare(recipe), recipe.inverter.batch_size
-    batches = loop.Batches(
-        setup.stores, batch_size=size, max_length=8, span_share=0.2, bucket_lengths=(8,), seed=recipe.seed
-    )
+    batches = loop.make_batches(recipe, prepare(recipe).stores, recipe.inverter.batch_size)
     bad = np.stack([batches(step)[0] for step in (3, 6)])
     monkeypatch.setattr(loop, "make_loss", breaking)
     run(2)
