@@ -110,6 +110,8 @@ def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: Inverter,
 def test_what_is_refused(corrector: Inverter, folder: Path, record: Case) -> None:
     with pytest.raises(InputError, match="sequence_beam_width needs num_steps"):
         vec2text.invert_embeddings(record["e"], corrector, sequence_beam_width=2)
+    with pytest.raises(InputError, match="the embeddings come first, then the model"):
+        vec2text.invert_embeddings(corrector, record["e"])
     with pytest.raises(InputError, match="sequence_beam_width is -1"):
         vec2text.invert_embeddings(record["e"], corrector, num_steps=1, sequence_beam_width=-1)
     with pytest.raises(InputError, match="no published corrector for 'bert'; choose gtr-base or"):

@@ -295,7 +295,8 @@ def load(name: str | Path = "minilm-wordnet", embedder: str | Path | TextEmbedde
             embedder = embedder.shortened(stored.embedder["max_length"])
         prefix = stored.embedder.get("prefix", embedder.config.prefix)
         embedder = dataclasses.replace(embedder, config=dataclasses.replace(embedder.config, prefix=prefix))
-    if recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
+    same_width = embedder.width == stored.config.embedding_width  # another one has a sentence of its own, in Inverter
+    if same_width and recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
         raise InputError(
             f"The model {stored.name} was trained on other weights of {embedder.name} than those installed."
         )

@@ -105,6 +105,8 @@ def invert_embeddings(
     Raises:
         InputError: see `v2t_jax.invert_embeddings`; or a beam without steps.
     """
+    if isinstance(embeddings, Inverter):  # as `v2t_jax.invert_embeddings` takes them
+        raise InputError("Here the embeddings come first, then the model: invert_embeddings(embeddings, corrector).")
     options = _options(num_steps, sequence_beam_width, mode)
     return [found.text for found in invert(corrector, embeddings, **options)]
 

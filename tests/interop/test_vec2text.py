@@ -465,6 +465,8 @@ def test_nothing_is_overwritten(folders: dict[str, Path], converted: Path, tmp_p
         from_vec2text(*convert_arguments(folders["vec2text_b"], tmp_path))
     with pytest.raises(InputError, match="exists already"):
         to_vec2text(str(converted), tmp_path)
+    with pytest.raises(InputError, match="thesis.txt is no folder or can't be written to"):
+        from_vec2text(*convert_arguments(folders["vec2text_b"], tmp_path / "thesis.txt" / "out"))
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 

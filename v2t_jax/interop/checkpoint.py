@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -221,10 +222,13 @@ def check_new(folder: Path) -> None:
     _check_replaceable(folder)
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
     except OSError as error:
         raise InputError(f"{folder} can't be written ({error}); give another folder.") from error
     if taken:
         raise InputError(f"{folder} exists already; give a new or an empty folder.")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{folder} can't be written: {above} is no folder or can't be written to; give another.")
 
 
 def _check_replaceable(folder: Path) -> None:
