@@ -4,7 +4,7 @@ Everything goes by a text's hash, the one that decides the split (`sources.split
 on nothing but the text. The hashes' range is cut into as many parts as there will be shards.
 
 1. *Chunks*: the sources are read from beginning to end; every few megabytes go to a worker, which tokenises them and
-   writes DIR/work/chunk-N.arrow, its texts sorted into parts by their hashes.
+   writes chunk-N.arrow to DIR's folder `work`, its texts sorted into parts by their hashes.
 2. *Shards*: a worker collects a part from all chunks and sorts it by hash. That shuffles it and puts equal texts side
    by side, of which the first stays; those that give a held-out text away are dropped (`sources.Protected`).
 3. The held-out texts (the lowest hashes) and the manifest, which makes the folder count.

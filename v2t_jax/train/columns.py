@@ -26,7 +26,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
 from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, tokenizer_sha256, write_file
-from v2t_jax.data.tokenize import EOS, PAD, Vocabulary
+from v2t_jax.data.pipeline import fill
+from v2t_jax.data.tokenize import PAD, Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import sha256_of
 from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, embed_pieces, embed_texts
@@ -229,12 +230,8 @@ def _embedder_key(embedder: TextEmbedder) -> dict[str, Any]:
 
 def padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
     """Ids int32 [n, length]: what fits with its end, padded."""
-    ids = np.full((len(texts), length), PAD, np.int32)
-    for row, text in zip(ids, texts, strict=True):
-        text = text[: length - 1]
-        row[: len(text)] = text
-        row[len(text)] = EOS
-    return ids
+    lengths = np.array([len(text) for text in texts], np.int64)
+    return fill(np.concatenate(texts), np.cumsum(lengths) - lengths, np.minimum(lengths, length - 1), length)
 
 
 def _guessing(model: Inverter, on_the_fly: bool, batch_size: int) -> "OnAllDevices":
