@@ -1,6 +1,7 @@
 """Built data sets: the same bytes whoever makes them and however often they are killed, and nothing leaks."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -88,7 +89,7 @@ def test_processes_and_hosts_and_chunks_make_the_same_bytes(source, tmp_path, to
     assert contents(build_here(source, tmp_path / "two", tokenizer, processes=2).folder) == alone
     hosts = [
         threading.Thread(
-            target=lambda i=i: subprocess.run([*COMMAND(source, tmp_path / "hosts"), str(i), "2"], check=True)
+            target=lambda i=i: subprocess.run([*COMMAND(source, tmp_path / "hosts"), str(i), "2", "1"], check=True)
         )
         for i in range(2)
     ]
@@ -109,9 +110,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from v2t_jax.data.build import BuildSettings, Workers, build
 if __name__ == "__main__":
-    source, folder, tokenizer, index, count = sys.argv[1:]
+    source, folder, tokenizer, index, count, processes = sys.argv[1:]
     settings = BuildSettings(held_out_share=0.1, max_tokens=12, chunk_bytes=4000, shard_bytes=20_000)
-    build([source], Path(folder), Tokenizer.from_file(tokenizer), settings, Workers(1, int(index), int(count), 60.0))
+    workers = Workers(int(processes), int(index), int(count), 60.0)
+    build([source], Path(folder), Tokenizer.from_file(tokenizer), settings, workers)
 """
 
 
@@ -129,7 +131,7 @@ def test_a_build_that_is_killed_goes_on_and_nothing_is_lost_or_doubled(source, t
     folder, kills = tmp_path / "killed", 0
     rng = np.random.default_rng(0)
     for at_least in (1, 4, 7, 10):  # files in work/ when it is killed
-        process = subprocess.Popen([*COMMAND(source, folder), "0", "1"])
+        process = subprocess.Popen([*COMMAND(source, folder), "0", "1", "1"])
         while process.poll() is None and len([*folder.glob("work/*")]) < at_least:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.003)
@@ -141,6 +143,36 @@ def test_a_build_that_is_killed_goes_on_and_nothing_is_lost_or_doubled(source, t
     (folder / "work" / ".chunk-000001.arrow.dead").write_bytes(b"half")
     (folder / "tokens").mkdir(exist_ok=True)
     (folder / "tokens" / ".00000.array_record.dead").write_bytes(b"half")
+    assert contents(build_here(source, folder, tokenizer).folder) == whole
+
+
+def test_a_killed_worker_process_is_reported_and_the_build_goes_on(source, tmp_path, tokenizer):
+    source.write_text("\n".join(make_texts(10_000)))  # enough to be at work when the first chunk is seen
+
+    def kill() -> None:
+        while not [*tmp_path.glob("built/work/chunk-*")]:
+            time.sleep(0.001)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(InputError, match="A worker process was killed .* with fewer --processes"):
+        build_here(source, tmp_path / "built", tokenizer, processes=2)
+    killer.join()
+    whole = contents(build_here(source, tmp_path / "whole", tokenizer).folder)
+    assert contents(build_here(source, tmp_path / "built", tokenizer).folder) == whole
+
+
+def test_ctrl_c_ends_workers_too_and_the_build_goes_on(source, tmp_path, tokenizer):
+    folder = tmp_path / "built"
+    command = [*COMMAND(source, folder), "0", "1", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (folder / "made_of.json").exists():  # the workers are about to start: that takes a second or two
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to parent and workers
+    _, errors = process.communicate(timeout=60)  # and so stderr has been closed by all of them
+    assert process.returncode and "KeyboardInterrupt" in errors and not (folder / "manifest.json").exists()
+    whole = contents(build_here(source, tmp_path / "whole", tokenizer).folder)
     assert contents(build_here(source, folder, tokenizer).folder) == whole
 
 
@@ -177,7 +209,7 @@ def test_a_full_disk_stops_in_one_sentence_and_the_build_goes_on_later(source, t
             "    build(",
             f"    import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit << 10},) * 2)\n    build(",
         )
-        done = subprocess.run([*command[:2], script, *command[3:], "0", "1"], stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([*command[:2], script, *command[3:], "0", "1", "1"], stderr=subprocess.PIPE, text=True)
         assert done.returncode == 1
         assert "InputError: The build stopped at" in done.stderr and "File too large" in done.stderr
         assert done.stderr.strip().endswith("run the same command to go on.")
