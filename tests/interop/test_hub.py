@@ -82,10 +82,15 @@ def test_what_the_hub_refuses(hub: FakeHub, folder: Path, tmp_path: Path) -> Non
         ended = run(hub.url, tmp_path, V2T, "push", str(folder), "me/tiny", "--upload", HF_TOKEN=token)
         assert ended.returncode == 2 and "hf auth login" in ended.stderr and "Traceback" not in ended.stderr
     assert "me/tiny" not in hub.repositories
+    alone = "http://127.0.0.1:9"
+    ended = run(alone, tmp_path, V2T, "push", str(folder), "me/tiny", "--upload", HF_TOKEN=hub.TOKEN)
+    assert ended.returncode == 2 and "can't be sent to the hub" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_names() -> None:
-    assert is_hub_name("owner/name-1.0") and not any(map(is_hub_name, ("name", "a/b/c", "../x/y", "https://h/x", "")))
+    assert is_hub_name("owner/name-1.0") and not any(
+        map(is_hub_name, ("name", "a/b/c", "../x/y", "https://h/x", "", "owner/..name", "owner/a--b", "owner/name.git"))
+    )
     with pytest.raises(InputError, match="'tiny' is no repository's name"):
         push(Path(), "tiny")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,14 @@ OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be a repository's name, `owner/name`."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def folder_of(name: str, patterns: Sequence[str] | None = None) -> Path:
@@ -129,9 +135,14 @@ def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool =
             )
     except LocalTokenNotFoundError as error:
         raise InputError("Nobody is logged in to the hub: run 'hf auth login' first.") from error
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"The hub did not take {repository} ({reason}); run 'hf auth login' with a token that may write there."
+        ) from error
+    except Exception as error:  # of the network library, of the disk
+        raise InputError(
+            f"{repository} can't be sent to the hub ({type(error).__name__}: {error}); connect, then run the same "
+            "command again."
         ) from error
     return Upload(repository, upload.files, str(sent.repo_url))
