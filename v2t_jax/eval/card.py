@@ -94,9 +94,11 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
     named = zip((Path(source).name for source in data["sources"]), shares, strict=True)
     sources = ", ".join(f"{source} (x{share:g} an epoch)" for source, share in named)
     pieces = f"the {data['vocabulary_size']} commonest" if data["vocabulary_size"] else "all"
+    embedder = recipe["embedder"]
+    victim = Path(embedder).name if Path(embedder).is_dir() else embedder  # where it lies here is nobody's business
     return f"""# {report["model"]}
 
-Recovers text from embeddings of {recipe["embedder"]}: {" and ".join(recipe["stages"])} (Morris et al. 2023).
+Recovers text from embeddings of {victim}: {" and ".join(recipe["stages"])} (Morris et al. 2023).
 
 - **Takes** texts of up to {model["max_length"] - 1} word-pieces.
 - **Data:** training split of {sources} (for wordnet: see WORDNET-NOTICE.txt);
