@@ -150,11 +150,11 @@ def test_a_killed_worker_process_is_reported_and_the_build_goes_on(source, tmp_p
     source.write_text("\n".join(make_texts(10_000)))  # enough to be at work when the first chunk is seen
 
     def kill() -> None:
-        while not [*tmp_path.glob("built/work/chunk-*")]:
+        while not [*tmp_path.glob("built/*/chunk-*")]:
             time.sleep(0.001)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)  # so that a build that fails early ends the test
     killer.start()
     with pytest.raises(InputError, match="A worker process was killed .* with fewer --processes"):
         build_here(source, tmp_path / "built", tokenizer, processes=2)
@@ -167,7 +167,9 @@ def test_ctrl_c_ends_workers_too_and_the_build_goes_on(source, tmp_path, tokeniz
     folder = tmp_path / "built"
     command = [*COMMAND(source, folder), "0", "1", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (folder / "made_of.json").exists():  # the workers are about to start: that takes a second or two
+    while (
+        process.poll() is None and not (folder / "made_of.json").exists()
+    ):  # the workers are about to start: that takes a second or two
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to parent and workers
     _, errors = process.communicate(timeout=60)  # and so stderr has been closed by all of them

@@ -17,7 +17,7 @@ OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be a repository's name, `owner/name`."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but for its types
 
     try:
         validate_repo_id(name)
