@@ -254,10 +254,12 @@ def main() -> None:
             lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="v2t", description=__doc__)
         )
         start_jax()
-        if not isinstance(command, Env):  # that reports what doesn't work
-            check_devices()
-        command.run()
-        sys.stdout.flush()
+        together = isinstance(command, Invert | Evaluate)
+        with joined(command.distributed) if together else contextlib.nullcontext():
+            if not isinstance(command, Env):  # that reports what doesn't work
+                check_devices()
+            command.run()
+            sys.stdout.flush()
     except InputError as error:
         print(f"v2t: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,8 +1,9 @@
 """Vectors or texts in, texts out: the public functions around a loaded `Inverter`."""
 
 import functools
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax import progress
+from v2t_jax import distributed, progress
 from v2t_jax.arrays import as_numpy
 from v2t_jax.bridge import host_errors
 from v2t_jax.config import MeshConfig
@@ -248,6 +249,36 @@ def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> Recovered
             best = step
         trace.append(TraceStep(step, texts[best], float(values[best])))
     return Recovered(texts[best], float(values[best]), best, tuple(trace))
+
+
+def recover_together(recover: Callable[[Any], list[Recovered]], items: Any) -> list[Recovered]:
+    """`recover(items)`, each process of a run doing its share on its own devices; all get all of it.
+
+    Args:
+        items: texts or vectors, the same on every process, all of which must call this.
+    Raises:
+        InputError: that of any process; or they have different items.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return recover(items)
+    found: list[Recovered] = []
+    fault = ""
+    given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
+    try:
+        share = items[jax.process_index() :: count]
+        found = recover(share) if len(share) else []
+    except InputError as error:
+        fault = str(error)
+    record = {"given": hashlib.sha256(given).hexdigest(), "fault": fault, "found": [one.to_dict() for one in found]}
+    parts = distributed.gather(record)
+    for part in parts:
+        if part["fault"]:
+            raise InputError(part["fault"])
+        if part["given"] != parts[0]["given"]:
+            raise InputError("The processes have read different texts or vectors: give all hosts the same files.")
+    records = [parts[i % count]["found"][i // count] for i in range(len(items))]
+    return [Recovered(**one | {"trace": tuple(TraceStep(**step) for step in one["trace"])}) for one in records]
 
 
 def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> list[Recovered]:

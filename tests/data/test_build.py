@@ -280,7 +280,10 @@ def test_bad_workers_are_refused(changed):
 
 def test_a_host_that_does_not_come_is_named(source, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(build_module, "POLL_SECONDS", 0.01)
-    with pytest.raises(InputError, match=r"Host 1 of 2 has not made .*chunk-000001.arrow .* --host-count 1"):
+    with pytest.raises(
+        InputError,
+        match=r"Host 1 of 2 has not made .*chunk-000001.arrow .* run alone",
+    ):
         build_here(source, tmp_path / "built", tokenizer, host_count=2, timeout=0.05)
     assert build_here(source, tmp_path / "built", tokenizer).manifest["counts"]["texts"] == 2000
 

@@ -339,6 +339,7 @@ def _wait(files: Sequence[Path], workers: Workers, host_of: Callable[[int], int]
             elif time.monotonic() - since > workers.timeout:
                 raise InputError(
                     f"Host {host_of(still[0])} of {workers.host_count} has not made {files[still[0]]} in "
-                    f"{workers.timeout:.0f} seconds: start it, or run with --host-count 1 to do its part here."
+                    f"{workers.timeout:.0f} seconds: start it, or run alone "
+                    "(--distributed.coordinator none) to do its part here."
                 )
             lacking = still
