@@ -38,6 +38,7 @@ from v2t_jax.train.columns import check_column
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import NORM_TEXTS, Setup, column_names, initial_params, prepare, trained_inverter
 from v2t_jax.train.step import (
+    NETWORKS,
     Batch,
     Frozen,
     Metrics,
@@ -153,11 +154,20 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         # Copied, because the first step gives the state's memory up, and two leaves may be one array.
         return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
-    with progress.stage(f"making the {stage}'s first parameters"):
-        params = initial_params(setup, stage, trained, batches)
-        step_fn, shardings = shard_step(step_fn, mesh, jax.eval_shape(first_state, params), stage)
-        params = distributed.put(params, shardings.params)
-        state = jax.jit(first_state, out_shardings=shardings)(params)
+    abstract = jax.eval_shape(lambda key: first_state(NETWORKS[stage].init(model, key)), jax.random.key(0))
+    step_fn, shardings = shard_step(step_fn, mesh, abstract, stage)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+    if checkpoints.latest() is None:
+        with progress.stage(f"making the {stage}'s first parameters"):
+            params = initial_params(setup, stage, trained, batches, mesh)
+            state = jax.jit(first_state, out_shardings=shardings)(params)
+            del params
+    else:
+        with progress.stage(f"restoring the {stage}"):
+            state = checkpoints.restore(
+                jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+            )
+        progress.note(f"{stage}: going on from step {int(state.step)}")
     guesses = stage == "corrector" and not config.data.hypotheses
     frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if guesses else None)
     frozen = distributed.put(frozen, frozen_shardings(mesh, frozen))
@@ -165,11 +175,6 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     rows = distributed.local_rows(cut, settings.batch_size)
     vote = distributed.Vote(cut, replicated(mesh))
 
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
-    if checkpoints.latest() is not None:
-        with progress.stage(f"restoring the {stage}"):
-            state = checkpoints.restore(state)
-        progress.note(f"{stage}: going on from step {int(state.step)}")
     step, last = int(state.step), settings.num_steps
     recent: dict[str, Any] = {}
     unchecked: list[tuple[int, Metrics]] = []
