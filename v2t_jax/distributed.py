@@ -348,6 +348,16 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def fetch_to_main(tree: Any) -> Any:
+    """`fetch` for process 0; the others get a tree of None. One array at a time is whole elsewhere."""
+
+    def whole(leaf: Any) -> np.ndarray | None:
+        fetched = fetch(leaf)
+        return fetched if is_main() else None
+
+    return jax.tree.map(whole, tree)
+
+
 def broadcast(value: Any) -> Any:
     """Process 0's `value`, a tree of numpy arrays, on every process; all must call it with arrays of those shapes."""
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from v2t_jax import progress
-from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
+from v2t_jax import distributed, progress
+from v2t_jax.config import DecodeLayout, ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
@@ -37,7 +38,9 @@ from v2t_jax.loop_functions import guesser, hypothesis_embedder, proposer
 from v2t_jax.models import corrector, inverter, t5
 from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, named_or_embedder
 from v2t_jax.models.layers import Params
+from v2t_jax.sharding import DECODING_RULES, param_specs, replicated, state_shardings
 
+NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent / "assets" / "models"
 TOKENIZER = "tokenizer.json"
@@ -53,6 +56,8 @@ class Inverter:
         bridged: the vocabulary is the model's own, and hypotheses reach the embedder as text, over the host. Otherwise
             the model writes the embedder's own word-pieces, and the correction loop never leaves the device.
         embedding_norm: mean and standard deviation of the lengths of the vectors it was trained on, where known.
+        mesh: of all the run's devices, over which the parameters are cut and it decodes, in the layout `decode`; all
+            processes then call the same together. By default each process decodes on its own devices.
     """
 
     name: str
@@ -62,6 +67,8 @@ class Inverter:
     vocabulary: Vocabulary
     bridged: bool = False
     embedding_norm: tuple[float, float] | None = None
+    mesh: Mesh | None = None
+    decode: DecodeLayout = "batch"
 
     def __post_init__(self) -> None:
         self._loops: dict[CorrectionSettings, CorrectionLoop] = {}
@@ -81,15 +88,17 @@ class Inverter:
         return self.bridged or not isinstance(self.embedder, Embedder)
 
     def loop_params(self) -> dict[str, Any]:
-        """The weights that a correction loop's programs take as arguments."""
-        networks: dict[str, Any] = {
-            str(stage): {**params, "t5": t5.unstack_decoder(params["t5"])} for stage, params in self.params.items()
-        }
-        return {
-            **networks,
-            "embedder": self.embedder.params if isinstance(self.embedder, Embedder) else {},
-            "pieces": jnp.asarray(self.vocabulary.pieces),
-        }
+        """The weights that a correction loop's programs take as arguments; on a mesh laid out for decoding."""
+        networks: dict[str, Any] = {}
+        for stage, params in self.params.items():
+            if self.mesh is not None:
+                params = {**params, "t5": t5.rounded(self.config.t5, params["t5"])}  # in the end it would be anyway
+                specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
+                params = distributed.put(params, state_shardings(self.mesh, params, specs))
+            networks[stage] = {**params, "t5": t5.unstack_decoder(params["t5"])}
+        embedder = self.embedder.params if isinstance(self.embedder, Embedder) else {}
+        others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.pieces)}
+        return networks | (others if self.mesh is None else distributed.put(others, replicated(self.mesh)))
 
     def correction_loop(
         self,
@@ -228,14 +237,13 @@ def read_model(name: str) -> StoredModel:
     model = from_dict(ModelConfig, config["model"], "model")
     with progress.stage(f"loading the model {config['name']}"):
         tensors, tokenizer = _read_files(folder, config["files"])
-        networks: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
         params: dict[Stage, Params] = {
             stage: _unflatten(
                 tensors[stage],
                 jax.eval_shape(functools.partial(network.init, model), jax.random.key(0)),
                 stage,
             )
-            for stage, network in networks.items()
+            for stage, network in NETWORKS.items()
             if stage in tensors
         }
         if "inverter" not in params or "pieces" not in tensors:

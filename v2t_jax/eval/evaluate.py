@@ -3,7 +3,7 @@
 import functools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,9 @@ def evaluate(
         def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[Recovered], float]:
             started = time.perf_counter()
             options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
-            found = recover_together(functools.partial(invert_strings, inverter, **options), texts)
+            recover: Callable[[Any], list[Recovered]] = functools.partial(invert_strings, inverter, **options)
+            # On a mesh all processes recover the same texts together, elsewhere each a share.
+            found = recover_together(recover, texts) if inverter.mesh is None else recover(texts)
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
         first = texts[: BATCH_SIZE * jax.device_count()]
