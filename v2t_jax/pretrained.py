@@ -15,6 +15,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,8 +204,11 @@ class StoredModel(NamedTuple):
     """recipe, scores, or what it was converted from"""
 
 
-def read_model(name: str) -> StoredModel:
+def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> StoredModel:
     """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), without its embedder.
+
+    Args:
+        put: takes each parameter; by default to this process's first device.
 
     Raises:
         InputError: no such model; or a file is missing, altered or truncated.
@@ -242,6 +246,7 @@ def read_model(name: str) -> StoredModel:
                 tensors[stage],
                 jax.eval_shape(functools.partial(network.init, model), jax.random.key(0)),
                 stage,
+                put,
             )
             for stage, network in NETWORKS.items()
             if stage in tensors
@@ -279,18 +284,24 @@ def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str
     return tensors, tokenizer
 
 
-def load(name: str | Path = "minilm-wordnet", embedder: str | Path | TextEmbedder | None = None) -> Inverter:
+def load(
+    name: str | Path = "minilm-wordnet",
+    embedder: str | Path | TextEmbedder | None = None,
+    *,
+    put: Callable[[np.ndarray], Any] = jnp.asarray,
+) -> Inverter:
     """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
 
     Args:
         embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
+        put: see `read_model`.
 
     Raises:
         InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
             trained on.
     """
     embedder = embedder if embedder is None else named_or_embedder(embedder)
-    stored = read_model(str(name))
+    stored = read_model(str(name), put)
     recorded = stored.embedder["weights_sha256"]
     if embedder is None and not recorded:
         raise InputError(
@@ -366,11 +377,11 @@ def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
     return flat
 
 
-def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
+def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str, put: Callable[[np.ndarray], Any]) -> Params:
     """The inverse of `_flatten`, float32, checked against the shapes of `like`."""
     names: set[str] = set()
 
-    def leaf(path: tuple[Any, ...], shape: Any) -> jax.Array:
+    def leaf(path: tuple[Any, ...], shape: Any) -> Any:
         name = "/".join(str(key.key) for key in path)
         names.update((name, f"{name}.scale"))
         if name not in flat:
@@ -378,7 +389,7 @@ def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
         array = flat[name].astype(np.float32) * flat.get(f"{name}.scale", np.float32(1))
         if array.shape != shape.shape:
             raise InputError(f"The {stage}'s {name!r} has shape {array.shape}; config.json means {shape.shape}.")
-        return jnp.asarray(array)
+        return put(array)
 
     params = jax.tree_util.tree_map_with_path(leaf, like)
     unknown = sorted(set(flat) - names)

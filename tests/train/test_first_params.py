@@ -17,6 +17,9 @@ from v2t_jax.train.setup import initial_params, prepare, random_params
 from v2t_jax.train.step import NETWORKS
 from v2t_jax.train.texts import make_batches
 
+# The random bits are equal; of what each program computes from them XLA may round the last bits in its own way. (jax
+# 0.10.2 does so only where it multiplies two constants first, 0.12 also from mesh to mesh, by 3 units.)
+same = functools.partial(np.testing.assert_array_max_ulp, maxulp=4)
 MESHES = [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)]
 
 
@@ -47,7 +50,7 @@ def alone(setup):
 def test_they_are_the_same_on_any_mesh_and_cut_by_the_table(setup, alone, config):
     mesh = make_mesh(config)
     for stage, params in first(setup, mesh).items():
-        jax.tree.map(np.testing.assert_array_equal, params, alone[stage])
+        jax.tree.map(same, params, alone[stage])
         specs = param_specs(params, NETWORKS[stage].PARAM_AXES)
         for (path, leaf), spec in zip(
             jax.tree_util.tree_leaves_with_path(params),
@@ -65,8 +68,7 @@ def test_they_are_what_the_network_makes_of_the_seed(setup, stage):
     key = jax.random.key(3)
     program, _ = random_params(stage, model, make_mesh(MeshConfig(1, 4, 2)))
     found = program(np.asarray(jax.random.key_data(key)))
-    # One program may multiply two constants first, which the network made step by step doesn't: that is the last bit.
-    jax.tree.map(functools.partial(np.testing.assert_array_max_ulp, maxulp=1), found, network.init(model, key))
+    jax.tree.map(same, found, network.init(model, key))
 
 
 @pytest.mark.parametrize("stage", ["inverter", "corrector"])

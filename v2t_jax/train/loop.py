@@ -98,7 +98,7 @@ def _train(config: Config, workdir: Path) -> Path:
     claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
     if config.initial_inverter:
-        params["inverter"] = trained_inverter(setup)
+        params["inverter"] = trained_inverter(setup, make_mesh(config.mesh))
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)

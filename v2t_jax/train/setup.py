@@ -21,6 +21,7 @@ from v2t_jax.interop.checkpoint import sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.models import inverter
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import check_length, load, locate_model
@@ -136,30 +137,30 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     return dataclasses.replace(loaded, **kept)
 
 
-def trained_inverter(setup: Setup) -> Params:
-    """The inverter of the model that the recipe names.
+def trained_inverter(setup: Setup, mesh: Mesh) -> Params:
+    """The inverter of the model that the recipe names, cut over the mesh: from each host's memory to its places.
 
     Raises:
         InputError: it isn't of the recipe's sizes and word-pieces.
     """
     name = setup.config.initial_inverter
-    found = load(name, setup.embedder)
+    found = load(name, setup.embedder, put=lambda array: array)
     params = found.params["inverter"]
-    expected = jax.eval_shape(functools.partial(NETWORKS["inverter"].init, setup.model), jax.random.key(0))
+    expected = jax.eval_shape(functools.partial(inverter.init, setup.model), jax.random.key(0))
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
     if found.bridged or shapes[0] != shapes[1] or not np.array_equal(found.vocabulary.pieces, setup.vocabulary.pieces):
         raise InputError(
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
             "data.sources and data.vocabulary_size, or train a new one."
         )
-    return params
+    return distributed.put(params, state_shardings(mesh, params, param_specs(params, inverter.PARAM_AXES)))
 
 
 def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
     """`program(key's data) -> parameters` over a mesh, and their shardings.
 
-    Each device makes its own parts alone: they are the same numbers on any mesh, as JAX's generator is a function of
-    an element's place (jax_threefry_partitionable).
+    Each device makes its own parts alone: they are the same numbers on any mesh, but for rounding, as JAX's generator
+    is a function of an element's place (jax_threefry_partitionable).
     """
     network = NETWORKS[stage]
 
