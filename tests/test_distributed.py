@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from v2t_jax import distributed
 from v2t_jax.config import DistributedConfig
-from v2t_jax.distributed import Place, find_place
+from v2t_jax.distributed import Place, find_place, find_share
 from v2t_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +93,42 @@ def test_a_port_that_is_taken():
             distributed.start(DistributedConfig(f"127.0.0.1:{port}", 2, 0, timeout=1.0))
 
 
+@pytest.fixture
+def under_slurm(monkeypatch):
+    """As process 1 of 3 that Slurm has started on this machine."""
+    number = free_port()
+    while number < 65536 - 4096:  # from the job's number JAX makes a port of the last 4096
+        number = free_port() | 0xF000
+    values = {"JOB_ID": number - 61440, "NTASKS": 3, "PROCID": 1, "LOCALID": 0, "STEP_NODELIST": "127.0.0.1"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    return monkeypatch
+
+
+def test_under_slurm_those_that_are_missing_are_named_too(under_slurm):
+    with pytest.raises(InputError, match=r"Process 1 can't meet process 0 at 127.0.0.1:\d+ within 1 s"):
+        distributed.start(DistributedConfig(timeout=1.0))
+    under_slurm.setenv("SLURM_PROCID", "0")
+    with pytest.raises(InputError, match=r"Of 3 processes, processes 1, 2 did not come within 1 s; there are 0 \("):
+        distributed.start(DistributedConfig(timeout=1.0))
+    under_slurm.delenv("SLURM_JOB_ID")
+    with pytest.raises(InputError, match="don't meet .*: give --distributed.coordinator HOST:PORT"):
+        distributed.start(DistributedConfig(timeout=1.0))
+
+
+def test_work_without_meeting_needs_a_number_only(under_slurm):
+    assert find_share(DistributedConfig()) == (1, 3)
+    assert find_share(DistributedConfig(num_processes=8, process_id=7)) == (7, 8)
+    assert find_share(DistributedConfig(coordinator="none")) == (0, 1)
+    under_slurm.setenv("V2T_NUM_PROCESSES", "2")
+    assert find_share(DistributedConfig()) == (1, 2)
+    with pytest.raises(InputError, match="process_id is 2; with 2 processes it must be from 0 to 1"):
+        find_share(DistributedConfig(process_id=2))
+    under_slurm.delenv("SLURM_PROCID")
+    with pytest.raises(InputError, match="needs both of --distributed.num-processes and .process-id"):
+        find_share(DistributedConfig())
+
+
 def sharding(*spec):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     return NamedSharding(mesh, PartitionSpec(*spec))
@@ -108,6 +144,8 @@ def test_a_process_alone_has_all_rows_and_waits_for_nobody():
     np.testing.assert_array_equal(distributed.fetch({"a": batch})["a"], values)
     distributed.barrier("done nothing")
     assert distributed.gather({"a": [1]}) == [{"a": [1]}]
+    assert distributed.broadcast(3) == 3
+    np.testing.assert_array_equal(distributed.shared([1, 2, 3], np.asarray), [1, 2, 3])
     assert distributed.Vote(cut, sharding())(15) == 15
 
 
@@ -132,6 +170,13 @@ np.testing.assert_array_equal(distributed.fetch(batch), values)
 again = distributed.put(distributed.put(values, NamedSharding(mesh, P("model"))), cut)
 np.testing.assert_array_equal(distributed.fetch(again), values)
 assert distributed.gather(["é" * (me + 1)]) == [["é"], ["éé"]]
+np.testing.assert_array_equal(distributed.broadcast({"a": np.full(2, 5 + me)})["a"], [5, 5])
+asked = []
+def work(items):
+    asked.extend(items)
+    return np.stack([np.full(2, item) for item in items])
+np.testing.assert_array_equal(distributed.shared([3, 1, 4, 1, 5], work)[:, 0], [3, 1, 4, 1, 5])
+assert asked == ([1, 1, 3] if me else [3, 4, 5]), asked
 vote = distributed.Vote(cut, whole)
 assert [vote(word) for word in ([0, 15, 0] if me else [0, 2, 0])] == [0, 0, 15]
 with distributed.main_first("written") as here:

@@ -76,6 +76,8 @@ def train(arguments: list[str]) -> None:
 @contextlib.contextmanager
 def joined(options: DistributedConfig) -> Iterator[None]:
     """Takes part in a run of several processes, if there are several; a failure ends this one at once."""
+    import jax
+
     from v2t_jax import distributed
 
     distributed.start(options)
@@ -83,9 +85,16 @@ def joined(options: DistributedConfig) -> Iterator[None]:
         progress.disable()  # one bar is enough
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
         if distributed.is_several():
-            print(f"v2t: {error}", file=sys.stderr)
+            said: Exception = error
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                gist = (str(error).splitlines() or [""])[0]
+                said = InputError(
+                    f"The processes of the run have lost each other ({gist}): see why one of them ended, then start "
+                    "all of them again."
+                )
+            print(f"v2t: {said}", file=sys.stderr)
             distributed.leave(2)
         raise
     except Exception:
@@ -254,10 +263,12 @@ def main() -> None:
             lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="v2t", description=__doc__)
         )
         start_jax()
-        if not isinstance(command, Env):  # that reports what doesn't work
-            check_devices()
-        command.run()
-        sys.stdout.flush()
+        together = isinstance(command, Invert | Evaluate)
+        with joined(command.distributed) if together else contextlib.nullcontext():
+            if not isinstance(command, Env):  # that reports what doesn't work
+                check_devices()
+            command.run()
+            sys.stdout.flush()
     except InputError as error:
         print(f"v2t: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple, NoReturn
 
@@ -36,16 +36,21 @@ _barriers = 0
 
 
 class Place(NamedTuple):
-    """A process's place in a run; empty fields are left to JAX, which asks Slurm, Open MPI or the TPU."""
+    """A process's place in a run; empty: JAX knows, which asks Slurm, Open MPI or the TPU."""
 
     coordinator: str | None = None  # HOST:PORT of process 0
     num_processes: int | None = None
     process_id: int | None = None
+    local_devices: Sequence[int] | None = None  # those of its host that are its own; None: all
 
 
-def find_place(options: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Place | None:
+def find_place(
+    options: DistributedConfig, environ: Mapping[str, str] = os.environ, meeting: bool = True
+) -> Place | None:
     """What the command line, or else the environment, says; None for a run of one process.
 
+    Args:
+        meeting: whether the processes are to meet, and so must know where.
     Raises:
         InputError: it is incomplete or contradicts itself.
     """
@@ -56,19 +61,22 @@ def find_place(options: DistributedConfig, environ: Mapping[str, str] = os.envir
         return None
     if coordinator == "auto":
         named = options.num_processes, options.process_id, environ.get("V2T_NUM_PROCESSES")
-        if any(value is not None for value in named):
+        if all(value is None for value in named):
+            return Place() if _in_cluster(environ) else None
+        if meeting:
             raise InputError(
                 "The number of processes is given, but not where they meet: give --distributed.coordinator HOST:PORT, "
                 "the host of process 0, or V2T_COORDINATOR."
             )
-        return Place() if _in_cluster(environ) else None
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"distributed.coordinator is {coordinator!r}; give HOST:PORT of process 0, auto or none.")
+    else:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise InputError(f"distributed.coordinator is {coordinator!r}; give HOST:PORT of process 0, auto or none.")
     if num_processes is None or process_id is None:
+        needed = "all of --distributed.coordinator, " if meeting else "both of --distributed"
         raise InputError(
-            "A run of several processes needs all of --distributed.coordinator, .num-processes and .process-id (or "
-            "V2T_COORDINATOR, V2T_NUM_PROCESSES, V2T_PROCESS_ID)."
+            f"A run of several processes needs {needed}.num-processes and .process-id (or "
+            f"{'V2T_COORDINATOR, ' if meeting else ''}V2T_NUM_PROCESSES, V2T_PROCESS_ID)."
         )
     if not 0 <= process_id < num_processes:
         raise InputError(
@@ -76,6 +84,43 @@ def find_place(options: DistributedConfig, environ: Mapping[str, str] = os.envir
             f"{num_processes - 1}."
         )
     return Place(coordinator, num_processes, process_id) if num_processes > 1 else None
+
+
+def find_share(options: DistributedConfig) -> tuple[int, int]:
+    """This process's number and how many there are, for work that needs no meeting: they may come one by one.
+
+    Raises:
+        InputError: see `find_place`.
+    """
+    place = find_place(options, meeting=False)
+    if place == Place():
+        place = _ask_jax(options.timeout)
+    return (0, 1) if place is None else (int(place.process_id or 0), int(place.num_processes or 1))
+
+
+def _ask_jax(seconds: float) -> Place | None:
+    """What JAX finds in Slurm's and Open MPI's environment and in a TPU's; None for a run of one process.
+
+    Raises:
+        InputError: a scheduler has started several, but doesn't tell where they meet.
+    """
+    # JAX asks them inside `jax.distributed.initialize` only, which names nobody who doesn't come.
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        found = Place(*ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(seconds)))
+    except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
+        found, reason = Place(), (str(error).splitlines() or [type(error).__name__])[0]
+    else:
+        reason = "their environment doesn't tell where"
+    if None not in found[:3]:
+        return found if int(found.num_processes or 1) > 1 else None
+    if os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE"):
+        raise InputError(
+            f"The processes of the run don't meet ({reason}): give --distributed.coordinator HOST:PORT, .num-processes "
+            "and .process-id."
+        )
+    return None  # a TPU VM without metadata: it stands alone
 
 
 def _first(given: int | None, environ: Mapping[str, str], *names: str) -> int | None:
@@ -107,11 +152,12 @@ def start(options: DistributedConfig) -> None:
         InputError: the settings are wrong, or others don't come in time: it names them.
     """
     place = find_place(options)
+    if place == Place():
+        place = _ask_jax(options.timeout)
     if place is None:
         return
-    if place.coordinator:
-        with progress.stage(f"waiting for {place.num_processes} processes at {place.coordinator}"):
-            _roll_call(place, options.timeout)
+    with progress.stage(f"waiting for {place.num_processes} processes at {place.coordinator}"):
+        _roll_call(place, options.timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Where JAX gives up it ends the process with a trace: this comes before it, with a sentence.
     late = threading.Timer(options.timeout, _give_up, [options.timeout])
@@ -119,20 +165,16 @@ def start(options: DistributedConfig) -> None:
     late.start()
     try:
         jax.distributed.initialize(
-            place.coordinator,
-            place.num_processes,
-            place.process_id,
+            *place,
             # Otherwise Slurm's local rank would pick the devices even of explicit processes.
-            cluster_detection_method="deactivate" if place.coordinator else None,
+            cluster_detection_method="deactivate",
             initialization_timeout=int(options.timeout) + 60,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        if place.coordinator is None and isinstance(error, ValueError | OSError) and not os.environ.get("SLURM_NTASKS"):
-            return  # a TPU VM without metadata: it stands alone
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"The processes of the run don't meet ({reason}); see that all are started, and give "
-            "--distributed.coordinator HOST:PORT, .num-processes and .process-id where nothing tells them."
+            f"The processes of the run don't meet ({reason}); see that all are started and can reach process 0 at "
+            f"{place.coordinator}."
         ) from error
     finally:
         late.cancel()
@@ -146,8 +188,8 @@ def start(options: DistributedConfig) -> None:
 
 def _give_up(seconds: float) -> NoReturn:
     print(
-        f"v2t: Not all processes of the run have come within {seconds:g} s; see that every host is up and can reach "
-        "process 0, then start all of them again.",
+        f"v2t: All processes of the run came, but {seconds:g} s later not all had joined; see whether one of them "
+        "ended with a message, then start all of them again.",
         file=sys.stderr,
     )
     leave(2)
@@ -304,6 +346,32 @@ def fetch(tree: Any) -> Any:
         return np.asarray(leaf)
 
     return jax.tree.map(whole, tree)
+
+
+def fetch_to_main(tree: Any) -> Any:
+    """`fetch` for process 0; the others get a tree of None. One array at a time is whole elsewhere."""
+
+    def whole(leaf: Any) -> np.ndarray | None:
+        fetched = fetch(leaf)
+        return fetched if is_main() else None
+
+    return jax.tree.map(whole, tree)
+
+
+def broadcast(value: Any) -> Any:
+    """Process 0's `value`, a tree of numpy arrays, on every process; all must call it with arrays of those shapes."""
+    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
+
+
+def shared(items: Sequence[Any], work: Callable[[list[Any]], np.ndarray]) -> np.ndarray:
+    """`work(items)` [n, ...], each process doing its share; all must call it with the same items, and get all of it."""
+    count = jax.process_count()
+    if count == 1:
+        return work(list(items))
+    # Filled up, for all to have as many.
+    mine = [items[i % len(items)] for i in range(jax.process_index(), -(-len(items) // count) * count, count)]
+    parts = multihost_utils.process_allgather(work(mine))  # [processes, items of each, ...]
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[: len(items)]
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:

@@ -1,27 +1,29 @@
 """Vectors or texts in, texts out: the public functions around a loaded `Inverter`."""
 
 import functools
+import hashlib
+import math
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax import progress
+from v2t_jax import distributed, progress
 from v2t_jax.arrays import as_numpy
 from v2t_jax.bridge import host_errors
 from v2t_jax.config import MeshConfig
-from v2t_jax.correct import check_num_steps, correct_in_batches
+from v2t_jax.correct import Correction, Mode, check_num_steps, correct_in_batches
 from v2t_jax.errors import InputError, check_texts, check_whole
 from v2t_jax.models.embedder import TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.pretrained import Inverter
-from v2t_jax.sharding import batch_sharding, make_mesh, replicated
+from v2t_jax.sharding import batch_sharding, decoding_on, decoding_rows, make_mesh, replicated
 
 BATCH_SIZE = 32
 # Mean squared distance of vectors from the training's mean, in its own variance: 1 at home (0.84 to 1.17 for single
@@ -173,7 +175,7 @@ def invert_embeddings(
     *,
     num_steps: int = 8,
     sequence_beam_width: int = 4,
-    mode: Literal["best", "upstream"] = "best",
+    mode: Mode = "best",
     patience: int = 0,
     batch_size: int | None = None,
 ) -> list[Recovered]:
@@ -201,15 +203,46 @@ def invert_embeddings(
     warn_of_foreign_vectors(inverter, e)
     if inverter.embedder.normalised:
         e = (e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
+    found = corrected(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size)
+    # What is reported is embedded anew from its text, by the victim's own tokenizer: a sequence of pieces that the
+    # tokenizer would never make of the text can't flatter.
+    n, steps = found.trace_ids.shape[:2]
+    texts = inverter.vocabulary.decode(found.trace_ids.reshape(n * steps, -1))
+    embedded = embed_anew(inverter, texts)
+    values = cosines(embedded, np.repeat(e, steps, axis=0)).reshape(n, steps)
+    return [_recovered(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
+
+
+def embed_anew(inverter: Inverter, texts: Sequence[str]) -> np.ndarray:
+    """The embeddings [n, E] of texts, blank ones too; of a model on a mesh, each process makes its share."""
+    embed = functools.partial(embed_texts, inverter.embedder)
+    return embed(texts) if inverter.mesh is None else distributed.shared(texts, embed)
+
+
+def corrected(
+    inverter: Inverter,
+    e: np.ndarray,
+    num_steps: int,
+    sequence_beam_width: int,
+    mode: Mode,
+    patience: int = 0,
+    batch_size: int | None = None,
+) -> Correction:
+    """The correction loop over vectors [n, E], in batches cut over the model's mesh, or else this process's devices."""
     loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
     # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
     most = batch_size or max(1, min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2))
-    whole = -(-len(e) // BATCH_SIZE) * BATCH_SIZE
-    size = min(most, next((size for size in BATCH_SIZES if len(e) <= size), whole))
+    rows = None if inverter.mesh is None else decoding_rows(inverter.mesh, inverter.decode)
+    parts = 1 if rows is None else math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    each = -(-len(e) // parts)
+    whole = -(-each // BATCH_SIZE) * BATCH_SIZE
+    size = parts * min(most, next((size for size in BATCH_SIZES if each <= size), whole))
     weights, place = inverter.loop_params(), jnp.asarray
     # Where hypotheses reach the embedder over the host, one device does all.
-    devices = [] if inverter.host_bound else jax.local_devices()[: len(e) // size]
-    if len(devices) > 1:
+    devices = [] if inverter.host_bound or rows else jax.local_devices()[: len(e) // size]
+    if rows is not None:
+        place = functools.partial(distributed.put, shardings=rows)
+    elif len(devices) > 1:
         mesh = make_mesh(MeshConfig(), devices)
         weights = jax.device_put(weights, replicated(mesh))
         place, size = functools.partial(jax.device_put, device=batch_sharding(mesh)), size * len(devices)
@@ -217,6 +250,7 @@ def invert_embeddings(
     with (
         progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
         ExitStack() as first,
+        nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode),
     ):
         first.enter_context(progress.stage(f"compiling for {size} texts at a time, or fetching what was compiled"))
         reports = 0
@@ -230,14 +264,8 @@ def invert_embeddings(
 
         with host_errors():
             found = correct_in_batches(loop, weights, filled, num_steps, size, on_progress, place)
-    trace_ids = found.trace_ids[: len(e)]
-    # What is reported is embedded anew from its text, by the victim's own tokenizer: a sequence of pieces that the
-    # tokenizer would never make of the text can't flatter.
-    n, steps = trace_ids.shape[:2]
-    texts = inverter.vocabulary.decode(trace_ids.reshape(n * steps, -1))
-    embedded = embed_texts(inverter.embedder, texts)
-    values = cosines(embedded, np.repeat(e, steps, axis=0)).reshape(n, steps)
-    return [_recovered(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
+    *arrays, steps_run = found
+    return Correction._make([*(array[: len(e)] for array in arrays), steps_run])
 
 
 def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> Recovered:
@@ -248,6 +276,36 @@ def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> Recovered
             best = step
         trace.append(TraceStep(step, texts[best], float(values[best])))
     return Recovered(texts[best], float(values[best]), best, tuple(trace))
+
+
+def recover_together(recover: Callable[[Any], list[Recovered]], items: Any) -> list[Recovered]:
+    """`recover(items)`, each process of a run doing its share on its own devices; all get all of it.
+
+    Args:
+        items: texts or vectors, the same on every process, all of which must call this.
+    Raises:
+        InputError: that of any process; or they have different items.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return recover(items)
+    found: list[Recovered] = []
+    fault = ""
+    given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
+    try:
+        share = items[jax.process_index() :: count]
+        found = recover(share) if len(share) else []
+    except InputError as error:
+        fault = str(error)
+    record = {"given": hashlib.sha256(given).hexdigest(), "fault": fault, "found": [one.to_dict() for one in found]}
+    parts = distributed.gather(record)
+    for part in parts:
+        if part["fault"]:
+            raise InputError(part["fault"])
+        if part["given"] != parts[0]["given"]:
+            raise InputError("The processes have read different texts or vectors: give all hosts the same files.")
+    records = [parts[i % count]["found"][i // count] for i in range(len(items))]
+    return [Recovered(**one | {"trace": tuple(TraceStep(**step) for step in one["trace"])}) for one in records]
 
 
 def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> list[Recovered]:
@@ -271,7 +329,7 @@ def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> 
             )
         if inverter.vocabulary.normalise([text], len(text.encode()) + 2)[0] != reference:
             progress.note(f"Text {i + 1} is cut to the {longest - 1} word-pieces that the model takes: {reference!r}")
-    found = invert_embeddings(inverter, inverter.embedder.embed(references), **options)
+    found = invert_embeddings(inverter, embed_anew(inverter, references), **options)
     return [
         Recovered(f.text, f.cosine, f.step, f.trace, reference, f.text == reference)
         for f, reference in zip(found, references, strict=True)

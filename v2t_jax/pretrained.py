@@ -15,18 +15,20 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from v2t_jax import progress
-from v2t_jax.config import ModelConfig, Stage, from_dict, to_dict
+from v2t_jax import distributed, progress
+from v2t_jax.config import DecodeLayout, ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
@@ -37,7 +39,9 @@ from v2t_jax.loop_functions import guesser, hypothesis_embedder, proposer
 from v2t_jax.models import corrector, inverter, t5
 from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, named_or_embedder
 from v2t_jax.models.layers import Params
+from v2t_jax.sharding import DECODING_RULES, param_specs, replicated, state_shardings
 
+NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent / "assets" / "models"
 TOKENIZER = "tokenizer.json"
@@ -53,6 +57,8 @@ class Inverter:
         bridged: the vocabulary is the model's own, and hypotheses reach the embedder as text, over the host. Otherwise
             the model writes the embedder's own word-pieces, and the correction loop never leaves the device.
         embedding_norm: mean and standard deviation of the lengths of the vectors it was trained on, where known.
+        mesh: of all the run's devices, over which the parameters are cut and it decodes, in the layout `decode`; all
+            processes then call the same together. By default each process decodes on its own devices.
     """
 
     name: str
@@ -62,6 +68,8 @@ class Inverter:
     vocabulary: Vocabulary
     bridged: bool = False
     embedding_norm: tuple[float, float] | None = None
+    mesh: Mesh | None = None
+    decode: DecodeLayout = "batch"
 
     def __post_init__(self) -> None:
         self._loops: dict[CorrectionSettings, CorrectionLoop] = {}
@@ -81,15 +89,17 @@ class Inverter:
         return self.bridged or not isinstance(self.embedder, Embedder)
 
     def loop_params(self) -> dict[str, Any]:
-        """The weights that a correction loop's programs take as arguments."""
-        networks: dict[str, Any] = {
-            str(stage): {**params, "t5": t5.unstack_decoder(params["t5"])} for stage, params in self.params.items()
-        }
-        return {
-            **networks,
-            "embedder": self.embedder.params if isinstance(self.embedder, Embedder) else {},
-            "pieces": jnp.asarray(self.vocabulary.pieces),
-        }
+        """The weights that a correction loop's programs take as arguments; on a mesh laid out for decoding."""
+        networks: dict[str, Any] = {}
+        for stage, params in self.params.items():
+            if self.mesh is not None:
+                params = {**params, "t5": t5.rounded(self.config.t5, params["t5"])}  # in the end it would be anyway
+                specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
+                params = distributed.put(params, state_shardings(self.mesh, params, specs))
+            networks[stage] = {**params, "t5": t5.unstack_decoder(params["t5"])}
+        embedder = self.embedder.params if isinstance(self.embedder, Embedder) else {}
+        others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.pieces)}
+        return networks | (others if self.mesh is None else distributed.put(others, replicated(self.mesh)))
 
     def correction_loop(
         self,
@@ -194,8 +204,11 @@ class StoredModel(NamedTuple):
     """recipe, scores, or what it was converted from"""
 
 
-def read_model(name: str) -> StoredModel:
+def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> StoredModel:
     """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), without its embedder.
+
+    Args:
+        put: takes each parameter; by default to this process's first device.
 
     Raises:
         InputError: no such model; or a file is missing, altered or truncated.
@@ -228,14 +241,14 @@ def read_model(name: str) -> StoredModel:
     model = from_dict(ModelConfig, config["model"], "model")
     with progress.stage(f"loading the model {config['name']}"):
         tensors, tokenizer = _read_files(folder, config["files"])
-        networks: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
         params: dict[Stage, Params] = {
             stage: _unflatten(
                 tensors[stage],
                 jax.eval_shape(functools.partial(network.init, model), jax.random.key(0)),
                 stage,
+                put,
             )
-            for stage, network in networks.items()
+            for stage, network in NETWORKS.items()
             if stage in tensors
         }
         if "inverter" not in params or "pieces" not in tensors:
@@ -271,18 +284,24 @@ def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str
     return tensors, tokenizer
 
 
-def load(name: str | Path = "minilm-wordnet", embedder: str | Path | TextEmbedder | None = None) -> Inverter:
+def load(
+    name: str | Path = "minilm-wordnet",
+    embedder: str | Path | TextEmbedder | None = None,
+    *,
+    put: Callable[[np.ndarray], Any] = jnp.asarray,
+) -> Inverter:
     """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
 
     Args:
         embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
+        put: see `read_model`.
 
     Raises:
         InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
             trained on.
     """
     embedder = embedder if embedder is None else named_or_embedder(embedder)
-    stored = read_model(str(name))
+    stored = read_model(str(name), put)
     recorded = stored.embedder["weights_sha256"]
     if embedder is None and not recorded:
         raise InputError(
@@ -358,11 +377,11 @@ def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
     return flat
 
 
-def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
+def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str, put: Callable[[np.ndarray], Any]) -> Params:
     """The inverse of `_flatten`, float32, checked against the shapes of `like`."""
     names: set[str] = set()
 
-    def leaf(path: tuple[Any, ...], shape: Any) -> jax.Array:
+    def leaf(path: tuple[Any, ...], shape: Any) -> Any:
         name = "/".join(str(key.key) for key in path)
         names.update((name, f"{name}.scale"))
         if name not in flat:
@@ -370,7 +389,7 @@ def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str) -> Params:
         array = flat[name].astype(np.float32) * flat.get(f"{name}.scale", np.float32(1))
         if array.shape != shape.shape:
             raise InputError(f"The {stage}'s {name!r} has shape {array.shape}; config.json means {shape.shape}.")
-        return jnp.asarray(array)
+        return put(array)
 
     params = jax.tree_util.tree_map_with_path(leaf, like)
     unknown = sorted(set(flat) - names)

@@ -4,9 +4,10 @@ A parameter's path is matched by a model's `PARAM_AXES` table (regex -> logical 
 axis a logical name is cut over. Strict both ways: a parameter without a rule is an error, as is a rule without one.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +168,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def decoding_rows(mesh: Mesh, layout: DecodeLayout) -> NamedSharding:
+    """Where the rows of a batch that is decoded lie."""
+    return NamedSharding(mesh, PartitionSpec(dict(DECODING_RULES[layout])["batch"]))
+
+
+@contextlib.contextmanager
+def decoding_on(mesh: Mesh, layout: DecodeLayout) -> Iterator[None]:
+    """Programs that are called inside are of decoding alone, on a mesh; weights and rows are laid out for it."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(DECODING_RULES[layout]):
+        yield
 
 
 def decoding_params(params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]], layout: DecodeLayout) -> Any:

@@ -312,9 +312,19 @@ def test_bad_workers_are_refused(changed):
         Workers(**changed)
 
 
+def test_a_host_may_find_the_work_done_and_cleared_away(source, tmp_path, tokenizer, monkeypatch):
+    def others_work(_):
+        monkeypatch.undo()
+        build_here(source, tmp_path / "built", tokenizer)
+
+    monkeypatch.setattr(build_module.time, "sleep", others_work)
+    found = build_here(source, tmp_path / "built", tokenizer, host_index=1, host_count=2)
+    assert found.manifest["counts"]["texts"] == 2000 and not (tmp_path / "built" / "work").exists()
+
+
 def test_a_host_that_does_not_come_is_named(source, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(build_module, "POLL_SECONDS", 0.01)
-    with pytest.raises(InputError, match=r"Host 1 of 2 has not made .*chunk-000001.arrow .* --host-count 1"):
+    with pytest.raises(InputError, match=r"Host 1 of 2 has not made .*chunk-000001.arrow .* run alone"):
         build_here(source, tmp_path / "built", tokenizer, host_count=2, timeout=0.05)
     assert build_here(source, tmp_path / "built", tokenizer).manifest["counts"]["texts"] == 2000
 

@@ -15,6 +15,7 @@ from v2t_jax.config import Config
 from v2t_jax.data.pipeline import Batches, Batching
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5
+from v2t_jax.sharding import make_mesh
 from v2t_jax.train.setup import initial_params, prepare
 
 
@@ -41,7 +42,7 @@ def test_both_networks_start_from_it(recipe: Config) -> None:
     assert setup.model.t5 == dataclasses.replace(config, dropout_rate=kept.dropout_rate, dtype=kept.dtype)
     batches = Batches(setup.stores, Batching(batch_size=2, max_length=24, bucket_lengths=(24,)))
     for stage in recipe.stages:
-        start = initial_params(setup, stage, {"inverter": {}}, batches)
+        start = initial_params(setup, stage, {"inverter": {}}, batches, make_mesh(recipe.mesh))
         jax.tree.map(np.testing.assert_array_equal, start["t5"], params)
     assert "initial_t5" in setup.hashes()
     # The embedder's ids are the model's own.

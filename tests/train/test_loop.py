@@ -126,6 +126,8 @@ def test_resuming_changes_nothing(finished, recipe, tmp_path, monkeypatch):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(TrainingStopped, match="step 23 of the inverter"):
         train(recipe, tmp_path)
+    with (tmp_path / "inverter" / "samples.jsonl").open("a") as samples:  # as of a run that was killed later
+        samples.write('{"step": 40, "reference": "a", "recovered": "b"}\n{"step": 40, "ref')
     with pytest.raises(TrainingStopped, match="step 7 of the corrector"):
         train(recipe, tmp_path)
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -136,6 +138,8 @@ def test_resuming_changes_nothing(finished, recipe, tmp_path, monkeypatch):
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {name}")
+        samples = [(folder / stage / "samples.jsonl").read_text() for folder in (tmp_path, finished)]
+        assert samples[0] == samples[1]
     # The finished run, started once more, only writes the model again.
     train(recipe, tmp_path)
     assert calls == recipe.inverter.num_steps + recipe.corrector.num_steps

@@ -13,8 +13,11 @@ import pytest
 from recorded_run import recorded
 from tiny_run import make_recipe
 
+from v2t_jax import load
 from v2t_jax.config import MeshConfig, to_dict
+from v2t_jax.eval.evaluate import evaluate
 from v2t_jax.train import loop
+from v2t_jax.train.setup import prepare
 
 ROOT = Path(__file__).parents[2]
 STEPS, STOP = 60, 52  # losses are compared over STOP steps or more
@@ -88,4 +91,11 @@ def test_eight_devices_are_one_run_and_two_processes_go_on_from_their_checkpoint
     assert_same_run(resumed, alone, STOP + 1, STEPS)
     assert log_steps(workdir) == list(range(5, STEPS + 1, 5))
     report = json.loads((workdir / "evaluation.json").read_text())
-    assert report["n"] == recipe.evaluation.num_examples and (workdir / "model" / "inverter.safetensors").is_file()
+    assert report["n"] == recipe.evaluation.num_examples
+    # What both processes have scored together is what one that loads the model scores.
+    model, settings = load(str(workdir / "model")), recipe.evaluation
+    texts = prepare(recipe).held_out[: settings.num_examples]
+    again = evaluate(model, texts, (0,), settings.sequence_beam_width)
+    for row, other in zip(report["rows"], again["rows"], strict=True):
+        shared = row.keys() - {"texts_per_second"}
+        assert {name: row[name] for name in shared} == pytest.approx({name: other[name] for name in shared}, abs=1e-4)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from v2t_jax.commands.recovery import open_embedder
-from v2t_jax.config import ApiConfig
+from v2t_jax.config import ApiConfig, DistributedConfig
 from v2t_jax.errors import InputError
 
 
@@ -36,26 +36,24 @@ class Build:
     """tokens of a text that are kept"""
     processes: int | None = None
     """at work on this host; by default one for each core"""
-    host_index: int = 0
-    """which of the hosts this is, from 0"""
-    host_count: int = 1
-    """hosts that run this command at the same time"""
     host_timeout: float = 3600.0
     """seconds without a new file from another host after which it is given up"""
     json: bool = False
     """print one JSON document and nothing else"""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
         from v2t_jax.bench import num_cores
         from v2t_jax.data.build import BuildSettings, Workers, build
         from v2t_jax.data.tokenize import read_tokenizer
+        from v2t_jax.distributed import find_share
         from v2t_jax.interop.sentence_transformers import load_tokenizer
 
         if (self.embedder is None) == (self.tokenizer is None):
             raise InputError("Give either --embedder NAME or --tokenizer FILE: it decides the pieces.")
         settings = BuildSettings(self.vocabulary_size, self.held_out_share, self.max_tokens)
         processes = num_cores() if self.processes is None else self.processes
-        workers = Workers(processes, self.host_index, self.host_count, self.host_timeout)
+        workers = Workers(processes, *find_share(self.distributed), self.host_timeout)
         if self.embedder is not None:
             tokenizer = load_tokenizer(self.embedder)
         else:
@@ -95,19 +93,17 @@ class EmbedColumn:
     """of the arithmetic, as the recipe's embedder_dtype"""
     batch_size: int = 256
     """texts at a time, or in one request"""
-    host_index: int = 0
-    """which of the hosts this is, from 0"""
-    host_count: int = 1
-    """hosts that run this command, at the same time or one after the other"""
     api: ApiConfig = field(default_factory=ApiConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
         from v2t_jax.data.blocks import StoredTexts
         from v2t_jax.data.tokenize import read_tokenizer
+        from v2t_jax.distributed import find_share
         from v2t_jax.interop.sentence_transformers import load_embedder
         from v2t_jax.train.columns import Share, embed_column
 
-        stored, share = StoredTexts(Path(os.path.expanduser(self.folder))), Share(self.host_index, self.host_count)
+        stored, share = StoredTexts(Path(os.path.expanduser(self.folder))), Share(*find_share(self.distributed))
         embedder = open_embedder(self.embedder, self.api)
         if isinstance(embedder, str):
             embedder = load_embedder(embedder, self.dtype)
@@ -136,14 +132,12 @@ class Hypotheses:
     """column to read the texts' embeddings from; by default they are made on the fly"""
     batch_size: int = 256
     """texts at a time"""
-    host_index: int = 0
-    """which of the hosts this is, from 0"""
-    host_count: int = 1
-    """hosts that run this command, at the same time or one after the other"""
     api: ApiConfig = field(default_factory=ApiConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
         from v2t_jax.data.blocks import StoredTexts
+        from v2t_jax.distributed import find_share
         from v2t_jax.train.columns import Share, hypothesis_columns
 
         done = hypothesis_columns(
@@ -153,7 +147,7 @@ class Hypotheses:
             open_embedder(self.embedder, self.api),
             embeddings=self.embeddings,
             batch_size=self.batch_size,
-            share=Share(self.host_index, self.host_count),
+            share=Share(*find_share(self.distributed)),
         )
         _say(done, f'in a recipe: DataConfig(..., hypotheses="{self.name}")')
 

@@ -1,6 +1,7 @@
 """Commands that go from texts to vectors and back: invert, embed, eval, demo."""
 
 import contextlib
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
-from v2t_jax.config import ApiConfig
+from v2t_jax.config import ApiConfig, DistributedConfig
 from v2t_jax.errors import InputError, check_texts
 from v2t_jax.trace import show_trace
 
@@ -58,9 +59,11 @@ class Invert:
     json: bool = False
     """print one JSON document and nothing else"""
     api: ApiConfig = field(default_factory=ApiConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
-        from v2t_jax.invert import invert_embeddings, invert_strings, read_vectors
+        from v2t_jax.distributed import is_main
+        from v2t_jax.invert import check_vectors, invert_embeddings, invert_strings, read_vectors, recover_together
         from v2t_jax.pretrained import load
 
         if bool(self.text) == (self.embeddings is not None):
@@ -75,9 +78,12 @@ class Invert:
             "batch_size": self.batch_size,
         }
         if vectors is None:
-            found = invert_strings(inverter, list(self.text), **options)
+            found = recover_together(functools.partial(invert_strings, inverter, **options), list(self.text))
         else:
-            found = invert_embeddings(inverter, vectors, **options)
+            vectors = check_vectors(vectors, inverter.config.embedding_width)
+            found = recover_together(functools.partial(invert_embeddings, inverter, **options), vectors)
+        if not is_main():
+            return
         if self.json:
             print(json.dumps([one.to_dict() for one in found], ensure_ascii=False, indent=1))
         else:
@@ -180,8 +186,10 @@ class Evaluate:
     json: bool = False
     """print one JSON document and nothing else"""
     api: ApiConfig = field(default_factory=ApiConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
+        from v2t_jax.distributed import is_main
         from v2t_jax.eval.evaluate import (
             check_grid,
             check_plot_file,
@@ -198,6 +206,8 @@ class Evaluate:
         inverter = load(self.model, open_embedder(self.embedder, self.api))
         texts = evaluation_texts(inverter, self.split, self.limit, self.source)
         report = evaluate(inverter, texts, self.num_steps, self.sequence_beam_width, self.split)
+        if not is_main():
+            return
         if self.plot is not None:
             plot(report, Path(self.plot))
         if self.json:

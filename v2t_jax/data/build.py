@@ -14,6 +14,7 @@ So it doesn't matter which process of which host makes it, nor how often they we
 Several hosts work in one shared folder; each makes every so-manieth file and waits for those of the others.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -113,6 +114,8 @@ def build(
     try:
         return _build(opened, folder, tokenizer, settings, workers)
     except OSError as error:
+        if workers.host_index and isinstance(error, FileNotFoundError) and (folder / "manifest.json").is_file():
+            return StoredTexts(folder)  # the other hosts needed nothing more of this one, and have cleared up
         raise InputError(
             f"The build stopped at {error.filename or folder} ({error.strerror or error}); mend that, or free space, "
             "then run the same command to go on."
@@ -157,7 +160,7 @@ def _build(
         token_dtype = "uint16" if vocabulary.size <= 2**16 else "int32"
         _make_shards(job, chunks, token_dtype, workers, run)
     if workers.host_index > 0:
-        _wait([folder / "manifest.json"], workers, lambda _: 0)
+        _wait([folder / "manifest.json"], workers, lambda _: 0, folder / "manifest.json")
         return StoredTexts(folder)
 
     made = [json.loads(job.shard(i).read_text()) for i in range(num_shards)]
@@ -304,7 +307,7 @@ def _make_chunks(job: Job, sources: Sequence[Source], chunk_bytes: int, workers:
     with progress.bar(total // 1024, "tokenising", unit="KB") as update:
         for _ in run(shards.write_chunk, missing()):
             update(min(read, total) // 1024, texts=texts)
-    _wait([job.chunk(i) for i in range(count)], workers, lambda i: i % workers.host_count)
+    _wait([job.chunk(i) for i in range(count)], workers, lambda i: i % workers.host_count, job.folder / "manifest.json")
     return count
 
 
@@ -317,13 +320,17 @@ def _make_shards(job: Job, chunks: int, token_dtype: str, workers: Workers, run:
             done += 1
             update(done)
     if workers.host_index == 0:
-        _wait([job.shard(i) for i in range(job.num_shards)], workers, lambda i: i % workers.host_count)
+        files = [job.shard(i) for i in range(job.num_shards)]
+        _wait(files, workers, lambda i: i % workers.host_count, job.folder / "manifest.json")
 
 
-def _wait(files: Sequence[Path], workers: Workers, host_of: Callable[[int], int]) -> None:
+def _wait(files: Sequence[Path], workers: Workers, host_of: Callable[[int], int], finished: Path) -> None:
     """Until other hosts' files are there.
 
+    Args:
+        finished: what is written last of all.
     Raises:
+        FileNotFoundError: that is there, and the files are deleted.
         InputError: for too long no further one has appeared.
     """
     lacking = [i for i, file in enumerate(files) if not file.is_file()]
@@ -333,12 +340,15 @@ def _wait(files: Sequence[Path], workers: Workers, host_of: Callable[[int], int]
     with progress.stage(f"waiting for {', '.join(sorted({f'host {host_of(i)}' for i in lacking}))}"):
         while lacking:
             time.sleep(POLL_SECONDS)
+            if finished.is_file() and finished not in files:
+                raise FileNotFoundError(errno.ENOENT, "cleared away", str(files[lacking[0]]))
             still = [i for i in lacking if not files[i].is_file()]
             if len(still) < len(lacking):
                 since = time.monotonic()
             elif time.monotonic() - since > workers.timeout:
                 raise InputError(
                     f"Host {host_of(still[0])} of {workers.host_count} has not made {files[still[0]]} in "
-                    f"{workers.timeout:.0f} seconds: start it, or run with --host-count 1 to do its part here."
+                    f"{workers.timeout:.0f} seconds: start it, or run alone "
+                    "(--distributed.coordinator none) to do its part here."
                 )
             lacking = still

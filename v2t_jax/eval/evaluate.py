@@ -1,8 +1,9 @@
 """Scores of a model over correction steps and beam widths, as a table and a plot."""
 
+import functools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from rich.table import Table
 from v2t_jax import progress
 from v2t_jax.correct import check_num_steps
 from v2t_jax.data.sources import read_texts
-from v2t_jax.distributed import gather
 from v2t_jax.errors import InputError
 from v2t_jax.eval.metrics import score, text_scores
-from v2t_jax.invert import BATCH_SIZE, Recovered, TraceStep, invert_strings
+from v2t_jax.invert import BATCH_SIZE, Recovered, invert_strings, recover_together
 from v2t_jax.pretrained import Inverter
 
 
@@ -69,7 +69,7 @@ def evaluate(
     """Recovers `texts` from their embeddings at every number of steps and beam width.
 
     One run to the largest number of steps serves all: the state after fewer steps is in its trace. That run gives the
-    speed of its row; the speed of the others is measured on the first batch alone. Compilation is never counted.
+    speed of its row; the speed of the others is measured on the first batches alone. Compilation is never counted.
 
     Returns:
         {"model", "split", "n", "rows": [...]}: see `report`.
@@ -86,28 +86,19 @@ def evaluate(
 
         def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[Recovered], float]:
             started = time.perf_counter()
-            found = _recover(inverter, texts, num_steps=steps, sequence_beam_width=width, batch_size=BATCH_SIZE)
+            options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
+            recover: Callable[[Any], list[Recovered]] = functools.partial(invert_strings, inverter, **options)
+            # On a mesh all processes recover the same texts together, elsewhere each a share.
+            found = recover_together(recover, texts) if inverter.mesh is None else recover(texts)
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
-        first = texts[:BATCH_SIZE]
+        first = texts[: BATCH_SIZE * jax.device_count()]
         timed(first, min(most, 1))  # compiles: the number of steps is no part of the program
         found, speed = timed(texts, most)
         for row in report(inverter, found, num_steps, width, split)["rows"]:
             steps = row["num_steps"]
             rows.append(row | {"texts_per_second": speed if steps == most else timed(first, steps)[1]})
     return {"model": inverter.name, "split": split, "n": len(texts), "rows": rows}
-
-
-def _recover(inverter: Inverter, texts: list[str], **options: Any) -> list[Recovered]:
-    """`invert_strings`, each process of a run doing its share; all get all of it."""
-    count = jax.process_count()
-    share = texts[jax.process_index() :: count]
-    found = invert_strings(inverter, share, **options) if share else []
-    if count == 1:
-        return found
-    parts = gather([recovered.to_dict() for recovered in found])
-    records = [parts[i % count][i // count] for i in range(len(texts))]
-    return [Recovered(**r | {"trace": tuple(TraceStep(**step) for step in r["trace"])}) for r in records]
 
 
 def report(

@@ -1,7 +1,7 @@
 """T5 between Hugging Face's key names and ours, both directions, by one table. A tied embedding is stored once."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,11 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def load_t5(name: str) -> tuple[T5Config, Params]:
+def load_t5(name: str, put: Callable[[np.ndarray], Any] = lambda array: array) -> tuple[T5Config, Params]:
     """Sizes and parameters (float32, on the host) of a T5 v1.0, v1.1 or Flan, by folder or hub name.
+
+    Args:
+        put: takes each array as it is read: see `fill`.
 
     Raises:
         InputError: see `folder_of`, `open_checkpoint`, `t5_config_from_huggingface` and `t5_from_huggingface`.
@@ -76,7 +79,7 @@ def load_t5(name: str) -> tuple[T5Config, Params]:
         # Since transformers 5, whose configs have this field, an untied head that equals the embedding isn't written.
         if "scale_decoder_outputs" in values and not config.tie_word_embeddings and "shared.weight" in state:
             state.setdefault("lm_head.weight", state["shared.weight"])
-        return config, t5_from_huggingface(state, config)
+        return config, t5_from_huggingface(state, config, put)
 
 
 def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
@@ -102,7 +105,9 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(step.key) for step in path): leaf.shape for path, leaf in leaves}
 
 
-def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params:
+def t5_from_huggingface(
+    state: Mapping[str, Tensor], config: T5Config, put: Callable[[np.ndarray], Any] = lambda array: array
+) -> Params:
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`.
 
     A tied head (`lm_head.weight`) and the stacks' copies of the embedding may be there or not; if they are, they must
@@ -111,13 +116,14 @@ def t5_from_huggingface(state: Mapping[str, Tensor], config: T5Config) -> Params
     Args:
         state: arrays of any floating dtype, or tensors still in their file, under Hugging Face's names.
         config: see `t5_config_from_huggingface`.
+        put: takes each array as it is read: see `fill`.
 
     Raises:
         InputError: a key is missing, unknown, of a shape that `config` doesn't mean, or a copy that differs.
     """
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = {*_IGNORED, *copies}
-    params = fill(t5.abstract_params(config), _entries(config), state, "T5", lambda key: key in ignored)
+    params = fill(t5.abstract_params(config), _entries(config), state, "T5", lambda key: key in ignored, put=put)
     for key in copies:
         if key in state and not np.array_equal(state[key][:], state["shared.weight"][:]):
             raise InputError(

@@ -9,6 +9,7 @@ workdir/model/                         the finished model, for `v2t_jax.load`
 workdir/evaluation.{json,png}          its scores on held-out texts, over correction steps and beam widths
 """
 
+import dataclasses
 import json
 import math
 import signal
@@ -20,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from v2t_jax import distributed, progress
 from v2t_jax.config import Config, Stage, StageConfig, to_dict
@@ -29,21 +29,23 @@ from v2t_jax.errors import InputError
 from v2t_jax.eval.card import model_card
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
+from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.invert import corrected, embed_anew
 from v2t_jax.models.embedder import PieceMap
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import CARD_HEAD, Inverter, load, norm_statistics
+from v2t_jax.pretrained import CARD_HEAD, Inverter, norm_statistics
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.columns import check_column
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import NORM_TEXTS, Setup, column_names, initial_params, prepare, trained_inverter
 from v2t_jax.train.step import (
+    NETWORKS,
     Batch,
     Frozen,
     Metrics,
     TrainState,
     frozen_shardings,
-    greedy_hypotheses,
     make_loss,
     make_step,
     shard_step,
@@ -96,18 +98,26 @@ def _train(config: Config, workdir: Path) -> Path:
     claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
     if config.initial_inverter:
-        params["inverter"] = trained_inverter(setup)
+        params["inverter"] = trained_inverter(setup, make_mesh(config.mesh))
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
-    params = distributed.fetch(params)
     norm = norm_statistics(setup.embedder.embed(setup.held_out[:NORM_TEXTS]))
-    inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary, embedding_norm=norm)
+    inverter = Inverter(
+        *(config.name, setup.model, params, setup.embedder, setup.vocabulary),
+        embedding_norm=norm,
+        mesh=make_mesh(config.mesh),
+        decode=config.mesh.decode,
+    )
     folder = workdir / "model"
+    whole = dataclasses.replace(inverter, params=distributed.fetch_to_main(params))
     with distributed.main_first("written the model") as here:
         if here:
-            inverter.save(folder, record={"recipe": to_dict(config)})
-    report = score_model(setup, load(str(folder)), workdir)
+            whole.save(folder, record={"recipe": to_dict(config)})
+    del whole
+    if config.embedder_dtype != "float32":  # the scores are of the victim's own vectors
+        inverter = dataclasses.replace(inverter, embedder=load_embedder(config.embedder))
+    report = score_model(setup, inverter, workdir)
     if distributed.is_main():
         where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         card = model_card(to_dict(config), report, where)
@@ -153,11 +163,20 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         # Copied, because the first step gives the state's memory up, and two leaves may be one array.
         return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
-    with progress.stage(f"making the {stage}'s first parameters"):
-        params = initial_params(setup, stage, trained, batches)
-        step_fn, shardings = shard_step(step_fn, mesh, jax.eval_shape(first_state, params), stage)
-        params = distributed.put(params, shardings.params)
-        state = jax.jit(first_state, out_shardings=shardings)(params)
+    abstract = jax.eval_shape(lambda key: first_state(NETWORKS[stage].init(model, key)), jax.random.key(0))
+    step_fn, shardings = shard_step(step_fn, mesh, abstract, stage)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+    if checkpoints.latest() is None:
+        with progress.stage(f"making the {stage}'s first parameters"):
+            params = initial_params(setup, stage, trained, batches, mesh)
+            state = jax.jit(first_state, out_shardings=shardings)(params)
+            del params
+    else:
+        with progress.stage(f"restoring the {stage}"):
+            state = checkpoints.restore(
+                jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+            )
+        progress.note(f"{stage}: going on from step {int(state.step)}")
     guesses = stage == "corrector" and not config.data.hypotheses
     frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if guesses else None)
     frozen = distributed.put(frozen, frozen_shardings(mesh, frozen))
@@ -165,11 +184,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     rows = distributed.local_rows(cut, settings.batch_size)
     vote = distributed.Vote(cut, replicated(mesh))
 
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
-    if checkpoints.latest() is not None:
-        with progress.stage(f"restoring the {stage}"):
-            state = checkpoints.restore(state)
-        progress.note(f"{stage}: going on from step {int(state.step)}")
+    probe = Inverter(config.name, model, {}, setup.embedder, setup.vocabulary, mesh=mesh, decode=config.mesh.decode)
     step, last = int(state.step), settings.num_steps
     recent: dict[str, Any] = {}
     unchecked: list[tuple[int, Metrics]] = []
@@ -182,6 +197,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     with (
         progress.bar(last, f"training the {stage}", unit="steps", start=step) as update,
         Log(folder / "log.jsonl", until=step) as log,
+        Log(folder / "samples.jsonl", until=step) as samples,
     ):
         while step < last:
             local = batches(step, rows)
@@ -244,7 +260,8 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             every = config.evaluation.every_steps
             if (every and step % every == 0) or step == last:
                 with progress.stage(f"recovering held-out texts at step {step}"):
-                    log.write({"step": step} | evaluate_stage(setup, stage, state.params, trained, folder, step))
+                    probe.params = dict(trained) | {stage: state.params}
+                    log.write({"step": step} | evaluate_stage(setup, probe, samples, step))
                 since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
             if stopping:
                 save(state)
@@ -257,27 +274,15 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     return state.params
 
 
-def evaluate_stage(
-    setup: Setup, stage: Stage, params: Params, trained: dict[Stage, Params], folder: Path, step: int
-) -> dict[str, float]:
+def evaluate_stage(setup: Setup, inverter: Inverter, samples: Log, step: int) -> dict[str, float]:
     """Recovers held-out texts with the parameters as they are: greedily, with one correction step for the corrector."""
     references = setup.held_out[: setup.config.evaluation.num_examples]
-    networks = dict(trained) | {stage: params}
-    inverter = Inverter(setup.config.name, setup.model, networks, setup.embedder, setup.vocabulary)
-    # Cut over all devices of all hosts, filled up to a multiple of them.
-    cut = batch_sharding(make_mesh(setup.config.mesh))
-    e = setup.embedder.embed(references)
-    e = np.concatenate([e, np.repeat(e[-1:], -len(e) % cut.num_devices, axis=0)])
-    e = distributed.put(e, cut)
-    ids = distributed.fetch(jax.jit(greedy_hypotheses, static_argnums=0)(setup.model, networks["inverter"], e))
-    if stage == "corrector":
-        loop = inverter.correction_loop(sequence_beam_width=1, mode="upstream")
-        ids = loop(inverter.loop_params(), e, 1).ids
-    predictions = setup.vocabulary.decode(ids[: len(references)])
+    e = embed_anew(inverter, references)
+    ids = corrected(inverter, e, int(inverter.has_corrector), sequence_beam_width=1, mode="upstream").ids
+    predictions = setup.vocabulary.decode(ids)
     scores = text_scores(predictions, references)
-    with Log(folder / "samples.jsonl") as samples:
-        for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
-            samples.write({"step": step, "reference": reference, "recovered": prediction})
+    for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
+        samples.write({"step": step, "reference": reference, "recovered": prediction})
     return {f"held_out_{name}": round(value.mean, 4) for name, value in scores.items()}
 
 

@@ -5,11 +5,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from v2t_jax import distributed
 from v2t_jax.config import Config, ModelConfig, Stage, T5Config
 from v2t_jax.data.blocks import StoredTexts
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
@@ -18,9 +21,11 @@ from v2t_jax.interop.checkpoint import sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.models import inverter
 from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import check_length, load, locate_model
+from v2t_jax.sharding import param_specs, state_shardings
 from v2t_jax.train.columns import EMBEDDING
 from v2t_jax.train.step import NETWORKS
 from v2t_jax.train.texts import Stores, open_texts, tokens_sha256
@@ -39,7 +44,6 @@ class Setup:
     vocabulary: Vocabulary
     stores: Stores
     held_out: list[str]  # normalised, short enough for the model
-    initial_t5: Params | None  # that both networks start from
 
     @property
     def stored(self) -> StoredTexts:
@@ -74,7 +78,11 @@ class Setup:
                 if self.config.initial_inverter
                 else {}
             ),
-            **({"initial_t5": sha256_of(weight_files(folder_of(self.config.initial_t5)))} if self.initial_t5 else {}),
+            **(
+                {"initial_t5": sha256_of(weight_files(folder_of(self.config.initial_t5)))}
+                if self.config.initial_t5
+                else {}
+            ),
         }
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -94,11 +102,11 @@ def prepare(config: Config) -> Setup:
     check_length(config.model, embedder)
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
     vocabulary, stores, held_out = open_texts(config, embedder.tokenizer, num_held_out)
-    t5, pretrained = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size), None
+    t5 = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
     if config.initial_t5:
-        t5, pretrained = pretrained_t5(config, vocabulary)
+        t5 = check_t5(config, vocabulary)
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
-    return Setup(config, model, embedder, vocabulary, stores, held_out, pretrained)
+    return Setup(config, model, embedder, vocabulary, stores, held_out)
 
 
 def column_names(config: Config, stage: Stage) -> dict[str, str]:
@@ -109,13 +117,15 @@ def column_names(config: Config, stage: Stage) -> dict[str, str]:
     return {field: name for field, name in found.items() if name}
 
 
-def pretrained_t5(config: Config, vocabulary: Vocabulary) -> tuple[T5Config, Params]:
-    """The T5 that the recipe starts from, under the recipe's own dtype, dropout and the like.
+def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
+    """The sizes of the T5 that the recipe starts from, under the recipe's own dtype, dropout and the like.
+
+    Its weights are read once and let go, to learn of damage before anything is written.
 
     Raises:
-        InputError: there is none, or it has another tokenizer than the embedder.
+        InputError: there is none, it is damaged, or it has another tokenizer than the embedder.
     """
-    loaded, params = load_t5(config.initial_t5)
+    loaded, _ = load_t5(config.initial_t5, put=lambda _: None)
     tokenizer = read_tokenizer(folder_of(config.initial_t5) / "tokenizer.json")
     in_order = np.array_equal(vocabulary.pieces, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
     if not in_order or tokenizer.get_vocab() != vocabulary.tokenizer.get_vocab():
@@ -124,37 +134,55 @@ def pretrained_t5(config: Config, vocabulary: Vocabulary) -> tuple[T5Config, Par
             "as gtr-base, or leave initial_t5 empty."
         )
     kept = {name: getattr(config.model.t5, name) for name in ("dropout_rate", "dtype", "remat", "scan_unroll")}
-    return dataclasses.replace(loaded, **kept), params
+    return dataclasses.replace(loaded, **kept)
 
 
-def trained_inverter(setup: Setup) -> Params:
-    """The inverter of the model that the recipe names.
+def trained_inverter(setup: Setup, mesh: Mesh) -> Params:
+    """The inverter of the model that the recipe names, cut over the mesh: from each host's memory to its places.
 
     Raises:
         InputError: it isn't of the recipe's sizes and word-pieces.
     """
     name = setup.config.initial_inverter
-    found = load(name, setup.embedder)
+    found = load(name, setup.embedder, put=lambda array: array)
     params = found.params["inverter"]
-    expected = jax.eval_shape(functools.partial(NETWORKS["inverter"].init, setup.model), jax.random.key(0))
+    expected = jax.eval_shape(functools.partial(inverter.init, setup.model), jax.random.key(0))
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
     if found.bridged or shapes[0] != shapes[1] or not np.array_equal(found.vocabulary.pieces, setup.vocabulary.pieces):
         raise InputError(
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
             "data.sources and data.vocabulary_size, or train a new one."
         )
-    return params
+    return distributed.put(params, state_shardings(mesh, params, param_specs(params, inverter.PARAM_AXES)))
+
+
+def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """`program(key's data) -> parameters` over a mesh, and their shardings.
+
+    Each device makes its own parts alone: they are the same numbers on any mesh, but for rounding, as JAX's generator
+    is a function of an element's place (jax_threefry_partitionable).
+    """
+    network = NETWORKS[stage]
+
+    def program(key_data: jax.Array) -> Params:
+        return network.init(model, jax.random.wrap_key_data(key_data))
+
+    abstract = jax.eval_shape(program, jax.random.key_data(jax.random.key(0)))
+    shardings = state_shardings(mesh, abstract, param_specs(abstract, network.PARAM_AXES))
+    return jax.jit(program, out_shardings=shardings), shardings
 
 
 def initial_params(
-    setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Callable[[int], np.ndarray]
+    setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Callable[[int], np.ndarray], mesh: Mesh
 ) -> Params:
-    """Random parameters, with the recipe's options laid over them."""
+    """Random parameters, with the recipe's options laid over them; cut over the mesh, and nowhere whole."""
     config, model = setup.config, setup.model
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
-    params = NETWORKS[stage].init(model, key)
-    if setup.initial_t5 is not None:
-        params["t5"] = jax.tree.map(jnp.asarray, setup.initial_t5)
+    program, shardings = random_params(stage, model, mesh)
+    params = program(np.asarray(jax.random.key_data(key)))
+    if config.initial_t5:
+        places = iter(jax.tree.leaves(shardings["t5"]))  # in whose order the arrays are read, one at a time
+        _, params["t5"] = load_t5(config.initial_t5, put=lambda array: distributed.put(array, next(places)))
     if config.initial_embedding == "embedder":
         words = setup.embedder.params["encoder"]["word_embedding"][setup.pieces]
         if words.shape[1] != model.t5.d_model:
@@ -167,22 +195,24 @@ def initial_params(
         # Small embeddings under a tied head scaled by 1/sqrt(D) would start with logits near zero.
         params["t5"]["decoder"]["final_norm"]["scale"] *= model.t5.d_model**0.5
     if model.standardise:
+        params["statistics"] = input_statistics(setup, batches)
+    if stage == "corrector" and config.corrector_from_inverter:
+        source = trained["inverter"]
+        params |= {"t5": source["t5"], "projection_target": source["projection"]}
+        params |= {name: source[name] for name in ("statistics", "bag_of_words") if name in source}
+    return distributed.put(params, shardings)
+
+
+def input_statistics(setup: Setup, batches: Callable[[int], np.ndarray]) -> Params:
+    """Mean and deviation of training texts' embeddings, [E] each: process 0's, for all to have the same to the bit."""
+    mean, std = np.zeros((2, setup.embedder.width), np.float32)
+    if distributed.is_main():
         rows: list[np.ndarray] = []
         while sum(len(row) for row in rows) < STATISTICS_TEXTS:
             batch = batches(len(rows))
-            rows.append(np.pad(batch, ((0, 0), (0, model.max_length - batch.shape[1]))))
+            rows.append(np.pad(batch, ((0, 0), (0, setup.model.max_length - batch.shape[1]))))
         e = setup.embed(np.concatenate(rows)[:STATISTICS_TEXTS])
-        std = e.std(axis=0)
-        # Some embedders have constant dimensions: there the deviation is only rounding.
-        params["statistics"] = {
-            "mean": jnp.asarray(e.mean(axis=0)),
-            "std": jnp.asarray(np.maximum(std, 0.1 * std.mean())),
-        }
-    if stage == "corrector" and config.corrector_from_inverter:
-        source = trained["inverter"]
-        params["t5"] = jax.tree.map(jnp.copy, source["t5"])
-        params["projection_target"] = jax.tree.map(jnp.copy, source["projection"])
-        for name in ("statistics", "bag_of_words"):
-            if name in source:
-                params[name] = jax.tree.map(jnp.copy, source[name])
-    return params
+        mean, std = e.mean(axis=0), e.std(axis=0)
+    mean, std = distributed.broadcast((mean, std))
+    # Some embedders have constant dimensions: there the deviation is only rounding.
+    return {"mean": mean, "std": np.maximum(std, 0.1 * std.mean())}

@@ -1,0 +1,62 @@
+"""A model that is cut over a mesh recovers what one device recovers, and no device ever holds its weights whole."""
+
+import jax
+import numpy as np
+import pytest
+from sharded_programs import gathered
+from tiny_run import make_embedder, make_texts
+
+from v2t_jax import distributed
+from v2t_jax.config import MeshConfig, ModelConfig, T5Config
+from v2t_jax.data.tokenize import Vocabulary
+from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.invert import corrected, embed_anew
+from v2t_jax.pretrained import Inverter
+from v2t_jax.sharding import decoding_on, decoding_rows, make_mesh
+from v2t_jax.train.setup import random_params
+from v2t_jax.train.step import NETWORKS
+
+T5 = T5Config(vocab_size=60, d_model=208, d_kv=8, d_ff=736, num_heads=4, num_encoder_layers=1, num_decoder_layers=1)
+MODEL = ModelConfig(t5=T5, embedding_width=16, num_pseudo_tokens=2, max_length=8)
+ROWS, WIDTH = 16, 2
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """On a mesh of eight devices, weights over two of them."""
+    embedder = load_embedder(str(make_embedder(tmp_path_factory.mktemp("models") / "embedder")))
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    params = {}
+    for stage in NETWORKS:
+        program, _ = random_params(stage, MODEL, mesh)
+        params[stage] = program(np.asarray(jax.random.key_data(jax.random.key(len(params)))))
+    vocabulary = Vocabulary.full(embedder.tokenizer)
+    return Inverter("cut", MODEL, params, embedder, vocabulary, mesh=mesh, decode="model")
+
+
+def test_no_weights_are_gathered(cut):
+    weights = cut.loop_params()
+    layer = weights["corrector"]["t5"]["decoder"]["layers"][0]
+    assert layer["feed_forward"]["wi"].addressable_shards[0].data.shape == (208, 368)
+    loop = cut.correction_loop(WIDTH, "best")
+    e = distributed.put(np.ones((ROWS, 16), np.float32), decoding_rows(cut.mesh, "model"))
+    with decoding_on(cut.mesh, "model"):
+        beam = jax.eval_shape(loop._start_program, weights, e, np.int32(1))[0]
+        found = loop._advance.lower(weights, e, beam, np.int32(0), np.int32(1)).compile().as_text()
+    shapes = gathered(found)
+    assert shapes and max(np.prod(shape) for shape in shapes) <= ROWS * WIDTH**2 * T5.vocab_size  # logits at most
+    assert not [shape for shape in shapes if {208, 104, 736, 368} & set(shape)]
+
+
+@pytest.mark.parametrize("stage", ["inverter", "corrector"])
+def test_it_recovers_what_one_device_recovers(cut, stage):
+    names = [name for name in NETWORKS if stage == "corrector" or name == "inverter"]
+    params = {name: cut.params[name] for name in names}
+    there = Inverter("cut", MODEL, params, cut.embedder, cut.vocabulary, mesh=cut.mesh, decode="model")
+    here = Inverter("whole", MODEL, distributed.fetch(params), cut.embedder, cut.vocabulary)
+    e = embed_anew(there, make_texts(5))
+    steps = int(stage == "corrector")
+    found, expected = (corrected(model, e, steps, 1, "upstream") for model in (there, here))
+    np.testing.assert_array_equal(found.trace_ids, expected.trace_ids)
+    np.testing.assert_allclose(found.cosine, expected.cosine, atol=1e-5)
+    assert len(found.ids) == 5 and found.steps_run == steps
