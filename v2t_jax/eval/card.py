@@ -85,6 +85,8 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
         weights: how they are kept.
     """
     model, data = recipe["model"], recipe["data"]
+    behind = recipe.get("api", {}).get("model")
+    embedder = f"{behind} at {recipe['embedder']}" if behind else recipe["embedder"]
     t5 = model["t5"]
     form = "v1.0" if t5["feed_forward"] == "relu" else "v1.1"
     layers = f"{t5['num_encoder_layers']} encoder and {t5['num_decoder_layers']} decoder layers"
@@ -96,7 +98,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
     pieces = f"the {data['vocabulary_size']} commonest" if data["vocabulary_size"] else "all"
     return f"""# {report["model"]}
 
-Recovers text from embeddings of {recipe["embedder"]}: {" and ".join(recipe["stages"])} (Morris et al. 2023).
+Recovers text from embeddings of {embedder}: {" and ".join(recipe["stages"])} (Morris et al. 2023).
 
 - **Takes** texts of up to {model["max_length"] - 1} word-pieces.
 - **Data:** training split of {sources} (for wordnet: see WORDNET-NOTICE.txt);

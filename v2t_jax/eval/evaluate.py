@@ -86,7 +86,7 @@ def evaluate(
 
         def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[Recovered], float]:
             started = time.perf_counter()
-            found = _recover(inverter, texts, num_steps=steps, sequence_beam_width=width, batch_size=BATCH_SIZE)
+            found = recover(inverter, texts, num_steps=steps, sequence_beam_width=width, batch_size=BATCH_SIZE)
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
         first = texts[:BATCH_SIZE]
@@ -98,7 +98,7 @@ def evaluate(
     return {"model": inverter.name, "split": split, "n": len(texts), "rows": rows}
 
 
-def _recover(inverter: Inverter, texts: list[str], **options: Any) -> list[Recovered]:
+def recover(inverter: Inverter, texts: list[str], **options: Any) -> list[Recovered]:
     """`invert_strings`, each process of a run doing its share; all get all of it."""
     count = jax.process_count()
     share = texts[jax.process_index() :: count]

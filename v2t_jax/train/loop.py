@@ -27,14 +27,13 @@ from v2t_jax.config import Config, Stage, StageConfig, to_dict
 from v2t_jax.data.stored import StoredBatches
 from v2t_jax.errors import InputError
 from v2t_jax.eval.card import model_card
-from v2t_jax.eval.evaluate import evaluate, plot
+from v2t_jax.eval.evaluate import evaluate, plot, recover
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.models.embedder import PieceMap
 from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import CARD_HEAD, Inverter, load, norm_statistics
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
-from v2t_jax.train.columns import check_column
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import NORM_TEXTS, Setup, column_names, initial_params, prepare, trained_inverter
 from v2t_jax.train.step import (
@@ -102,12 +101,14 @@ def _train(config: Config, workdir: Path) -> Path:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
     params = distributed.fetch(params)
     norm = norm_statistics(setup.embedder.embed(setup.held_out[:NORM_TEXTS]))
-    inverter = Inverter(config.name, setup.model, params, setup.embedder, setup.vocabulary, embedding_norm=norm)
+    inverter = setup.inverter(params)
+    inverter.embedding_norm = norm
     folder = workdir / "model"
     with distributed.main_first("written the model") as here:
         if here:
             inverter.save(folder, record={"recipe": to_dict(config)})
-    report = score_model(setup, load(str(folder)), workdir)
+    # An endpoint is no part of a model's folder: it is given by whoever opens that.
+    report = score_model(setup, load(str(folder), None if setup.in_step else setup.embedder), workdir)
     if distributed.is_main():
         where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         card = model_card(to_dict(config), report, where)
@@ -132,9 +133,9 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     config, model = setup.config, setup.model
     settings: StageConfig = getattr(config, stage)
     columns = column_names(config, stage)
-    batches = make_batches(config, setup.stores, settings.batch_size, [*columns.values()])
-    for name in columns.values():
-        check_column(setup.stored.column(name), setup.embedder)
+    batches = make_batches(
+        config, setup.stores, settings.batch_size, [setup.columns[name] for name in columns.values()]
+    )
     mesh = make_mesh(config.mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
@@ -143,9 +144,9 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             f"micro-batches over {parts} devices: make it a multiple of their product."
         )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    loss_fn = make_loss(
-        stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses, config.mesh.decode
-    )
+    embedder = setup.in_step
+    sizes, piece_map = (embedder.config, PieceMap.of(embedder)) if embedder else (None, None)
+    loss_fn = make_loss(stage, model, sizes, piece_map, config.partial_hypotheses, config.mesh.decode)
     may_skip = settings.optimizer.skip_bad_updates
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed, may_skip > 0)
 
@@ -159,7 +160,8 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         params = distributed.put(params, shardings.params)
         state = jax.jit(first_state, out_shardings=shardings)(params)
     guesses = stage == "corrector" and not config.data.hypotheses
-    frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if guesses else None)
+    weights = embedder.params if embedder else None
+    frozen = Frozen(weights, setup.pieces, trained.get("inverter") if guesses else None)
     frozen = distributed.put(frozen, frozen_shardings(mesh, frozen))
     cut = batch_sharding(mesh)
     rows = distributed.local_rows(cut, settings.batch_size)
@@ -260,10 +262,15 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
 def evaluate_stage(
     setup: Setup, stage: Stage, params: Params, trained: dict[Stage, Params], folder: Path, step: int
 ) -> dict[str, float]:
-    """Recovers held-out texts with the parameters as they are: greedily, with one correction step for the corrector."""
+    """Recovers held-out texts with the parameters as they are: greedily, with one correction step for the corrector.
+
+    An embedder behind an endpoint is asked for what that step embeds; for the texts themselves it was asked before.
+    """
     references = setup.held_out[: setup.config.evaluation.num_examples]
     networks = dict(trained) | {stage: params}
-    inverter = Inverter(setup.config.name, setup.model, networks, setup.embedder, setup.vocabulary)
+    if stage == "corrector" and setup.in_step is None:
+        found = recover(setup.inverter(distributed.fetch(networks)), references, num_steps=1, sequence_beam_width=1)
+        return _held_out_scores([one.text for one in found], references, folder, step)
     # Cut over all devices of all hosts, filled up to a multiple of them.
     cut = batch_sharding(make_mesh(setup.config.mesh))
     e = setup.embedder.embed(references)
@@ -271,9 +278,14 @@ def evaluate_stage(
     e = distributed.put(e, cut)
     ids = distributed.fetch(jax.jit(greedy_hypotheses, static_argnums=0)(setup.model, networks["inverter"], e))
     if stage == "corrector":
+        inverter = setup.inverter(networks)
         loop = inverter.correction_loop(sequence_beam_width=1, mode="upstream")
         ids = loop(inverter.loop_params(), e, 1).ids
-    predictions = setup.vocabulary.decode(ids[: len(references)])
+    return _held_out_scores(setup.vocabulary.decode(ids[: len(references)]), references, folder, step)
+
+
+def _held_out_scores(predictions: list[str], references: list[str], folder: Path, step: int) -> dict[str, float]:
+    """Scores for the log; some texts go to samples.jsonl."""
     scores = text_scores(predictions, references)
     with Log(folder / "samples.jsonl") as samples:
         for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
