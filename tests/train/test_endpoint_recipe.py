@@ -38,7 +38,7 @@ def get_config():
 
 
 class Served:
-    """Answers with a real embedder's vectors while that may run; in the correction loop, where it may not, with others."""
+    """Answers with a real embedder's vectors while that may run: not in the correction loop, which gets others."""
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder: Embedder | None = embedder
@@ -177,9 +177,11 @@ def test_the_model_names_its_endpoint_and_is_used_with_it(done: Whole, capsys: p
     assert record["embedder"] == {"name": f"tiny at {done.endpoint.url}", "weights_sha256": ""}
     assert "tokenizer.json" in record["files"] and f"tiny at {done.endpoint.url}" in (model / "README.md").read_text()
     options = ["--embedder", done.endpoint.url, "--api.model", "tiny", "--api.cache", str(done.folder / "cache")]
-    v2t("invert", "--model", str(model), "--text", "the red dog", "--num-steps", "1", "--json", *options)
-    (found,) = json.loads(capsys.readouterr().out)
-    assert found["reference"] == "the red dog" and len(found["trace"]) == 2
+    texts = prepare(done.inverter).held_out[:4]  # by others' vectors than the column's it would warn of them
+    given = [argument for text in texts for argument in ("--text", text)]
+    v2t("invert", "--model", str(model), *given, "--num-steps", "1", "--json", *options)
+    found = json.loads(capsys.readouterr().out)
+    assert [one["reference"] for one in found] == texts and {len(one["trace"]) for one in found} == {2}
     with pytest.raises(SystemExit):
         v2t("invert", "--model", str(model), "--text", "the red dog")
     assert "of which no weights are known: give that embedder" in capsys.readouterr().err
