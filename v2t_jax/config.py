@@ -299,7 +299,7 @@ class Config:
     embedder_dtype: Dtype = "float32"
     """of the embedder's arithmetic inside the training step"""
     api: ApiConfig = field(default_factory=ApiConfig)
-    """of an embedder behind an endpoint, which is asked for held-out texts' vectors alone"""
+    """of an embedder behind an endpoint; a run asks it for held-out texts and what is made of them, in no step"""
     stages: tuple[Stage, ...] = STAGES
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -356,9 +356,7 @@ class Config:
         if is_endpoint(self.embedder):
             self._check_endpoint()
         else:
-            _require(
-                self.api == ApiConfig(), "api is for an embedder behind an endpoint: give its base URL as embedder."
-            )
+            _require(self.api == ApiConfig(), "api is for an embedder behind an endpoint: give its URL as embedder.")
 
     def _check_endpoint(self) -> None:
         """An endpoint isn't asked inside a training step, so all that comes of it must have been made before."""

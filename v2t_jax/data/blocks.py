@@ -3,7 +3,7 @@
     DIR/manifest.json               what it was made of, counts, a list of shards with the sha256 of their files
     DIR/tokens/00000.array_record   a record is the ids of `ROWS` texts, end to end (a shard's last record: fewer texts)
     DIR/lengths/00000.array_record  beside it, how many ids each text has
-    DIR/pieces.npy                  the vocabulary
+    DIR/pieces.npy, tokenizer.json  the vocabulary, and the tokenizer that its pieces are of
     DIR/held_out.jsonl              texts that are in no shard
     DIR/columns/NAME/...            more about each text, such as its embedding: shards of the same blocks, and a
                                     manifest of their own, written by whoever makes them (`ColumnWriter`)

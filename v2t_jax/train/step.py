@@ -1,7 +1,7 @@
 """The training step: texts' ids in, new state and metrics out; one jitted, sharded program.
 
 The frozen embedder runs inside it, and for the corrector so do the inverter's greedy hypotheses: nothing is cached on
-disk, and every span and every epoch has its own embeddings.
+disk, and every span and every epoch has its own embeddings. Unless a batch brings them, from columns (columns.py).
 """
 
 import functools
