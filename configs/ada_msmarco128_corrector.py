@@ -5,9 +5,9 @@ r"""The paper's corrector for text-embedding-ada-002, on the inverter that ada_m
         --api.model text-embedding-ada-002 --api.price 0.1 --api.max-cost 120 --api.cache data/answers
     v2t train configs/ada_msmarco128_corrector.py --workdir runs/ada_msmarco128_corrector
 
-After the inverter's commands, whose data set and columns it reads. `hypotheses` pays for one more vector a text; it takes
-32 GB beside 54 GB of answers. Training asks only where held-out texts are corrected; the most of that is the final
-evaluation: 500 texts, 50 steps of beam 8 and so 64 texts each, at most (20 dollars at 0.1 a million tokens).
+After the inverter's commands, whose data set and column it reads. `hypotheses` pays for one more vector a text; it
+takes 32 GB, and 54 GB of answers. Training asks only where held-out texts are corrected; the most of that is the final
+evaluation: 500 texts, 50 steps of beam 8 and so 64 texts each (20 dollars at most, at 0.1 a million tokens).
 
 Hardware: AOT_CORRECTOR
 Expected, with 50 steps and a sequence beam of 8: BLEU 55.0, exact 8.0% (Morris et al. 2023, ada-002 on MSMARCO, 128
