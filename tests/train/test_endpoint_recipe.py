@@ -38,15 +38,15 @@ def get_config():
 
 
 class Served:
-    """Answers with a real embedder's vectors while that may run: not in the correction loop, which gets others."""
+    """Answers with a real embedder's vectors while that may run: not beside the correction loop, which gets others."""
 
     def __init__(self, embedder: Embedder) -> None:
-        self.embedder: Embedder | None = embedder
+        self.embedder, self.may_run = embedder, True
         self.vectors: dict[str, list[float]] = {}
 
     def __call__(self, request: dict[str, Any]) -> Reply:
         texts = request["input"]
-        if self.embedder is not None:
+        if self.may_run:
             self.vectors |= dict(zip(texts, self.embedder.embed(texts).tolist(), strict=True))
         for text in texts:
             self.vectors.setdefault(text, vector(text, WIDTH))
@@ -109,8 +109,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
             local, embedder=endpoint.url, api=api, data=dataclasses.replace(local.data, embeddings="vectors")
         )
         (folder / "recipe.py").write_text(RECIPE.format(json.dumps(to_dict(inverter))))
+        prepare(inverter)  # asks for the held-out texts
+        served.may_run = False
         v2t("train", str(folder / "recipe.py"), "--workdir", str(folder / "inverter"))
         count("inverter")
+        served.may_run = True
         model = str(folder / "inverter" / "model")
         v2t("data", "hypotheses", data, "--name", "guesses", "--embeddings", "vectors", "--model", model, *options)
         count("hypotheses")
@@ -120,7 +123,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
             initial_inverter=model,
             data=dataclasses.replace(inverter.data, hypotheses="guesses"),
         )
-        served.embedder = None
+        served.may_run = False
         train(corrector, folder / "corrector")
         count("corrector")
         yield Whole(endpoint, served, local, inverter, corrector, data, folder, asked)
