@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 from v2t_jax.errors import InputError
 
@@ -283,9 +283,9 @@ class ApiConfig:
         _require(self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
 
 
-def is_endpoint(embedder: str) -> bool:
-    """Whether an embedder's name is an endpoint's base URL."""
-    return "://" in embedder
+def is_endpoint(embedder: object) -> TypeGuard[str]:
+    """Whether what names an embedder is an endpoint's base URL."""
+    return isinstance(embedder, str) and "://" in embedder
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ JSON_ROW = (
 
 def open_embedder(name: str | None, api: ApiConfig) -> Any:
     """An endpoint by its base URL; other names are left to `v2t_jax.load` and `load_embedder`."""
-    if name is not None and is_endpoint(name):
+    if is_endpoint(name):
         from v2t_jax.blackbox import HttpEmbedder
 
         return HttpEmbedder(name, api)
