@@ -23,7 +23,7 @@ from v2t_jax import progress
 from v2t_jax.commands.data import Data
 from v2t_jax.commands.models import Convert, Embedders, Env, Push
 from v2t_jax.commands.recovery import Demo, Embed, Evaluate, Invert
-from v2t_jax.config import DistributedConfig
+from v2t_jax.config import Config, DistributedConfig, is_endpoint
 from v2t_jax.errors import InputError
 
 UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
@@ -70,7 +70,9 @@ def train(arguments: list[str]) -> None:
         return
 
     Console().print(table(json.loads((folder.parent / "evaluation.json").read_text())))
-    print(f'The model is in {folder}; try: v2t invert --model {folder} --text "..."')
+    used: Config = chosen.config
+    asked = f" --embedder {used.embedder} --api.model {used.api.model}" if is_endpoint(used.embedder) else ""
+    print(f'The model is in {folder}; try: v2t invert --model {folder}{asked} --text "..."')
 
 
 @contextlib.contextmanager

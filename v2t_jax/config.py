@@ -10,7 +10,8 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 from v2t_jax.errors import InputError
 
@@ -244,20 +245,67 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ApiConfig:
+    """How an OpenAI-compatible endpoint is asked for embeddings, and what that may cost in one run."""
+
+    model: str = ""
+    """the endpoint's name for the embedding model"""
+    dimensions: int | None = None
+    """ask for vectors of this width, where the endpoint can cut them; by default it decides"""
+    key_variable: str = "OPENAI_API_KEY"
+    """the environment variable that holds the key; where it is not set, no key is sent"""
+    concurrency: int = 4
+    """requests at a time"""
+    timeout: float = 60.0
+    """seconds without a byte after which a request has failed"""
+    retries: int = 6
+    """how often a request is repeated after 408, 429, 5xx, a timeout or a broken connection"""
+    backoff: float = 1.0
+    """seconds before the first repetition, give or take; each further one waits twice as long"""
+    price: float | None = None
+    """dollars for a million tokens; with it, the cost is shown and can be limited"""
+    max_cost: float | None = None
+    """dollars that a run must not exceed; needs the price"""
+    max_requests: int | None = None
+    """requests that a run must not exceed, repetitions included"""
+    cache: str | None = None
+    """folder for the vectors that were paid for; by default one in the user's cache folder"""
+
+    def __post_init__(self) -> None:
+        _require(self.dimensions is None or self.dimensions >= 1, "api.dimensions must be at least 1.")
+        _require(self.concurrency >= 1, "api.concurrency must be at least 1.")
+        _require(0 < self.timeout < math.inf, "api.timeout must be a number of seconds above 0.")
+        _require(self.retries >= 0, "api.retries must not be negative; 0 repeats nothing.")
+        _require(0 <= self.backoff < math.inf, "api.backoff must be a number of seconds, 0 or more.")
+        _require(self.price is None or 0 <= self.price < math.inf, "api.price must be a finite number, 0 or more.")
+        _require(self.max_requests is None or self.max_requests >= 0, "api.max_requests must not be negative.")
+        _require(self.max_cost is None or 0 <= self.max_cost < math.inf, "api.max_cost must be finite, 0 or more.")
+        _require(self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
+
+
+def is_endpoint(embedder: object) -> TypeGuard[str]:
+    """Whether what names an embedder is an endpoint's base URL."""
+    return isinstance(embedder, str) and "://" in embedder
+
+
+@dataclass(frozen=True)
 class Config:
     """A recipe: `v2t train configs/NAME.py --workdir DIR` runs its stages one after the other."""
 
     name: str = "unnamed"
     embedder: str = "all-MiniLM-L6-v2"
-    """a name that `v2t embedders` lists, or a folder"""
+    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL: its vectors are read from columns of a
+    built data set, and the model gets the data set's tokenizer"""
     embedder_dtype: Dtype = "float32"
     """of the embedder's arithmetic inside the training step"""
+    api: ApiConfig = field(default_factory=ApiConfig)
+    """of an embedder behind an endpoint; a run asks it for held-out texts and what is made of them, in no step"""
     stages: tuple[Stage, ...] = STAGES
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     initial_t5: str = ""
     """folder or hub name of a T5 that both networks start from, as the original's do; its sizes replace those of
-    model.t5, and the embedder must share its tokenizer, as GTR does"""
+    model.t5, and the embedder (behind an endpoint: the data set) must share its tokenizer, as GTR does"""
     initial_embedding: Literal["random", "embedder"] = "random"
     """embedder: token embeddings start from the embedder's own word embeddings, centred and rescaled"""
     initial_embedding_std: float = 0.02
@@ -305,45 +353,37 @@ class Config:
             not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size),
             "initial_t5 brings its own token embeddings: leave initial_embedding and data.vocabulary_size as they are.",
         )
+        if is_endpoint(self.embedder):
+            self._check_endpoint()
+        else:
+            _require(self.api == ApiConfig(), "api is for an embedder behind an endpoint: give its URL as embedder.")
 
-
-@dataclass(frozen=True)
-class ApiConfig:
-    """How an OpenAI-compatible endpoint is asked for embeddings, and what that may cost in one run."""
-
-    model: str = ""
-    """the endpoint's name for the embedding model"""
-    dimensions: int | None = None
-    """ask for vectors of this width, where the endpoint can cut them; by default it decides"""
-    key_variable: str = "OPENAI_API_KEY"
-    """the environment variable that holds the key; where it is not set, no key is sent"""
-    concurrency: int = 4
-    """requests at a time"""
-    timeout: float = 60.0
-    """seconds without a byte after which a request has failed"""
-    retries: int = 6
-    """how often a request is repeated after 408, 429, 5xx, a timeout or a broken connection"""
-    backoff: float = 1.0
-    """seconds before the first repetition, give or take; each further one waits twice as long"""
-    price: float | None = None
-    """dollars for a million tokens; with it, the cost is shown and can be limited"""
-    max_cost: float | None = None
-    """dollars that a run must not exceed; needs the price"""
-    max_requests: int | None = None
-    """requests that a run must not exceed, repetitions included"""
-    cache: str | None = None
-    """folder for the vectors that were paid for; by default one in the user's cache folder"""
-
-    def __post_init__(self) -> None:
-        _require(self.dimensions is None or self.dimensions >= 1, "api.dimensions must be at least 1.")
-        _require(self.concurrency >= 1, "api.concurrency must be at least 1.")
-        _require(0 < self.timeout < math.inf, "api.timeout must be a number of seconds above 0.")
-        _require(self.retries >= 0, "api.retries must not be negative; 0 repeats nothing.")
-        _require(0 <= self.backoff < math.inf, "api.backoff must be a number of seconds, 0 or more.")
-        _require(self.price is None or 0 <= self.price < math.inf, "api.price must be a finite number, 0 or more.")
-        _require(self.max_requests is None or self.max_requests >= 0, "api.max_requests must not be negative.")
-        _require(self.max_cost is None or 0 <= self.max_cost < math.inf, "api.max_cost must be finite, 0 or more.")
-        _require(self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
+    def _check_endpoint(self) -> None:
+        """An endpoint isn't asked inside a training step, so all that comes of it must have been made before."""
+        data = self.data
+        _require(
+            bool(data.embeddings),
+            f"{self.embedder} isn't asked while training: make the texts' vectors with 'v2t data embed', and name "
+            "that column as data.embeddings.",
+        )
+        _require(
+            "corrector" not in self.stages or bool(data.hypotheses),
+            f"{self.embedder} isn't asked while training: make the corrector's hypotheses and their vectors with "
+            "'v2t data hypotheses', and name that column as data.hypotheses.",
+        )
+        _require(
+            data.span_share == 0,
+            f"data.span_share is {data.span_share}, but {self.embedder} isn't asked for the vectors of random spans: "
+            "set it to 0.",
+        )
+        _require(
+            not self.partial_hypotheses,
+            f"partial_hypotheses are made on the fly, and {self.embedder} isn't asked for their vectors: leave it off.",
+        )
+        _require(
+            self.initial_embedding == "random",
+            f"initial_embedding=embedder needs weights, and {self.embedder} shows none: set it to random.",
+        )
 
 
 @dataclass(frozen=True)
@@ -427,6 +467,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is tuple:  # all of this schema's are tuple[kind, ...]
         return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:

@@ -326,7 +326,7 @@ def load(
                 f"The model {stored.name} shares its embedder's word-pieces, so it can't use {embedder.name}, which "
                 "takes text only; leave the embedder out, or train a model with a tokenizer of its own."
             )
-        check_length(stored.config, embedder)
+        check_length(stored.config.max_length, embedder)
         tokenizer = embedder.tokenizer
     if not (recorded and embedder.weights_sha256) and embedder.name != stored.embedder["name"]:
         warnings.warn(
@@ -351,15 +351,15 @@ def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:
     return float(lengths.mean()), float(lengths.std())
 
 
-def check_length(config: ModelConfig, embedder: Embedder) -> None:
+def check_length(max_length: int, embedder: Embedder) -> None:
     """Refuses a model of longer texts than its embedder reads.
 
     Raises:
         InputError: model.max_length is too large.
     """
     room = embedder.config.max_length - len(PieceMap.of(embedder).before)
-    if config.max_length > room:
-        raise InputError(f"model.max_length is {config.max_length}, but {embedder.name} reads texts of {room} at most.")
+    if max_length > room:
+        raise InputError(f"model.max_length is {max_length}, but {embedder.name} reads texts of {room} at most.")
 
 
 def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import pytest
 
 from v2t_jax.bench import aot
 from v2t_jax.bench.chips import CHIPS, Work, work
-from v2t_jax.config import T5_SIZES, Config, ModelConfig
+from v2t_jax.config import T5_SIZES, Config, ModelConfig, load_recipe
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter
 
@@ -136,6 +136,30 @@ def get_config():
         data=DataConfig(vocabulary_size=512), inverter=stage, corrector=stage, mesh=MeshConfig(data=-1, fsdp=2),
     )
 """
+
+
+ENDPOINT = """
+from v2t_jax.config import *
+def get_config():
+    t5 = T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_encoder_layers=1, num_decoder_layers=1)
+    data = DataConfig(sources=("data/x",), held_out="data/x", embeddings="e", hypotheses="h")
+    return Config(
+        embedder="https://host/v1", api=ApiConfig(model="m"), data=data,
+        model=ModelConfig(t5=t5, embedding_width=24, num_pseudo_tokens=2, max_length=8),
+    )
+"""
+
+
+@needs_libtpu
+@pytest.mark.tpu
+def test_a_recipe_for_an_endpoint_compiles_without_an_embedder(tmp_path: Path):
+    (tmp_path / "recipe.py").write_text(ENDPOINT)
+    config = load_recipe(str(tmp_path / "recipe.py"))
+    reports = list(aot.compile_recipe(config, aot.Topology("v5e:2x2"), ("train", "hypotheses", "correct")))
+    assert [report.program for report in reports] == ["train inverter", "train corrector", "hypotheses"]
+    assert all(report.fits for report in reports)
+    # Word-pieces alone: no embedder, and no inverter, since the hypotheses are in a column.
+    assert {report.memory.get("frozen", 4 * 512) for report in reports} == {4 * 512}
 
 
 @needs_libtpu

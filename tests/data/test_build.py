@@ -241,7 +241,9 @@ def damage(folder, what):
     elif what == "format":
         (folder / "manifest.json").write_text('{"format": 99}')
     elif what == "keys":
-        (folder / "manifest.json").write_text('{"format": 1}')
+        (folder / "manifest.json").write_text('{"format": 2}')
+    elif what == "tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
     elif what == "pieces":
         (folder / "pieces.npy").write_bytes(bytes((folder / "pieces.npy").stat().st_size))
 
@@ -255,9 +257,10 @@ def damage(folder, what):
         ("missing", r"00001.array_record is missing"),
         ("manifest", "manifest.json is missing: .* was never finished; run v2t data build"),
         ("json", "manifest.json is damaged"),
-        ("format", "is of format 99, not 1"),
+        ("format", "is of format 99, not 2"),
         ("keys", "manifest.json is damaged .*it lacks or garbles 'shards'"),
         ("pieces", "pieces.npy is damaged"),
+        ("tokenizer", r"tokenizer.json has 2 bytes where its manifest says \d+"),
     ],
 )
 def test_damage_is_named(source, tmp_path, tokenizer, what, message):
@@ -363,3 +366,4 @@ def test_columns_are_written_shard_by_shard_and_keyed_by_what_made_them(source, 
 def test_vocabulary_of_the_whole_tokenizer(source, tmp_path, tokenizer):
     stored = build_here(source, tmp_path / "built", tokenizer)
     np.testing.assert_array_equal(stored.vocabulary(tokenizer).pieces, Vocabulary.full(tokenizer).pieces)
+    assert stored.vocabulary().tokenizer.to_str() == stored.vocabulary(tokenizer).tokenizer.to_str()

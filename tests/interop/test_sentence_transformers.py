@@ -191,6 +191,8 @@ def test_matrices_are_kept_in_the_arithmetics_dtype(folder):
     layers = rounded.params["encoder"]["layers"]
     assert (layers["query"]["kernel"].dtype, layers["query"]["bias"].dtype) == ("bfloat16", "float32")
     np.testing.assert_allclose(rounded.embed(["a dog"]), exact.embed(["a dog"]), atol=0.05)
+    with pytest.raises(InputError, match="dtype is 'float99'; choose float32 or bfloat16"):
+        load_embedder(str(folder), "float99")
 
 
 def test_the_end_token_that_only_the_settings_ask_for(tmp_path):

@@ -97,7 +97,7 @@ def test_columns_stand_for_what_is_made_on_the_fly(recipe, tmp_path):
     model = str(train(recipe, tmp_path / "first"))
     stored, setup = prepare(recipe).stores, prepare(recipe)
     length = recipe.model.max_length
-    assert embed_column(stored, "vectors", setup.embedder, setup.vocabulary, max_length=length)
+    assert embed_column(stored, "vectors", setup.embedder, max_length=length)
     assert hypothesis_columns(stored, "guesses", [model])
     stage = dataclasses.replace(recipe.corrector, num_steps=8)
     second = dataclasses.replace(recipe, stages=("corrector",), initial_inverter=model, corrector=stage)
@@ -124,5 +124,9 @@ def test_a_fold_is_left_out(recipe):
     for i, block in enumerate(ids):
         whole = {tuple(row) for row in padded(block, recipe.model.max_length).tolist()}
         assert not whole & seen[i % 2]
-    with pytest.raises(InputError, match="data.folds need a built data set"):
-        make_batches(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, folds=2)), [], 8)
+
+
+@pytest.mark.parametrize("fields", [{"folds": 2}, {"embeddings": "vectors"}, {"hypotheses": "guesses"}])
+def test_texts_in_memory_have_no_folds_and_columns(recipe, fields):
+    with pytest.raises(InputError, match="data.folds need a built data set in data.sources: v2t data build"):
+        prepare(changed(recipe, sources=("wordnet",), held_out="wordnet", **fields))

@@ -72,7 +72,7 @@ def files(stored: StoredTexts) -> dict[str, bytes]:
 def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model: Inverter) -> None:
     assert len(stored.manifest["shards"]) > 2 and len(stored.block_rows) > len(stored.manifest["shards"])
     settings = {"max_length": 6, "batch_size": 100}
-    assert embed_column(stored, "by-ids", model.embedder, model.vocabulary, **settings)
+    assert embed_column(stored, "by-ids", model.embedder, **settings)
     texts = model.vocabulary.decode(columns.padded(all_ids(stored), 6))
     expected = model.embedder.embed(texts)
     np.testing.assert_allclose(all_rows(stored, "by-ids"), expected, atol=1e-3)
@@ -82,7 +82,7 @@ def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model
         asked.extend(texts)
         return model.embedder.embed(texts)
 
-    assert embed_column(stored, "by-text", CallableEmbedder(embed, "box"), model.vocabulary, **settings)
+    assert embed_column(stored, "by-text", CallableEmbedder(embed, "box"), **settings)
     np.testing.assert_allclose(all_rows(stored, "by-text"), expected, atol=1e-3)
     assert set(texts) <= set(asked)
 
@@ -90,7 +90,7 @@ def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model
 @pytest.mark.parametrize("embeddings", [None, "mine"])
 def test_guesses_out_of_fold(stored: StoredTexts, root: Path, model: Inverter, embeddings: str | None) -> None:
     if embeddings:
-        embed_column(stored, "mine", model.embedder, model.vocabulary, max_length=MAX_LENGTH)
+        embed_column(stored, "mine", model.embedder, max_length=MAX_LENGTH)
     models = [str(root / f"fold{fold}") for fold in range(2)]
     assert hypothesis_columns(stored, "guesses", models, embeddings=embeddings)
     guesses, vectors = all_rows(stored, "guesses"), all_rows(stored, "guesses.embedding")
@@ -194,16 +194,16 @@ def test_kills_at_random_moments_lose_and_double_nothing(stored: StoredTexts, ro
 
 def test_what_does_not_go_together(stored: StoredTexts, root: Path, model: Inverter, tmp_path: Path) -> None:
     folds = [str(root / f"fold{fold}") for fold in range(2)]
-    embed_column(stored, "short", model.embedder, model.vocabulary, max_length=4)
+    embed_column(stored, "short", model.embedder, max_length=4)
     refused = functools.partial(pytest.raises, InputError)
     with refused(match="is being made of something else .it differs in made_by"):
-        embed_column(stored, "short", model.embedder, model.vocabulary, max_length=5)
+        embed_column(stored, "short", model.embedder, max_length=5)
     with refused(match="max_length is 40, but .* reads texts of 31 at most"):
-        embed_column(stored, "long", model.embedder, model.vocabulary, max_length=40)
+        embed_column(stored, "long", model.embedder, max_length=40)
     with refused(match="max_length is 1; it must be at least 2"):
-        embed_column(stored, "long", model.embedder, model.vocabulary, max_length=1)
+        embed_column(stored, "long", model.embedder, max_length=1)
     with refused(match="batch_size is 0"):
-        embed_column(stored, "long", model.embedder, model.vocabulary, max_length=8, batch_size=0)
+        embed_column(stored, "long", model.embedder, max_length=8, batch_size=0)
     with refused(match="There is no host 2 of 2"):
         Share(2, 2)
     with refused(match="was trained without fold 1 of 2 and is model 0 of 2 here"):

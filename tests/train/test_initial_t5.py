@@ -7,16 +7,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import make_embedder, make_recipe
+from tiny_run import make_embedder, make_recipe, make_tokenizer
 
 from tests import upstream_pair
 from tests.equivalence import load
 from v2t_jax.config import Config
 from v2t_jax.data.pipeline import Batches, Batching
+from v2t_jax.data.tokenize import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.sharding import make_mesh
-from v2t_jax.train.setup import initial_params, prepare
+from v2t_jax.train.setup import check_t5, initial_params, prepare
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,13 @@ def test_an_embedder_with_another_tokenizer(recipe: Config, tmp_path: Path) -> N
     other = dataclasses.replace(recipe, embedder=str(make_embedder(tmp_path / "embedder")))
     with pytest.raises(InputError, match="have different tokenizers: choose an embedder with T5's"):
         prepare(dataclasses.replace(other, model=dataclasses.replace(recipe.model, max_length=8)))
+
+
+def test_an_endpoints_data_set_with_another_tokenizer(recipe: Config) -> None:
+    data = dataclasses.replace(recipe.data, embeddings="vectors", hypotheses="guesses", span_share=0.0)
+    other = dataclasses.replace(recipe, embedder="http://host/v1", data=data)
+    with pytest.raises(InputError, match="have different tokenizers: build the data set with T5's"):
+        check_t5(other, Vocabulary.full(make_tokenizer()))
 
 
 def test_other_ways_to_start(recipe: Config) -> None:

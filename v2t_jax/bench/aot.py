@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from v2t_jax import progress
 from v2t_jax.bench.chips import CHIPS, Chip, Work, nbytes, work
 from v2t_jax.bench.collectives import collectives
-from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config
+from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import read_json
@@ -36,6 +36,7 @@ from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, PieceMap
 from v2t_jax.sharding import OnMesh, make_mesh, param_specs, replicated, state_shardings
 from v2t_jax.train.optim import make_optimizer
+from v2t_jax.train.setup import column_names
 from v2t_jax.train.step import (
     NETWORKS,
     Batch,
@@ -153,19 +154,23 @@ def compile_recipe(
     """
     settings = dataclasses.replace(config.mesh, slices=0)
     mesh = make_mesh(settings, topology.devices)
-    embedder, piece_map = embedder_sizes(config)
-    vocab_size = config.model.t5.vocab_size
-    if not config.initial_t5:
-        vocab_size = config.data.vocabulary_size or embedder.encoder.vocab_size
-    t5_config = dataclasses.replace(config.model.t5, vocab_size=vocab_size)
-    model = dataclasses.replace(config.model, t5=t5_config, embedding_width=embedder.width)
+    embedder, piece_map, model = None, None, config.model
+    if not is_endpoint(config.embedder):  # of which the recipe must say the width
+        embedder, piece_map = embedder_sizes(config)
+        vocab_size = model.t5.vocab_size
+        if not config.initial_t5:
+            vocab_size = config.data.vocabulary_size or embedder.encoder.vocab_size
+        t5_config = dataclasses.replace(model.t5, vocab_size=vocab_size)
+        model = dataclasses.replace(model, t5=t5_config, embedding_width=embedder.width)
     recipe = _Recipe(config, model, embedder, piece_map, mesh, topology)
     if "train" in programs:
         for stage in config.stages:
             yield recipe.train(stage)
     if "hypotheses" in programs:
         yield recipe.hypotheses()
-    if "correct" in programs:
+    if "correct" in programs and embedder is None:
+        progress.note("The correction loop asks the endpoint over the host at every step, so it isn't compiled.")
+    elif "correct" in programs:
         yield recipe.correct(beam)
 
 
@@ -194,6 +199,10 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, PieceMap]:
     return sizes, PieceMap(() if isinstance(encoder, T5Config) else (0,), 1)
 
 
+def _array(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _shapes(tree: Any, shardings: Any) -> Any:
     """Shapes of arrays that lie as `shardings` say."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
@@ -210,8 +219,8 @@ def _bytes_a_chip(tree: Any) -> int:
 class _Recipe:
     config: Config
     model: ModelConfig
-    embedder: EmbedderConfig
-    piece_map: PieceMap
+    embedder: EmbedderConfig | None  # None: behind an endpoint
+    piece_map: PieceMap | None
     mesh: Mesh
     topology: Topology
 
@@ -223,6 +232,8 @@ class _Recipe:
         return jax.eval_shape(functools.partial(NETWORKS[stage].init, model or self.model), self._key)
 
     def _embedder(self) -> Any:
+        if self.embedder is None:
+            return None
         encoder = self.embedder.encoder
         network = embedders.NETWORKS[type(encoder)]
         params: dict[str, Any] = {"encoder": jax.eval_shape(functools.partial(network.init, encoder), self._key)}
@@ -241,6 +252,13 @@ class _Recipe:
     def _rows(self, rows: int, *shape: int, dtype: Any = jnp.int32, axes: tuple[str, ...] = ("data", "fsdp")) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=NamedSharding(self.mesh, PartitionSpec(axes)))
 
+    def _batch(self, stage: Stage, make: Callable[..., Any]) -> Batch:
+        """What a step is given, `make(*shape, dtype)` of each: with what the recipe has in columns."""
+        length = self.model.max_length
+        vector = functools.partial(make, self.model.embedding_width, dtype=jnp.float16)
+        made = {"embedding": vector, "hypothesis": functools.partial(make, length), "hypothesis_embedding": vector}
+        return Batch(make(length), **{name: made[name]() for name in column_names(self.config, stage)})
+
     def _shards(self, *axes: str) -> int:
         return int(np.prod([self.mesh.shape[axis] for axis in axes]))
 
@@ -258,7 +276,7 @@ class _Recipe:
         params = self._network(stage)
         count: Any = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(count, params, jax.eval_shape(optimizer.init, params))
-        frozen = self._frozen(stage == "corrector")
+        frozen = self._frozen(stage == "corrector" and not self.config.data.hypotheses)
 
         def step_of(model: ModelConfig) -> Callable:
             loss = make_loss(
@@ -268,8 +286,8 @@ class _Recipe:
 
         step, shardings = shard_step(step_of(self.model), self.mesh, state, stage)
         state_here, frozen_here = _shapes(state, shardings), _shapes(frozen, frozen_shardings(self.mesh, frozen))
-        batch = Batch(self._rows(rows, length))
-        local = Batch(jax.ShapeDtypeStruct((rows // shards, length), jnp.int32))
+        batch = self._batch(stage, functools.partial(self._rows, rows))
+        local = self._batch(stage, functools.partial(_array, rows // shards))
         once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
         run, needed = (
             work(jax.make_jaxpr(step_of(model))(state, frozen, local).jaxpr, length).times(1 / cut)
@@ -298,7 +316,7 @@ class _Recipe:
 
         # Rows that no other axis has, so that they can be told apart; then scaled.
         marked = 997
-        batch = Batch(jax.ShapeDtypeStruct((marked, self.model.max_length), jnp.int32))
+        batch = self._batch(stage, functools.partial(_array, marked))
         left = jax.eval_shape(kept, params, frozen, batch, self._key)
         return sum(nbytes(x) for x in left if marked in x.shape) * rows // marked
 
@@ -323,6 +341,7 @@ class _Recipe:
     def correct(self, beam: int) -> Report:
         """One step of the correction loop, every chip with its own texts."""
         settings = CorrectionSettings(sequence_beam_width=beam, scan_chunk=1)
+        assert self.embedder is not None and self.piece_map is not None
         embed = shared_embedder(self.embedder, self.piece_map)
         loop = CorrectionLoop(guesser(self.model), proposer(self.model, "best"), embed, settings)
         frozen = self._frozen(False)

@@ -93,7 +93,7 @@ def write_vectors(stored: StoredTexts, width: int) -> None:
 
 def measure(stored: StoredTexts, batching: Batching, steps: int, columns: tuple[str, ...]) -> dict[str, Any]:
     """Examples a second from disk to the device over an epoch or `steps`, the first batch's wait included."""
-    batches = StoredBatches(stored, batching, columns)
+    batches = StoredBatches(stored, batching, [stored.column(name) for name in columns])
     steps = steps or batches.steps_per_epoch
     examples = positions = tokens = 0
     began = time.perf_counter()

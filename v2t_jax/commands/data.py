@@ -87,8 +87,6 @@ class EmbedColumn:
     """the recipe's model.max_length: of longer texts, the beginnings are embedded"""
     embedder: str = "all-MiniLM-L6-v2"
     """a name that `v2t embedders` lists, a folder, or an endpoint's base URL"""
-    tokenizer: str | None = None
-    """the tokenizer.json that the data set was built with, if it is not the embedder's own"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the arithmetic, as the recipe's embedder_dtype"""
     batch_size: int = 256
@@ -98,7 +96,6 @@ class EmbedColumn:
 
     def run(self) -> None:
         from v2t_jax.data.blocks import StoredTexts
-        from v2t_jax.data.tokenize import read_tokenizer
         from v2t_jax.distributed import find_share
         from v2t_jax.interop.sentence_transformers import load_embedder
         from v2t_jax.train.columns import Share, embed_column
@@ -107,11 +104,8 @@ class EmbedColumn:
         embedder = open_embedder(self.embedder, self.api)
         if isinstance(embedder, str):
             embedder = load_embedder(embedder, self.dtype)
-        elif self.tokenizer is None:
-            raise InputError("An endpoint has no tokenizer here: give --tokenizer, which the data set was built with.")
-        tokenizer = embedder.tokenizer if self.tokenizer is None else read_tokenizer(Path(self.tokenizer))
         options: dict[str, Any] = {"max_length": self.max_length, "batch_size": self.batch_size, "share": share}
-        done = embed_column(stored, self.name, embedder, stored.vocabulary(tokenizer), **options)
+        done = embed_column(stored, self.name, embedder, **options)
         _say(done, f'in a recipe: DataConfig(..., embeddings="{self.name}")')
 
 

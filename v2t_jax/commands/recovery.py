@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from v2t_jax import progress
-from v2t_jax.config import ApiConfig, DistributedConfig
+from v2t_jax.config import ApiConfig, DistributedConfig, is_endpoint
 from v2t_jax.errors import InputError, check_texts
 from v2t_jax.trace import show_trace
 
@@ -27,7 +27,7 @@ JSON_ROW = (
 
 def open_embedder(name: str | None, api: ApiConfig) -> Any:
     """An endpoint by its base URL; other names are left to `v2t_jax.load` and `load_embedder`."""
-    if name is not None and "://" in name:
+    if is_endpoint(name):
         from v2t_jax.blackbox import HttpEmbedder
 
         return HttpEmbedder(name, api)

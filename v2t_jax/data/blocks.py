@@ -3,7 +3,7 @@
     DIR/manifest.json               what it was made of, counts, a list of shards with the sha256 of their files
     DIR/tokens/00000.array_record   a record is the ids of `ROWS` texts, end to end (a shard's last record: fewer texts)
     DIR/lengths/00000.array_record  beside it, how many ids each text has
-    DIR/pieces.npy                  the vocabulary
+    DIR/pieces.npy, tokenizer.json  the vocabulary, and the tokenizer that its pieces are of
     DIR/held_out.jsonl              texts that are in no shard
     DIR/columns/NAME/...            more about each text, such as its embedding: shards of the same blocks, and a
                                     manifest of their own, written by whoever makes them (`ColumnWriter`)
@@ -26,10 +26,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tokenizers import Tokenizer
 
-from v2t_jax.data.tokenize import Vocabulary
+from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 ROWS = 256  # of a block: so many texts are read at once, and stay near each other in an epoch
 LENGTH_DTYPE = np.dtype("<u2")  # of a text's number of ids
 
@@ -196,7 +196,7 @@ class StoredTexts:
             counts = [-(-n // ROWS) for n in rows]
             self.tokens = Records(folder / "tokens", [shard["tokens"] for shard in shards], counts)
             self.lengths = Records(folder / "lengths", [shard["lengths"] for shard in shards], counts)
-            for name in ("pieces.npy", "held_out.jsonl"):
+            for name in ("pieces.npy", "tokenizer.json", "held_out.jsonl"):
                 check_file(folder / name, self.manifest[name], whole=True)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
@@ -212,12 +212,17 @@ class StoredTexts:
             ]
         )
 
-    def vocabulary(self, tokenizer: Tokenizer) -> Vocabulary:
+    def vocabulary(self, tokenizer: Tokenizer | None = None) -> Vocabulary:
         """The vocabulary that the ids are of.
+
+        Args:
+            tokenizer: the one that they should be made with; by default the one they were.
 
         Raises:
             InputError: they were made with another tokenizer.
         """
+        if tokenizer is None:
+            tokenizer = read_tokenizer(self.folder / "tokenizer.json")
         if tokenizer_sha256(tokenizer) != self.manifest["made_of"]["tokenizer_sha256"]:
             raise InputError(
                 f"{self.folder} was built with another tokenizer than the embedder's: run 'v2t data build' with this "

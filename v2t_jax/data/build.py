@@ -157,6 +157,7 @@ def _build(
         buffer = io.BytesIO()
         np.save(buffer, vocabulary.pieces)
         entries = {"pieces.npy": write_file(folder / "pieces.npy", buffer.getvalue())}
+        entries["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.tokenizer.to_str().encode())
         token_dtype = "uint16" if vocabulary.size <= 2**16 else "int32"
         _make_shards(job, chunks, token_dtype, workers, run)
     if workers.host_index > 0:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from v2t_jax.data.blocks import LENGTH_DTYPE, StoredTexts, fold_of
+from v2t_jax.data.blocks import LENGTH_DTYPE, Column, StoredTexts, fold_of
 from v2t_jax.data.pipeline import WHOLE, Batching, Plan, fill, steps_per_epoch
 from v2t_jax.errors import InputError
 
@@ -57,29 +57,24 @@ class StoredBatches:
     Args:
         stored: the data set.
         batching: how its texts become batches.
-        columns: what else to read of each text, by the names of `stored`'s columns. They belong to the beginnings of
-            texts, so there are no random spans with them.
+        columns: what else to read of each text, of `stored`'s columns. They belong to the beginnings of texts, so there
+            are no random spans with them.
         folds, fold: with 2 folds or more, the texts of this one (`blocks.fold_of`) are left out.
 
     Raises:
-        InputError: fewer texts than one batch, a column that is missing or doesn't fit; in reading, damaged files.
+        InputError: fewer texts than one batch, or columns and spans; in reading, damaged files.
     """
 
     def __init__(
-        self, stored: StoredTexts, batching: Batching, columns: Sequence[str] = (), folds: int = 1, fold: int = 0
+        self, stored: StoredTexts, batching: Batching, columns: Sequence[Column] = (), folds: int = 1, fold: int = 0
     ):
         self.batching = batching
         self._stored = stored
-        self._columns = [stored.column(name) for name in columns]
+        self._columns = columns
         if columns and batching.span_share:
-            raise InputError(f"{columns[0]} belongs to whole texts, not to spans of them: set data.span_share to 0.")
-        for column in self._columns:
-            made_for = column.made_by.get("max_length", batching.max_length)
-            if made_for != batching.max_length:
-                raise InputError(
-                    f"{column.name} was made for texts of {made_for} tokens, not {batching.max_length}: make it again, "
-                    f"or set model.max_length={made_for}."
-                )
+            raise InputError(
+                f"{columns[0].name} belongs to whole texts, not to spans of them: set data.span_share to 0."
+            )
         self._blocks_used = np.arange(len(stored.block_rows))
         if folds > 1:
             self._blocks_used = self._blocks_used[fold_of(self._blocks_used, folds) != fold]

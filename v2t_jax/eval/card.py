@@ -85,6 +85,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
         weights: how they are kept.
     """
     model, data = recipe["model"], recipe["data"]
+    behind = recipe.get("api", {}).get("model")
     t5 = model["t5"]
     form = "v1.0" if t5["feed_forward"] == "relu" else "v1.1"
     layers = f"{t5['num_encoder_layers']} encoder and {t5['num_decoder_layers']} decoder layers"
@@ -96,6 +97,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
     pieces = f"the {data['vocabulary_size']} commonest" if data["vocabulary_size"] else "all"
     embedder = recipe["embedder"]
     victim = Path(embedder).name if Path(embedder).is_dir() else embedder  # where it lies here is nobody's business
+    victim = f"{behind} at {victim}" if behind else victim
     return f"""# {report["model"]}
 
 Recovers text from embeddings of {victim}: {" and ".join(recipe["stages"])} (Morris et al. 2023).

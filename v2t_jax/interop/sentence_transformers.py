@@ -119,6 +119,8 @@ def load_embedder(
     Raises:
         InputError: a missing, corrupt or altered file, or an architecture, module or setting that isn't supported.
     """
+    if dtype not in get_args(Dtype):
+        raise InputError(f"dtype is {dtype!r}; choose {' or '.join(get_args(Dtype))}.")
     name = str(name)
     parsed, folder = _Name.of(name), locate(name)
     if parsed.folder is not None:  # what is recorded of it must hold in other folders too

@@ -22,7 +22,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import SAFETENSORS, StoredTensor, open_checkpoint, part, read_json, whole_folder
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
 from v2t_jax.interop.hub import folder_of
-from v2t_jax.interop.weights import real_numbers
+from v2t_jax.interop.weights import ShapeError, real_numbers
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]
@@ -229,7 +229,12 @@ def _read_network(
     state = part(tensors, _T5)
     if not state:
         raise InputError(f"{folder} lacks every key of {_T5[:-1]!r}; it is no {stage} of vec2text.")
-    params: Params = {"t5": t5_from_huggingface(state, t5)}
+    try:
+        params: Params = {"t5": t5_from_huggingface(state, t5)}
+    except ShapeError as error:
+        raise InputError(
+            f"{folder} wasn't trained from this T5 ({str(error).rstrip('.')}): give the right one, as --t5 or t5=."
+        ) from error
     shared = stage == "corrector" and f"{_OLD_CORRECTOR}.{_HIDDEN}.weight" in tensors
     for ours, theirs in _PROJECTIONS[stage].items():
         params[ours] = projection(_OLD_CORRECTOR if shared else theirs)

@@ -15,6 +15,10 @@ from v2t_jax.errors import InputError
 from v2t_jax.models.layers import Params
 
 
+class ShapeError(InputError):
+    """A weight's shape isn't what the config means: one of them is another model's."""
+
+
 class Tensor(Protocol):
     """An array, or something that can be read as one, whole or in part."""
 
@@ -77,7 +81,7 @@ def fill(
             shape = shape[::-1] if entry.transposed else shape
             found, meant = tensors[entry.theirs].shape, (entry.part[1] * shape[0], *shape[1:])
             if found != meant:
-                raise InputError(f"{what} weight {entry.theirs!r} has shape {found}; its config means {meant}.")
+                raise ShapeError(f"{what} weight {entry.theirs!r} has shape {found}; its config means {meant}.")
         array = np.zeros(leaf.shape, kernel_dtype if chosen[0].transposed else np.float32)
         for entry in chosen:
             target = array if entry.layer is None else array[entry.layer]

@@ -154,12 +154,12 @@ def named_or_embedder(embedder: Any) -> Any:
     return embedder
 
 
-def embed_texts(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
+def embed_texts(embedder: TextEmbedder, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
     """Embeddings [len(texts), E] of texts that may repeat, or be blank: such a one has the zero vector."""
     vectors = dict.fromkeys(texts, np.zeros(embedder.width, np.float32))
     full = [text for text in vectors if text.strip()]
     if full:
-        vectors |= dict(zip(full, embedder.embed(full), strict=True))
+        vectors |= dict(zip(full, embedder.embed(full, batch_size), strict=True))
     return np.stack([vectors[text] for text in texts])
 
 

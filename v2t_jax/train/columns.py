@@ -27,11 +27,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from v2t_jax import progress
 from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, tokenizer_sha256, write_file
 from v2t_jax.data.pipeline import fill
-from v2t_jax.data.tokenize import PAD, Vocabulary
+from v2t_jax.data.tokenize import PAD
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import sha256_of
 from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, embed_pieces, embed_texts
-from v2t_jax.pretrained import Inverter, load, locate_model, read_model
+from v2t_jax.pretrained import Inverter, check_length, load, locate_model, read_model
 from v2t_jax.train.step import greedy_hypotheses
 
 PIECE_BLOCKS = 16  # blocks that are computed, and kept, at a time
@@ -61,7 +61,6 @@ def embed_column(
     stored: StoredTexts,
     name: str,
     embedder: TextEmbedder,
-    vocabulary: Vocabulary,
     *,
     max_length: int,
     batch_size: int = 256,
@@ -72,7 +71,6 @@ def embed_column(
     Args:
         embedder: one that runs here and has the data set's own tokenizer gets ids, as in training; any other gets the
             texts that they stand for.
-        vocabulary: the data set's.
 
     Returns:
         Whether the column is finished: with several hosts, the last one to end finishes it.
@@ -85,13 +83,12 @@ def embed_column(
         raise InputError(f"max_length is {max_length}; it must be at least 2: one id and the end.")
     made_by = {"kind": "embeddings", "embedder": _embedder_key(embedder), "max_length": max_length}
     specs: Specs = {name: ("float16", (embedder.width,))}
+    vocabulary = stored.vocabulary()
     if isinstance(embedder, Embedder) and tokenizer_sha256(embedder.tokenizer) == tokenizer_sha256(
         vocabulary.tokenizer
     ):
+        check_length(max_length, embedder)
         piece_map = PieceMap.of(embedder)
-        room = embedder.config.max_length - len(piece_map.before)
-        if max_length > room:
-            raise InputError(f"max_length is {max_length}, but {embedder.name} reads texts of {room} at most.")
 
         def program(weights: Any, ids: jax.Array) -> tuple[jax.Array]:
             return (embed_pieces(embedder.config, piece_map, weights["embedder"], weights["pieces"], ids),)
@@ -104,7 +101,7 @@ def embed_column(
     else:
 
         def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-            return {name: embedder.embed(vocabulary.decode(padded(texts, max_length)), batch_size)}
+            return {name: embed_texts(embedder, vocabulary.decode(padded(texts, max_length)), batch_size)}
 
     return _fill(stored, specs, made_by, compute, "embedding texts", share)
 
@@ -183,7 +180,8 @@ def hypothesis_columns(
             if not chosen.any():
                 continue
             guesses[chosen], *made = run(inputs[chosen])
-            vectors[chosen] = made[0] if made else embed_texts(victim, first.vocabulary.decode(guesses[chosen]))
+            spelt = [] if made else first.vocabulary.decode(guesses[chosen])
+            vectors[chosen] = made[0] if made else embed_texts(victim, spelt, batch_size)
         return {name: guesses, name + EMBEDDING: vectors}
 
     specs: Specs = {name: ("int32", (length,)), name + EMBEDDING: ("float16", (victim.width,))}
@@ -205,23 +203,37 @@ def _check_folds(models: Sequence[str]) -> None:
             )
 
 
-def check_column(column: Column, embedder: TextEmbedder) -> None:
-    """Holds who made a column against the embedder of a recipe.
+def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: int) -> None:
+    """Holds what a column is, and who made it, against what a recipe takes it for.
+
+    Args:
+        kind: embeddings or hypotheses.
 
     Raises:
-        InputError: it is another one's.
+        InputError: it holds something else, or what is another embedder's or of texts of another length.
     """
+    if column.made_by.get("kind") != kind:
+        raise InputError(
+            f"The column {column.name} holds {column.made_by.get('kind')}, not {kind}: name another as data.{kind}."
+        )
     if column.made_by.get("embedder") != _embedder_key(embedder):
         raise InputError(
             f"The column {column.name} was made with another embedder than {embedder.name}, or another setting of it: "
             "name the one it was made with, or make the column again."
         )
+    made_for = column.made_by.get("max_length")
+    if made_for != max_length:
+        raise InputError(
+            f"The column {column.name} was made for texts of {made_for} tokens, not {max_length}: make it again, or "
+            f"set model.max_length={made_for}."
+        )
 
 
 def _embedder_key(embedder: TextEmbedder) -> dict[str, Any]:
     """All that determines an embedder's vectors, as far as it can be seen."""
-    key: dict[str, Any] = {"name": Path(embedder.name).name, "weights_sha256": embedder.weights_sha256}
+    key: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
     if isinstance(embedder, Embedder):
+        key["name"] = Path(embedder.name).name  # wherever its folder lies
         c = embedder.config
         key |= {"dtype": c.encoder.dtype, "prefix": c.prefix, "max_length": c.max_length}
         key |= {"pooling": c.pooling, "normalise": c.normalise, "width": c.width}

@@ -10,6 +10,7 @@ workdir/evaluation.{json,png}          its scores on held-out texts, over correc
 """
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -30,13 +31,12 @@ from v2t_jax.eval.card import model_card
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.interop.sentence_transformers import load_embedder
-from v2t_jax.invert import corrected, embed_anew
+from v2t_jax.invert import corrected, embed_anew, invert_strings, recover_together
 from v2t_jax.models.embedder import PieceMap
 from v2t_jax.models.layers import Params
 from v2t_jax.pretrained import CARD_HEAD, Inverter, norm_statistics
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
-from v2t_jax.train.columns import check_column
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import NORM_TEXTS, Setup, column_names, initial_params, prepare, trained_inverter
 from v2t_jax.train.step import (
@@ -103,19 +103,15 @@ def _train(config: Config, workdir: Path) -> Path:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
     norm = norm_statistics(setup.embedder.embed(setup.held_out[:NORM_TEXTS]))
-    inverter = Inverter(
-        *(config.name, setup.model, params, setup.embedder, setup.vocabulary),
-        embedding_norm=norm,
-        mesh=make_mesh(config.mesh),
-        decode=config.mesh.decode,
-    )
+    inverter = setup.inverter(params)
+    inverter.embedding_norm = norm
     folder = workdir / "model"
     whole = dataclasses.replace(inverter, params=distributed.fetch_to_main(params))
     with distributed.main_first("written the model") as here:
         if here:
             whole.save(folder, record={"recipe": to_dict(config)})
     del whole
-    if config.embedder_dtype != "float32":  # the scores are of the victim's own vectors
+    if setup.in_step and config.embedder_dtype != "float32":  # the scores are of the victim's own vectors
         inverter = dataclasses.replace(inverter, embedder=load_embedder(config.embedder))
     report = score_model(setup, inverter, workdir)
     if distributed.is_main():
@@ -142,9 +138,9 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     config, model = setup.config, setup.model
     settings: StageConfig = getattr(config, stage)
     columns = column_names(config, stage)
-    batches = make_batches(config, setup.stores, settings.batch_size, [*columns.values()])
-    for name in columns.values():
-        check_column(setup.stored.column(name), setup.embedder)
+    batches = make_batches(
+        config, setup.stores, settings.batch_size, [setup.columns[name] for name in columns.values()]
+    )
     mesh = make_mesh(config.mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
@@ -153,9 +149,9 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             f"micro-batches over {parts} devices: make it a multiple of their product."
         )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-    loss_fn = make_loss(
-        stage, model, setup.embedder.config, PieceMap.of(setup.embedder), config.partial_hypotheses, config.mesh.decode
-    )
+    embedder = setup.in_step
+    sizes, piece_map = (embedder.config, PieceMap.of(embedder)) if embedder else (None, None)
+    loss_fn = make_loss(stage, model, sizes, piece_map, config.partial_hypotheses, config.mesh.decode)
     may_skip = settings.optimizer.skip_bad_updates
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed, may_skip > 0)
 
@@ -178,13 +174,14 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             )
         progress.note(f"{stage}: going on from step {int(state.step)}")
     guesses = stage == "corrector" and not config.data.hypotheses
-    frozen = Frozen(setup.embedder.params, setup.pieces, trained.get("inverter") if guesses else None)
+    weights = embedder.params if embedder else None
+    frozen = Frozen(weights, setup.pieces, trained.get("inverter") if guesses else None)
     frozen = distributed.put(frozen, frozen_shardings(mesh, frozen))
     cut = batch_sharding(mesh)
     rows = distributed.local_rows(cut, settings.batch_size)
     vote = distributed.Vote(cut, replicated(mesh))
 
-    probe = Inverter(config.name, model, {}, setup.embedder, setup.vocabulary, mesh=mesh, decode=config.mesh.decode)
+    probe = setup.inverter({})
     step, last = int(state.step), settings.num_steps
     recent: dict[str, Any] = {}
     unchecked: list[tuple[int, Metrics]] = []
@@ -260,7 +257,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             every = config.evaluation.every_steps
             if (every and step % every == 0) or step == last:
                 with progress.stage(f"recovering held-out texts at step {step}"):
-                    probe.params = dict(trained) | {stage: state.params}
+                    probe.params = setup.decodable(dict(trained) | {stage: state.params})
                     log.write({"step": step} | evaluate_stage(setup, probe, samples, step))
                 since, texts, tokens, positions = time.perf_counter(), 0, 0.0, 0
             if stopping:
@@ -277,9 +274,14 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
 def evaluate_stage(setup: Setup, inverter: Inverter, samples: Log, step: int) -> dict[str, float]:
     """Recovers held-out texts with the parameters as they are: greedily, with one correction step for the corrector."""
     references = setup.held_out[: setup.config.evaluation.num_examples]
-    e = embed_anew(inverter, references)
-    ids = corrected(inverter, e, int(inverter.has_corrector), sequence_beam_width=1, mode="upstream").ids
-    predictions = setup.vocabulary.decode(ids)
+    num_steps = int(inverter.has_corrector)
+    if inverter.mesh is None:  # an endpoint embeds: each process asks it for a share
+        recover = functools.partial(invert_strings, inverter, num_steps=num_steps, sequence_beam_width=1)
+        predictions = [one.text for one in recover_together(recover, references)]
+    else:
+        e = embed_anew(inverter, references)
+        ids = corrected(inverter, e, num_steps, sequence_beam_width=1, mode="upstream").ids
+        predictions = setup.vocabulary.decode(ids)
     scores = text_scores(predictions, references)
     for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
         samples.write({"step": step, "reference": reference, "recovered": prediction})

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from v2t_jax import distributed
-from v2t_jax.config import Config, ModelConfig, Stage, T5Config
-from v2t_jax.data.blocks import StoredTexts
+from v2t_jax.blackbox import HttpEmbedder
+from v2t_jax.config import Config, ModelConfig, Stage, T5Config, is_endpoint
+from v2t_jax.data.blocks import Column, StoredTexts
+from v2t_jax.data.pipeline import Batches
+from v2t_jax.data.stored import StoredBatches
 from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import sha256_of, weight_files
@@ -22,11 +24,11 @@ from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models import inverter
-from v2t_jax.models.embedder import Embedder, PieceMap, embed_pieces
+from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, embed_pieces
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import check_length, load, locate_model
-from v2t_jax.sharding import param_specs, state_shardings
-from v2t_jax.train.columns import EMBEDDING
+from v2t_jax.pretrained import Inverter, check_length, load, locate_model
+from v2t_jax.sharding import make_mesh, param_specs, state_shardings
+from v2t_jax.train.columns import EMBEDDING, check_column
 from v2t_jax.train.step import NETWORKS
 from v2t_jax.train.texts import Stores, open_texts, tokens_sha256
 
@@ -40,38 +42,42 @@ class Setup:
 
     config: Config
     model: ModelConfig  # with the embedder's width and the vocabulary's size filled in
-    embedder: Embedder
+    embedder: TextEmbedder
     vocabulary: Vocabulary
     stores: Stores
+    columns: dict[str, Column]  # of the data set, by name: what the stages read instead of making it
     held_out: list[str]  # normalised, short enough for the model
 
     @property
-    def stored(self) -> StoredTexts:
-        """The built data set that `data.sources` names.
-
-        Raises:
-            InputError: it names other sources.
-        """
-        if not isinstance(self.stores, StoredTexts):
-            raise InputError(
-                "data.embeddings and data.hypotheses need a built data set in data.sources: v2t data build."
-            )
-        return self.stores
+    def in_step(self) -> Embedder | None:
+        """The embedder where it runs inside the training step; None: it is behind an endpoint, which isn't asked there,
+        and the model's tokenizer is its own."""
+        return self.embedder if isinstance(self.embedder, Embedder) else None
 
     @property
     def pieces(self) -> jax.Array:
         return jnp.asarray(self.vocabulary.pieces)
 
+    def inverter(self, params: dict[Stage, Params]) -> Inverter:
+        """The model of these networks: it decodes over the recipe's mesh, or where an endpoint embeds, host by host."""
+        model = Inverter(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary)
+        if self.in_step is None:
+            return dataclasses.replace(model, bridged=True)
+        return dataclasses.replace(model, mesh=make_mesh(self.config.mesh), decode=self.config.mesh.decode)
+
+    def decodable(self, params: dict[Stage, Params]) -> dict[Stage, Params]:
+        """Networks in training as `inverter` takes them."""
+        return params if self.in_step else distributed.fetch(params)
+
     def hashes(self) -> dict[str, str]:
         """Of all that the config names but doesn't hold."""
         return {
-            "embedder": self.embedder.weights_sha256,
+            "embedder": self.embedder.weights_sha256 or self.embedder.name,
             "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
             "tokens": tokens_sha256(self.stores),
             **{
-                f"column {name}": hashlib.sha256(json.dumps(self.stored.column(name).made_by).encode()).hexdigest()
-                for stage in self.config.stages
-                for name in column_names(self.config, stage).values()
+                f"column {name}": hashlib.sha256(json.dumps(column.made_by).encode()).hexdigest()
+                for name, column in self.columns.items()
             },
             **(
                 {"initial_inverter": sha256_of([locate_model(self.config.initial_inverter) / "inverter.safetensors"])}
@@ -86,27 +92,42 @@ class Setup:
         }
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        """Ids [n, L] -> embeddings [n, E] by the path that training uses."""
+        """Ids [n, L] -> embeddings [n, E] by the path that training uses, where it makes them itself."""
+        embedder = self.in_step
+        assert embedder is not None
         embed = jax.jit(embed_pieces, static_argnums=(0, 1))
-        piece_map = PieceMap.of(self.embedder)
+        piece_map = PieceMap.of(embedder)
         parts = [
-            embed(self.embedder.config, piece_map, self.embedder.params, self.pieces, ids[i : i + 256])
+            embed(embedder.config, piece_map, embedder.params, self.pieces, ids[i : i + 256])
             for i in range(0, len(ids), 256)
         ]
         return np.concatenate([np.asarray(part) for part in parts])
 
 
 def prepare(config: Config) -> Setup:
-    """Loads the embedder, reads and tokenises the text, settles vocabulary and widths."""
-    embedder = load_embedder(config.embedder, config.embedder_dtype)
-    check_length(config.model, embedder)
+    """Loads the embedder, reads and tokenises the text, opens columns, settles vocabulary and widths."""
+    local = None if is_endpoint(config.embedder) else load_embedder(config.embedder, config.embedder_dtype)
+    if local is not None:
+        check_length(config.model.max_length, local)
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
-    vocabulary, stores, held_out = open_texts(config, embedder.tokenizer, num_held_out)
+    vocabulary, stores, held_out = open_texts(config, local.tokenizer if local else None, num_held_out)
+    columns: dict[str, Column] = {}
+    if isinstance(stores, StoredTexts):
+        names = [name for stage in config.stages for name in column_names(config, stage).values()]
+        columns = {name: stores.column(name) for name in names}
+    embedder: TextEmbedder = local or HttpEmbedder(
+        config.embedder, config.api, width=columns[config.data.embeddings].shape[0]
+    )
+    for name, column in columns.items():
+        kind = "embeddings" if name == config.data.embeddings else "hypotheses"
+        check_column(column, kind, embedder, config.model.max_length)
     t5 = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
     if config.initial_t5:
         t5 = check_t5(config, vocabulary)
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
-    return Setup(config, model, embedder, vocabulary, stores, held_out)
+    if local is None:  # asked for now: a key or a limit that won't do shows before training, and the answers are kept
+        embedder.embed(held_out)
+    return Setup(config, model, embedder, vocabulary, stores, columns, held_out)
 
 
 def column_names(config: Config, stage: Stage) -> dict[str, str]:
@@ -123,15 +144,18 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     Its weights are read once and let go, to learn of damage before anything is written.
 
     Raises:
-        InputError: there is none, it is damaged, or it has another tokenizer than the embedder.
+        InputError: there is none, it is damaged, or it has another tokenizer than the embedder, or than the data set.
     """
     loaded, _ = load_t5(config.initial_t5, put=lambda _: None)
     tokenizer = read_tokenizer(folder_of(config.initial_t5) / "tokenizer.json")
     in_order = np.array_equal(vocabulary.pieces, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
     if not in_order or tokenizer.get_vocab() != vocabulary.tokenizer.get_vocab():
+        if is_endpoint(config.embedder):
+            whose, advice = config.data.sources[0], "build the data set with T5's (v2t data build --embedder gtr-base)"
+        else:
+            whose, advice = config.embedder, "choose an embedder with T5's, such as gtr-base"
         raise InputError(
-            f"{config.initial_t5} and {config.embedder} have different tokenizers: choose an embedder with T5's, such "
-            "as gtr-base, or leave initial_t5 empty."
+            f"{config.initial_t5} and {whose} have different tokenizers: {advice}, or leave initial_t5 empty."
         )
     kept = {name: getattr(config.model.t5, name) for name in ("dropout_rate", "dtype", "remat", "scan_unroll")}
     return dataclasses.replace(loaded, **kept)
@@ -148,7 +172,8 @@ def trained_inverter(setup: Setup, mesh: Mesh) -> Params:
     params = found.params["inverter"]
     expected = jax.eval_shape(functools.partial(inverter.init, setup.model), jax.random.key(0))
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
-    if found.bridged or shapes[0] != shapes[1] or not np.array_equal(found.vocabulary.pieces, setup.vocabulary.pieces):
+    pieces = [(v.tokenizer.to_str(), v.pieces.tolist()) for v in (found.vocabulary, setup.vocabulary)]
+    if found.bridged != (setup.in_step is None) or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
         raise InputError(
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
             "data.sources and data.vocabulary_size, or train a new one."
@@ -172,8 +197,29 @@ def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, An
     return jax.jit(program, out_shardings=shardings), shardings
 
 
+def input_statistics(setup: Setup, batches: Batches | StoredBatches) -> Params:
+    """Mean and deviation [E] of the first training texts' embeddings, as training takes them: process 0's, for all to
+    have the same to the bit."""
+    mean, std = np.zeros((2, setup.embedder.width), np.float32)
+    if distributed.is_main():
+        parts: list[np.ndarray] = []
+        name, longest = setup.config.data.embeddings, setup.model.max_length
+        while sum(map(len, parts)) < STATISTICS_TEXTS:
+            if name and isinstance(batches, StoredBatches):
+                parts.append(batches.columns(len(parts))[name].astype(np.float32))
+            else:
+                ids = batches(len(parts))
+                parts.append(np.pad(ids, ((0, 0), (0, longest - ids.shape[1]))))
+        first = np.concatenate(parts)[:STATISTICS_TEXTS]
+        e = first if name else setup.embed(first)
+        mean, std = e.mean(axis=0), e.std(axis=0)
+    mean, std = distributed.broadcast((mean, std))
+    # Some embedders have constant dimensions: there the deviation is only rounding.
+    return {"mean": mean, "std": np.maximum(std, 0.1 * std.mean())}
+
+
 def initial_params(
-    setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Callable[[int], np.ndarray], mesh: Mesh
+    setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Batches | StoredBatches, mesh: Mesh
 ) -> Params:
     """Random parameters, with the recipe's options laid over them; cut over the mesh, and nowhere whole."""
     config, model = setup.config, setup.model
@@ -183,8 +229,8 @@ def initial_params(
     if config.initial_t5:
         places = iter(jax.tree.leaves(shardings["t5"]))  # in whose order the arrays are read, one at a time
         _, params["t5"] = load_t5(config.initial_t5, put=lambda array: distributed.put(array, next(places)))
-    if config.initial_embedding == "embedder":
-        words = setup.embedder.params["encoder"]["word_embedding"][setup.pieces]
+    if config.initial_embedding == "embedder" and setup.in_step is not None:
+        words = setup.in_step.params["encoder"]["word_embedding"][setup.pieces]
         if words.shape[1] != model.t5.d_model:
             raise InputError(
                 f"initial_embedding=embedder needs model.t5.d_model={words.shape[1]}, the embedder's width; "
@@ -201,18 +247,3 @@ def initial_params(
         params |= {"t5": source["t5"], "projection_target": source["projection"]}
         params |= {name: source[name] for name in ("statistics", "bag_of_words") if name in source}
     return distributed.put(params, shardings)
-
-
-def input_statistics(setup: Setup, batches: Callable[[int], np.ndarray]) -> Params:
-    """Mean and deviation of training texts' embeddings, [E] each: process 0's, for all to have the same to the bit."""
-    mean, std = np.zeros((2, setup.embedder.width), np.float32)
-    if distributed.is_main():
-        rows: list[np.ndarray] = []
-        while sum(len(row) for row in rows) < STATISTICS_TEXTS:
-            batch = batches(len(rows))
-            rows.append(np.pad(batch, ((0, 0), (0, setup.model.max_length - batch.shape[1]))))
-        e = setup.embed(np.concatenate(rows)[:STATISTICS_TEXTS])
-        mean, std = e.mean(axis=0), e.std(axis=0)
-    mean, std = distributed.broadcast((mean, std))
-    # Some embedders have constant dimensions: there the deviation is only rounding.
-    return {"mean": mean, "std": np.maximum(std, 0.1 * std.mean())}

@@ -1,7 +1,7 @@
 """The training step: texts' ids in, new state and metrics out; one jitted, sharded program.
 
 The frozen embedder runs inside it, and for the corrector so do the inverter's greedy hypotheses: nothing is cached on
-disk, and every span and every epoch has its own embeddings.
+disk, and every span and every epoch has its own embeddings. Unless a batch brings them, from columns (columns.py).
 """
 
 import functools
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
 class Frozen(NamedTuple):
     """Weights that training reads but doesn't change."""
 
-    embedder: Params
+    embedder: Params | None  # None: it isn't here, and batches bring all that comes of it
     pieces: jax.Array  # [V] int32, model id -> embedder id
     inverter: Params | None  # makes the corrector's hypotheses
 
@@ -139,14 +139,20 @@ def training_hypotheses(
 def make_loss(
     stage: Stage,
     model: ModelConfig,
-    embedder: EmbedderConfig,
-    piece_map: PieceMap,
+    embedder: EmbedderConfig | None,
+    piece_map: PieceMap | None,
     partial_hypotheses: bool = False,
     decode: DecodeLayout = "batch",
 ) -> Callable[[Params, Frozen, Batch, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """`loss(params, frozen, batch, dropout_key) -> (summed loss, (correct tokens, tokens))`"""
+    """`loss(params, frozen, batch, dropout_key) -> (summed loss, (correct tokens, tokens))`
+
+    Args:
+        embedder, piece_map: None where it can't run inside the step: batches must bring what comes of it.
+    """
 
     def embed(frozen: Frozen, ids: jax.Array) -> jax.Array:
+        if embedder is None or piece_map is None or frozen.embedder is None:
+            raise ValueError("without an embedder, batches must bring the embeddings")
         embed = functools.partial(embed_pieces, embedder, piece_map, frozen.embedder, frozen.pieces)
         return jax.lax.stop_gradient(spread_rows(embed, "batch", ids))
 

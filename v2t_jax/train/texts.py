@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from v2t_jax import progress
 from v2t_jax.config import Config
-from v2t_jax.data.blocks import StoredTexts, is_stored
+from v2t_jax.data.blocks import Column, StoredTexts, is_stored
 from v2t_jax.data.pipeline import Batches, Batching, TokenStore, tokenize
 from v2t_jax.data.sources import read_texts
 from v2t_jax.data.stored import StoredBatches
@@ -18,49 +18,51 @@ from v2t_jax.errors import InputError
 Stores = list[TokenStore] | StoredTexts  # texts in memory, or a built data set
 
 
-def open_texts(config: Config, tokenizer: Tokenizer, num_held_out: int) -> tuple[Vocabulary, Stores, list[str]]:
+def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -> tuple[Vocabulary, Stores, list[str]]:
     """The vocabulary, the training texts and the held-out texts, normalised and short enough for the model.
 
     Args:
+        tokenizer: the embedder's; None takes that of a built data set.
         num_held_out: so many held-out texts will do.
 
     Raises:
         InputError: a source can't be read, or fields of `config.data` contradict each other.
     """
-    stored = any(is_stored(source) for source in config.data.sources)
-    vocabulary, stores, held_out = (
-        _open_stored(config, tokenizer, num_held_out) if stored else _read_sources(config, tokenizer)
-    )
+    data = config.data
+    if any(is_stored(source) for source in data.sources):
+        vocabulary, stores, held_out = _open_stored(config, tokenizer, num_held_out)
+    elif tokenizer is None or data.embeddings or data.hypotheses or data.folds > 1:
+        raise InputError(
+            "data.embeddings, data.hypotheses and data.folds need a built data set in data.sources: v2t data build."
+        )
+    else:
+        vocabulary, stores, held_out = _read_sources(config, tokenizer)
     # A text of unknown pieces alone comes back empty.
     held_out = [text for text in vocabulary.normalise(held_out, config.model.max_length) if text.strip()]
     if not held_out:
         raise InputError(
-            f"No held-out text of {config.data.held_out} has fewer than model.max_length={config.model.max_length} "
+            f"No held-out text of {data.held_out} has fewer than model.max_length={config.model.max_length} "
             "pieces: use more text or a larger max_length."
         )
     return vocabulary, stores, held_out
 
 
 def make_batches(
-    config: Config, stores: Stores, batch_size: int, columns: Sequence[str] = ()
+    config: Config, stores: Stores, batch_size: int, columns: Sequence[Column] = ()
 ) -> Batches | StoredBatches:
     """The training texts in batches.
 
     Args:
-        columns: what else to read of each text.
+        columns: what else to read of each text of a built data set.
 
     Raises:
-        InputError: too few texts; or columns or folds of texts that no built data set holds.
+        InputError: too few texts, or settings that contradict each other.
     """
     data, max_length = config.data, config.model.max_length
     buckets = data.bucket_lengths or (max_length,)
     batching = Batching(batch_size, max_length, buckets, data.span_share, config.seed)
     if isinstance(stores, StoredTexts):
         return StoredBatches(stores, batching, columns, data.folds, data.fold)
-    if columns or data.folds > 1:
-        raise InputError(
-            "data.embeddings, data.hypotheses and data.folds need a built data set in data.sources: v2t data build."
-        )
     return Batches(stores, batching, data.weights or None)
 
 
@@ -88,7 +90,9 @@ def _read_sources(config: Config, tokenizer: Tokenizer) -> tuple[Vocabulary, Sto
         return vocabulary, stores, [text for text, ok in zip(held_out, fits, strict=True) if ok]
 
 
-def _open_stored(config: Config, tokenizer: Tokenizer, num_held_out: int) -> tuple[Vocabulary, Stores, list[str]]:
+def _open_stored(
+    config: Config, tokenizer: Tokenizer | None, num_held_out: int
+) -> tuple[Vocabulary, Stores, list[str]]:
     """Its held-out texts are often passages: as in the original, the beginnings are used of those that are too long."""
     folder, data = config.data.sources[0], config.data
     if data.sources != (data.held_out,):

@@ -31,13 +31,21 @@ def check_workdir(config: Config, workdir: Path) -> None:
         raise InputError(f"{file} is damaged ({error}); give a new --workdir.") from error
     if not isinstance(before, dict):
         raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
-    # What it runs on is no part of a run: the mesh decides over the last bits of its numbers alone.
-    changed = sorted(key for key in now | before if now.get(key) != before.get(key) and key != "mesh")
+    changed = sorted(key for key in now | before if _decisive(now, key) != _decisive(before, key))
     if changed:
         raise InputError(
             f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
             "give a new --workdir, or the config in its config.json."
         )
+
+
+def _decisive(config: dict[str, Any], key: str) -> Any:
+    """A field as far as it belongs to a run: not what it runs on (the mesh decides over the last bits of its numbers
+    alone), nor how an endpoint is asked and what that may cost."""
+    value = config.get(key)
+    if key == "api" and isinstance(value, dict):
+        return value.get("model"), value.get("dimensions")
+    return None if key == "mesh" else value
 
 
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None:
