@@ -44,6 +44,16 @@ def collectives(hlo_text: str, chosen: Callable[[str], bool] = lambda line: True
     return [(kind, size) for kind, size, line in _walk(entry, computations, set()) if chosen(line)] if entry else []
 
 
+def totals(hlo_text: str) -> dict[str, dict[str, int]]:
+    """The collectives of a program by kind: {count, bytes}."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, size in sorted(collectives(hlo_text)):
+        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += size
+    return found
+
+
 def _computations(hlo_text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
     """Every computation's instructions as (name, rest of the line), and the entry's name."""
     found: dict[str, list[tuple[str, str]]] = {}
