@@ -62,8 +62,10 @@ aot: install $(LIBTPU)/.installed ## compile for TPUs that aren't here (installs
 	PYTHONPATH=$(LIBTPU) $(VENV)/bin/pytest -m tpu
 
 # In a folder of its own: where JAX sees libtpu, every program looks for a TPU first, and complains that there is none.
-$(LIBTPU)/.installed: $(CONSTRAINTS)
-	$(PYTHON) $(PIP_INSTALL) --target $(LIBTPU) libtpu $(WITH_CONSTRAINTS)
+# The version that jax asks for: of a newer one's programs jaxlib can't read all.
+ASKED = from importlib.metadata import requires; print(*[r.split(";")[0] for r in requires("jax") if "libtpu" in r])
+$(LIBTPU)/.installed: $(VENV)/.installed $(CONSTRAINTS)
+	$(VENV)/bin/python $(PIP_INSTALL) --target $(LIBTPU) "$$($(VENV)/bin/python -c '$(ASKED)')" $(WITH_CONSTRAINTS)
 	@touch $@
 
 # Torch first, and by version: asked for by another package it would come as the newest, with CUDA.

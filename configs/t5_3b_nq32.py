@@ -5,7 +5,9 @@
 
 Hardware: a multiple of 16 chips, such as 16 of TPU v5e (4x4). Not yet run. Compiled for v5e:4x4 (`v2t bench aot`), a
 step takes at least 0.34 s for the inverter and 0.91 s for the corrector, so the two at least 2.3 and 6.2 hours; two to
-three times that is usual. More slices train with larger batches. No score is known for this size.
+three times that is usual. More slices train with larger batches. The hypotheses that it makes on the way fit (6.5 GB a
+chip); the correction loop, for evaluation, does not: it keeps both networks whole in float32, 49 GB. No score is known
+for this size.
 """
 
 from dataclasses import replace

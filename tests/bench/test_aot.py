@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from v2t_jax.bench import aot
-from v2t_jax.bench.chips import CHIPS, Work, work
+from v2t_jax.bench.chips import CHIPS, Topology, Work, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, load_recipe
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter
@@ -77,7 +77,7 @@ def test_what_is_recomputed_is_not_kept():
 
 def test_the_roofline_is_what_takes_longest():
     seconds = {"compute": 2.0, "memory": 4.0, "ici": 1.0, "dcn": 0.0}
-    report = aot.Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, 0.0, seconds, "It lacks 1 GB a chip.")
+    report = aot.Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, seconds, "It lacks 1 GB a chip.")
     assert (report.step_seconds, report.mfu, report.fits) == (4.0, 0.25, False)
     assert "does not fit" in aot.text(report) and "lacks 1 GB" in aot.text(report)
     json.dumps(report.to_dict())
@@ -98,15 +98,15 @@ def test_the_compilers_refusal_says_how_much_it_wanted(said, needed):
 
 def test_without_libtpu_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install libtpu"):
-        aot.Topology("v5e:4x4")
+    with pytest.raises(InputError, match=r"pip install 'jax.tpu"):
+        Topology("v5e:4x4")
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4", "v9:2x2", "v5e:axb", "", "v5e:4x4x", "tpu:2x2"])
 def test_topologies_that_are_none(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(InputError, match="There is no topology .* v5e:4x4"):
-        aot.Topology(name)
+        Topology(name)
 
 
 def test_an_embedder_is_known_by_name_or_by_its_folder(tmp_path):
@@ -155,7 +155,7 @@ def get_config():
 def test_a_recipe_for_an_endpoint_compiles_without_an_embedder(tmp_path: Path):
     (tmp_path / "recipe.py").write_text(ENDPOINT)
     config = load_recipe(str(tmp_path / "recipe.py"))
-    reports = list(aot.compile_recipe(config, aot.Topology("v5e:2x2"), ("train", "hypotheses", "correct")))
+    reports = list(aot.compile_recipe(config, Topology("v5e:2x2"), ("train", "hypotheses", "correct")))
     assert [report.program for report in reports] == ["train inverter", "train corrector", "hypotheses"]
     assert all(report.fits for report in reports)
     # Word-pieces alone: no embedder, and no inverter, since the hypotheses are in a column.
@@ -182,6 +182,6 @@ def test_a_recipe_compiles_for_tpus_that_are_not_here(rows, tmp_path: Path):
         assert "It lacks " in train["advice"] and "model.t5.remat=full" in train["advice"]
         return
     assert train["fits"] and train["chips"] == 4 and train["collectives"]["all-gather"]["bytes"] > 0
-    assert 0 < train["mfu"] < 1 and train["flops"] == train["flops_run"] > train["flops_xla"] > 0
+    assert 0 < train["mfu"] < 1 and train["flops"] == train["flops_run"] > 0
     assert train["memory"]["optimizer"] > train["memory"]["params"] > 0
     assert said["programs"][1]["program"] == "hypotheses"

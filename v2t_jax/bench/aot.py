@@ -7,8 +7,7 @@ and from the chip's published peaks; real programs take two to three times as lo
 
 import dataclasses
 import functools
-import importlib.util
-import os
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
-from v2t_jax.bench.chips import CHIPS, Chip, Work, nbytes, work
-from v2t_jax.bench.collectives import collectives
+from v2t_jax.bench.chips import Topology, Work, nbytes, work
+from v2t_jax.bench.collectives import totals
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings
 from v2t_jax.errors import InputError
@@ -34,7 +32,7 @@ from v2t_jax.models import embedder as embedders
 from v2t_jax.models import inverter, t5
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, PieceMap
-from v2t_jax.sharding import OnMesh, make_mesh, param_specs, replicated, state_shardings
+from v2t_jax.sharding import AXES, OnMesh, batch_sharding, make_mesh, param_specs, replicated, state_shardings
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import column_names
 from v2t_jax.train.step import (
@@ -58,16 +56,8 @@ ENCODERS: dict[str, EncoderConfig] = {
     "all-MiniLM-L12-v2": BertConfig(30522, 384, 12, 12, 1536, 512),
     **dict.fromkeys(("bge-base-en-v1.5", "e5-base-v2", "gte-base", "contriever"), _BERT_BASE),
 }
+TRAINING = ("data", "fsdp")  # what rows are cut over while training
 ROWS_A_CHIP = 32  # texts that a chip corrects at a time
-QUIET = {
-    # Without these libtpu asks the cloud's metadata server what machine this is, and complains that there is none.
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    # Its lock guards a TPU from a second process; compiling opens none.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -90,8 +80,6 @@ class Report:
     """ours: matrix products of the model, without what is recomputed"""
     flops_run: float
     """the same with what is recomputed"""
-    flops_xla: float
-    """the compiler's, which counts a loop's body once"""
     seconds: dict[str, float]
     """the least for compute, memory, ici, dcn"""
     advice: str
@@ -113,35 +101,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         derived = {"fits": self.fits, "step_seconds": self.step_seconds, "mfu": self.mfu}
         return dataclasses.asdict(self) | derived | {"texts_per_second": self.rows / self.step_seconds}
-
-
-class Topology:
-    """TPUs by name, such as v5e:4x4 or v4:2x2x4."""
-
-    def __init__(self, name: str, num_slices: int = 1) -> None:
-        """Raises: InputError: there is no libtpu, or no such topology."""
-        if importlib.util.find_spec("libtpu") is None:
-            raise InputError("Compiling for TPUs needs libtpu, which isn't installed: `pip install libtpu` (Linux).")
-        kind = name.partition(":")[0]
-        if kind not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", name):
-            raise InputError(f"There is no topology {name!r}: give one of {', '.join(CHIPS)} and a shape, as v5e:4x4.")
-        if not 1 <= num_slices <= 256:
-            raise InputError(f"slices is {num_slices}; give 1 to 256.")
-        from jax.experimental import topologies
-
-        for variable, value in QUIET.items():
-            os.environ.setdefault(variable, value)
-        # A v4 chip's two cores are one device for its users.
-        extra = {"chip_config_name": "megacore"} if kind == "v4" else {}
-        slices = {"num_slices": num_slices} if num_slices > 1 else {}
-        try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices, **extra)
-        except Exception as error:  # XlaRuntimeError, NotImplementedError: by version
-            raise InputError(f"libtpu knows no topology {name} ({str(error).splitlines()[0]}).") from error
-        self.name = f"{num_slices} x {name}" if num_slices > 1 else name
-        self.num_slices = num_slices
-        self.chip: Chip = CHIPS[kind]
-        self.devices = list(found.devices)
 
 
 def compile_recipe(
@@ -199,20 +158,14 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, PieceMap]:
     return sizes, PieceMap(() if isinstance(encoder, T5Config) else (0,), 1)
 
 
-def _array(*shape: int, dtype: Any = jnp.int32) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def _shapes(tree: Any, shardings: Any) -> Any:
     """Shapes of arrays that lie as `shardings` say."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _bytes_a_chip(tree: Any) -> int:
-    def on_a_chip(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) if x.sharding is not None else x
-
-    return sum(nbytes(on_a_chip(x)) for x in jax.tree.leaves(tree))
+    shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape  # noqa: E731
+    return sum(nbytes(jax.ShapeDtypeStruct(shard(x), x.dtype)) for x in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
@@ -228,8 +181,8 @@ class _Recipe:
     def _key(self) -> jax.Array:
         return jax.random.key(0)  # made before the mesh is entered: nothing can be computed on TPUs that aren't here
 
-    def _network(self, stage: Stage, model: ModelConfig | None = None) -> Any:
-        return jax.eval_shape(functools.partial(NETWORKS[stage].init, model or self.model), self._key)
+    def _network(self, stage: Stage) -> Any:
+        return jax.eval_shape(functools.partial(NETWORKS[stage].init, self.model), self._key)
 
     def _embedder(self) -> Any:
         if self.embedder is None:
@@ -249,24 +202,28 @@ class _Recipe:
         pieces: Any = jax.ShapeDtypeStruct((self.model.t5.vocab_size,), jnp.int32)
         return Frozen(self._embedder(), pieces, self._network("inverter") if with_inverter else None)
 
-    def _rows(self, rows: int, *shape: int, dtype: Any = jnp.int32, axes: tuple[str, ...] = ("data", "fsdp")) -> Any:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=NamedSharding(self.mesh, PartitionSpec(axes)))
+    def _shards(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def _batch(self, stage: Stage, make: Callable[..., Any]) -> Batch:
-        """What a step is given, `make(*shape, dtype)` of each: with what the recipe has in columns."""
-        length = self.model.max_length
-        vector = functools.partial(make, self.model.embedding_width, dtype=jnp.float16)
-        made = {"embedding": vector, "hypothesis": functools.partial(make, length), "hypothesis_embedding": vector}
-        return Batch(make(length), **{name: made[name]() for name in column_names(self.config, stage)})
+    def _batch(self, stage: Stage, rows: int) -> Batch:
+        """What a step is given: the texts, with what the recipe has in columns."""
+        ids: Any = jax.ShapeDtypeStruct((rows, self.model.max_length), jnp.int32)
+        vector: Any = jax.ShapeDtypeStruct((rows, self.model.embedding_width), jnp.float16)
+        stored = {"embedding": vector, "hypothesis": ids, "hypothesis_embedding": vector}
+        return Batch(ids, **{name: stored[name] for name in column_names(self.config, stage)})
 
-    def _shards(self, *axes: str) -> int:
-        return int(np.prod([self.mesh.shape[axis] for axis in axes]))
+    def _everywhere(self, local: Any, axes: tuple[str, ...]) -> Any:
+        """Arrays whose rows are cut over `axes`, by what one chip has of them."""
+        place, shards = NamedSharding(self.mesh, PartitionSpec(axes)), self._shards(axes)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((shards * x.shape[0], *x.shape[1:]), x.dtype, sharding=place), local
+        )
 
     def train(self, stage: Stage) -> Report:
         """The training step of a stage, at the recipe's batch size and the longest texts."""
         settings: StageConfig = getattr(self.config, stage)
         accumulate, rows, length = settings.optimizer.accumulate_steps, settings.batch_size, self.model.max_length
-        shards, cut = self._shards("data", "fsdp"), self.mesh.shape["model"]
+        shards, cut = self._shards(TRAINING), self.mesh.shape["model"]
         if rows % (shards * accumulate):
             raise InputError(
                 f"{stage}.batch_size={rows} can't be cut into {accumulate} micro-batches over {shards} devices: make "
@@ -286,26 +243,25 @@ class _Recipe:
 
         step, shardings = shard_step(step_of(self.model), self.mesh, state, stage)
         state_here, frozen_here = _shapes(state, shardings), _shapes(frozen, frozen_shardings(self.mesh, frozen))
-        batch = self._batch(stage, functools.partial(self._rows, rows))
-        local = self._batch(stage, functools.partial(_array, rows // shards))
+        local = self._batch(stage, rows // shards)
         once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
         run, needed = (
             work(jax.make_jaxpr(step_of(model))(state, frozen, local).jaxpr, length).times(1 / cut)
             for model in (self.model, once)
         )
-        # Everything of the state is read and written, once.
-        moved = 2 * _bytes_a_chip(state_here) + _bytes_a_chip(frozen_here)
+        # Everything of the state is read and written, once, beside what the matrix products read.
+        run += Work(bytes=2 * _bytes_a_chip(state_here) + _bytes_a_chip(frozen_here))
         memory = {
             "params": _bytes_a_chip(state_here.params),
             "optimizer": _bytes_a_chip(state_here.optimizer),
             "frozen": _bytes_a_chip(frozen_here),
             "activations": self._kept(stage, params, frozen, rows // shards // accumulate) // cut,
         }
-        arguments = (state_here, frozen_here, batch)
+        arguments = (state_here, frozen_here, self._everywhere(local, TRAINING))
         # Between n slices, a ring over each chip's share of the gradients; the chips that hold the same share split it.
         n = self.topology.num_slices
         between = 2 * (n - 1) / n * memory["params"] / (self.mesh.shape["data"] // n)
-        return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, moved, between)
+        return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, between)
 
     def _kept(self, stage: Stage, params: Any, frozen: Frozen, rows: int) -> int:
         """Bytes that the forward pass of `rows` texts leaves for the backward pass: arrays that have those rows."""
@@ -316,27 +272,25 @@ class _Recipe:
 
         # Rows that no other axis has, so that they can be told apart; then scaled.
         marked = 997
-        batch = self._batch(stage, functools.partial(_array, marked))
+        batch = self._batch(stage, marked)
         left = jax.eval_shape(kept, params, frozen, batch, self._key)
         return sum(nbytes(x) for x in left if marked in x.shape) * rows // marked
 
     def hypotheses(self) -> Report:
         """The inverter's greedy guesses for a batch of the corrector's, as training makes them."""
         layout, rows = self.config.mesh.decode, self.config.corrector.batch_size
-        axes = ("data", "fsdp", "model") if layout == "batch" else ("data", "fsdp")
-        if rows % self._shards(*axes):
-            axes = ("data", "fsdp")
+        axes = AXES if layout == "batch" and rows % self.mesh.size == 0 else TRAINING
         params = self._network("inverter")
         shardings = state_shardings(self.mesh, params, param_specs(params, inverter.PARAM_AXES))
         run = functools.partial(greedy_hypotheses, self.model, decode=layout)
         program = OnMesh(jax.jit(run), self.mesh)
-        e = self._rows(rows, self.model.embedding_width, dtype=jnp.float32)
-        here = _shapes(params, shardings)
-        local = jax.ShapeDtypeStruct((rows // self._shards(*axes), self.model.embedding_width), jnp.float32)
+        here, width = _shapes(params, shardings), self.model.embedding_width
+        e = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=batch_sharding(self.mesh))
+        local = jax.ShapeDtypeStruct((rows // self._shards(axes), width), jnp.float32)
         counted = work(jax.make_jaxpr(run)(params, local).jaxpr, self.model.max_length)
         counted = counted.times(1 / (self.mesh.shape["model"] if layout == "model" else 1))
         memory = {"params": _bytes_a_chip(here)}
-        return self._report("hypotheses", program, (here, e), rows, memory, counted, counted.flops, 0)
+        return self._report("hypotheses", program, (here, e), rows, memory, counted)
 
     def correct(self, beam: int) -> Report:
         """One step of the correction loop, every chip with its own texts."""
@@ -349,20 +303,16 @@ class _Recipe:
         params = {name: {**p, "t5": jax.eval_shape(t5.unstack_decoder, p["t5"])} for name, p in params.items()}
         weights = params | {"embedder": frozen.embedder, "pieces": frozen.pieces}
         here = _shapes(weights, jax.tree.map(lambda _: replicated(self.mesh), weights))
-        axes, width = ("data", "fsdp", "model"), self.model.embedding_width
-        e = self._rows(ROWS_A_CHIP * self.mesh.size, width, dtype=jnp.float32, axes=axes)
-        local = jax.ShapeDtypeStruct((ROWS_A_CHIP, width), jnp.float32)
+        local = jax.ShapeDtypeStruct((ROWS_A_CHIP, self.model.embedding_width), jnp.float32)
         one = jax.ShapeDtypeStruct((), jnp.int32)
-        beam_here, _ = jax.eval_shape(loop._start_program, weights, e, one)
         beam_local, _ = jax.eval_shape(loop._start_program, weights, local, one)
-        rows_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
-        beam_here = _shapes(beam_here, jax.tree.map(lambda _: rows_sharding, beam_here))
+        e, beam_here = self._everywhere((local, beam_local), AXES)
         jaxpr = jax.make_jaxpr(loop._advance_program)(weights, local, beam_local, one, one).jaxpr
         counted = work(jaxpr, self.model.max_length)
         memory = {"params": _bytes_a_chip(here), "beam": _bytes_a_chip(beam_here)}
         arguments = (here, e, beam_here, one, one)
         program = OnMesh(jax.jit(loop._advance_program, donate_argnames="beam"), self.mesh)
-        return self._report(f"correct, beam {beam}", program, arguments, e.shape[0], memory, counted, counted.flops, 0)
+        return self._report(f"correct, beam {beam}", program, arguments, e.shape[0], memory, counted)
 
     def _report(
         self,
@@ -372,16 +322,13 @@ class _Recipe:
         rows: int,
         memory: dict[str, int],
         run: Work,
-        flops: float,
-        moved: int,
+        flops: float | None = None,
         between: float = 0.0,
     ) -> Report:
-        """Compiles; `run` and `flops` are a chip's, `moved` are bytes of HBM beside those of matrix products, `between`
-        bytes that a chip sends to other slices."""
+        """Compiles; `run` is a chip's work, `flops` what of it isn't recomputed, `between` bytes to other slices."""
         chip, capacity = self.topology.chip, int(self.topology.chip.memory)
         sent: dict[str, dict[str, int]] = {}
-        seconds = {"compute": run.flops / chip.flops, "memory": (run.bytes + moved) / chip.bandwidth}
-        flops_xla = 0.0
+        seconds = {"compute": run.flops / chip.flops, "memory": run.bytes / chip.bandwidth}
         with progress.stage(f"compiling {name} for {self.topology.name}"):
             lowered = program.lower(*arguments)
             try:
@@ -394,28 +341,21 @@ class _Recipe:
                 memory["program"] = found.generated_code_size_in_bytes
                 outputs = found.output_size_in_bytes - found.alias_size_in_bytes
                 needed = found.argument_size_in_bytes + outputs + memory["temporaries"] + memory["program"]
-                flops_xla = (compiled.cost_analysis() or {}).get("flops", 0.0)
                 try:
-                    sent = self._sent(compiled.as_text())
-                except jax.errors.JaxRuntimeError:  # an older jaxlib can't read all that a newer libtpu writes
-                    progress.note(f"{name}: this jaxlib can't read what the program sends; its time leaves that out.")
+                    sent = totals(compiled.as_text())
+                except jax.errors.JaxRuntimeError:
+                    progress.note(
+                        f"{name}: this jaxlib can't read the program of another version's libtpu, so what is sent and "
+                        "its time are left out: pip install 'jax[tpu]' brings the libtpu that fits."
+                    )
                 seconds |= {"ici": _wire_bytes(sent) / chip.ici, "dcn": between / chip.dcn}
         advice = ""
         if needed > capacity:
             advice = f"It lacks {(needed - capacity) / 1e9:.2f} GB a chip: {self._advice(name)}."
         return Report(
             *(name, self.mesh.size, rows, memory, needed, capacity, sent),
-            *(flops, run.flops, flops_xla, seconds, advice),
+            *(run.flops if flops is None else flops, run.flops, seconds, advice),
         )
-
-    def _sent(self, hlo_text: str) -> dict[str, dict[str, int]]:
-        """The collectives of a program by kind."""
-        sent: dict[str, dict[str, int]] = {}
-        for kind, size in collectives(hlo_text):
-            entry = sent.setdefault(kind, {"count": 0, "bytes": 0})
-            entry["count"] += 1
-            entry["bytes"] += size
-        return sent
 
     def _advice(self, name: str) -> str:
         stage = name.partition(" ")[2]
@@ -459,16 +399,13 @@ def text(report: Report) -> str:
     ]
     if not r.fits:
         return "\n".join([*lines, f"  {r.advice}"])
-    sent = (
-        ", ".join(f"{kind} {e['count']}x {e['bytes'] / 1e6:.1f} MB" for kind, e in r.collectives.items()) or "nothing"
-    )
+    sent = ", ".join(f"{kind} {e['count']}x {e['bytes'] / 1e6:.1f} MB" for kind, e in r.collectives.items())
     seconds = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in r.seconds.items())
     return "\n".join(
         [
             *lines,
-            f"  a chip sends: {sent}",
-            f"  TFLOP a chip: {r.flops / 1e12:.3f}, with what is recomputed {r.flops_run / 1e12:.3f} "
-            f"(XLA, loops counted once: {r.flops_xla / 1e12:.3f})",
+            f"  a chip sends: {sent or 'nothing'}",
+            f"  TFLOP a chip: {r.flops / 1e12:.3f}, with what is recomputed {r.flops_run / 1e12:.3f}",
             f"  at least {1e3 * r.step_seconds:.2f} ms a step (roofline, in ms: {seconds}), hence at most "
             f"{r.mfu:.0%} MFU and {r.rows / r.step_seconds:,.0f} texts/s",
         ]

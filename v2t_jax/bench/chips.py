@@ -1,5 +1,8 @@
-"""What a TPU chip can do at most, and the least time that a program needs on it (roofline, Williams et al. 2009)."""
+"""TPUs by name, what a chip can do at most, and the work that a program makes (roofline, Williams et al. 2009)."""
 
+import importlib.util
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -8,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from v2t_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,47 @@ CHIPS = {
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8, 50e9 / 8),
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 3200e9 / 8, 25.6e12 / 256 / 8),
 }
+
+QUIET = {
+    # Without these libtpu asks the cloud's metadata server what machine this is, and complains that there is none.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    # Its lock guards a TPU from a second process; compiling opens none.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class Topology:
+    """TPUs by name, such as v5e:4x4 or v4:2x2x4."""
+
+    def __init__(self, name: str, num_slices: int = 1) -> None:
+        """Raises: InputError: there is no libtpu, or no such topology."""
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(
+                "Compiling for TPUs needs libtpu, which isn't installed: `pip install 'jax[tpu]'` (Linux)."
+            )
+        kind = name.partition(":")[0]
+        if kind not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", name):
+            raise InputError(f"There is no topology {name!r}: give one of {', '.join(CHIPS)} and a shape, as v5e:4x4.")
+        if not 1 <= num_slices <= 256:
+            raise InputError(f"slices is {num_slices}; give 1 to 256.")
+        from jax.experimental import topologies
+
+        for variable, value in QUIET.items():
+            os.environ.setdefault(variable, value)
+        # A v4 chip's two cores are one device for its users.
+        extra = {"chip_config_name": "megacore"} if kind == "v4" else {}
+        slices = {"num_slices": num_slices} if num_slices > 1 else {}
+        try:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices, **extra)
+        except Exception as error:  # XlaRuntimeError, NotImplementedError: by version
+            raise InputError(f"libtpu knows no topology {name} ({str(error).splitlines()[0]}).") from error
+        self.name = f"{num_slices} x {name}" if num_slices > 1 else name
+        self.num_slices = num_slices
+        self.chip: Chip = CHIPS[kind]
+        self.devices = list(found.devices)
 
 
 @dataclass(frozen=True)

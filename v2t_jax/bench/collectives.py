@@ -1,7 +1,7 @@
 """What a compiled program sends between its devices, read from its optimised HLO text."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import prod
 
 KINDS = (
@@ -25,7 +25,7 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")
 
 
-def collectives(hlo_text: str, chosen: Callable[[str], bool] = lambda line: True) -> list[tuple[str, int]]:
+def collectives(hlo_text: str) -> list[tuple[str, int]]:
     """(kind, bytes) of every collective that a run of the program makes, as one device sees it.
 
     The bytes are those of the whole array on the device that is larger: what an all-gather or a permute leaves, what
@@ -36,12 +36,19 @@ def collectives(hlo_text: str, chosen: Callable[[str], bool] = lambda line: True
     length once. An asynchronous pair of start and done is one collective; so are the parts of one that TPU programs lay
     into fusions along the way, which share its channel. (TPU programs write a reduce-scatter as an all-reduce in a
     fusion: it is listed as that.)
-
-    Args:
-        chosen: which instructions count, by their line's text; by default all.
     """
     computations, entry = _computations(hlo_text)
-    return [(kind, size) for kind, size, line in _walk(entry, computations, set()) if chosen(line)] if entry else []
+    return list(_walk(entry, computations, set())) if entry else []
+
+
+def totals(hlo_text: str) -> dict[str, dict[str, int]]:
+    """The collectives of a program by kind: {count, bytes}."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, size in sorted(collectives(hlo_text)):
+        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += size
+    return found
 
 
 def _computations(hlo_text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
@@ -57,9 +64,7 @@ def _computations(hlo_text: str) -> tuple[dict[str, list[tuple[str, str]]], str]
     return found, entry
 
 
-def _walk(
-    name: str, computations: dict[str, list[tuple[str, str]]], channels: set[str]
-) -> Iterator[tuple[str, int, str]]:
+def _walk(name: str, computations: dict[str, list[tuple[str, str]]], channels: set[str]) -> Iterator[tuple[str, int]]:
     shapes: dict[str, str] = {}
     for instruction, text in computations.get(name, []):
         found = _OPCODE.search(text)
@@ -75,7 +80,7 @@ def _walk(
                 left -= taken
             channel = _CHANNEL.search(text)
             if channel is None or channel[1] not in channels:
-                yield kind, max(taken, left), text
+                yield kind, max(taken, left)
             channels |= {channel[1]} if channel else set()
             continue  # what an all-reduce applies is arithmetic
         turns = _turns(text, computations) if opcode == "while" else 1

@@ -9,7 +9,6 @@ each kind of collective moves in a step, from the compiled program (`bench.colle
 The step is `v2t train`'s, of an inverter; a bag of random vectors stands in for the embedder.
 """
 
-import collections
 import json
 import os
 import socket
@@ -25,7 +24,7 @@ import numpy as np
 
 from v2t_jax import distributed
 from v2t_jax.bench import num_cores
-from v2t_jax.bench.collectives import collectives
+from v2t_jax.bench.collectives import totals
 from v2t_jax.config import DistributedConfig, MeshConfig, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter
@@ -94,10 +93,7 @@ def measure(options: Scaling) -> dict[str, Any]:
     frozen = distributed.put(table, replicated(mesh))
     all_ids = rng.integers(2, T5.vocab_size, (batch, options.num_tokens)).astype(np.int32)
     ids = distributed.put(all_ids, batch_sharding(mesh))
-    moved: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     compiled = step.lower(state, frozen, ids).compile()
-    for kind, size in collectives(compiled.as_text()):
-        moved[kind] = [moved[kind][0] + 1, moved[kind][1] + size]
     for _ in range(2):
         state, metrics = jax.block_until_ready(compiled(state, frozen, ids))
     wall, cpu = time.perf_counter(), time.process_time()
@@ -110,7 +106,7 @@ def measure(options: Scaling) -> dict[str, Any]:
         "devices": devices,
         "cpu_seconds_per_example": sum(distributed.gather(cpu)) / examples,
         "examples_per_second": examples / wall,
-        "collectives": {kind: {"count": n, "bytes": size} for kind, (n, size) in sorted(moved.items())},
+        "collectives": totals(compiled.as_text()),
     }
 
 

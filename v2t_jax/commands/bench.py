@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from v2t_jax.bench import aot
+from v2t_jax.bench.chips import Topology
 from v2t_jax.bench.data import Data
 from v2t_jax.bench.decode import Decode
 from v2t_jax.bench.scaling import Scaling
@@ -34,7 +35,7 @@ class Aot:
     def run(self) -> None:
         jax.config.update("jax_platforms", "cpu")  # nothing runs here, least of all on a TPU that someone else may use
         jax.config.update("jax_enable_compilation_cache", False)  # what is compiled so can't be read back
-        config, topology = load_recipe(self.config), aot.Topology(self.topology, self.slices)
+        config, topology = load_recipe(self.config), Topology(self.topology, self.slices)
         reports = []
         for report in aot.compile_recipe(config, topology, self.programs, self.sequence_beam_width):
             reports.append(report)
