@@ -79,18 +79,19 @@ def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
 
 @dataclass(frozen=True)
 class OnMesh:
-    """A jitted program whose arrays' axes have names that `RULES` gives a place on `mesh`."""
+    """A jitted program whose arrays' axes have names that `rules` give a place on `mesh`."""
 
     program: Any
     mesh: Mesh
+    rules: tuple[tuple[str, Any], ...] = RULES
 
     def __call__(self, *args: Any) -> Any:
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             return self.program(*args)
 
     def lower(self, *args: Any) -> Any:
         """The program for arrays, or shapes, like these, not compiled yet."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             return self.program.lower(*args)
 
 

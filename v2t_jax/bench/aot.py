@@ -32,7 +32,17 @@ from v2t_jax.models import embedder as embedders
 from v2t_jax.models import inverter, t5
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, PieceMap
-from v2t_jax.sharding import AXES, OnMesh, batch_sharding, make_mesh, param_specs, replicated, state_shardings
+from v2t_jax.sharding import (
+    AXES,
+    DECODING_RULES,
+    OnMesh,
+    batch_sharding,
+    decoding_rows,
+    make_mesh,
+    param_specs,
+    replicated,
+    state_shardings,
+)
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import column_names
 from v2t_jax.train.step import (
@@ -57,7 +67,7 @@ ENCODERS: dict[str, EncoderConfig] = {
     **dict.fromkeys(("bge-base-en-v1.5", "e5-base-v2", "gte-base", "contriever"), _BERT_BASE),
 }
 TRAINING = ("data", "fsdp")  # what rows are cut over while training
-ROWS_A_CHIP = 32  # texts that a chip corrects at a time
+ROWS_A_CHIP = 32  # texts that a chip, or those that share a network, correct at a time
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,11 @@ class _Recipe:
         stored = {"embedding": vector, "hypothesis": ids, "hypothesis_embedding": vector}
         return Batch(ids, **{name: stored[name] for name in column_names(self.config, stage)})
 
+    @property
+    def _cut_in_decoding(self) -> int:
+        """Chips that share the work on the same rows."""
+        return self.mesh.shape["model"] if self.config.mesh.decode == "model" else 1
+
     def _everywhere(self, local: Any, axes: tuple[str, ...]) -> Any:
         """Arrays whose rows are cut over `axes`, by what one chip has of them."""
         place, shards = NamedSharding(self.mesh, PartitionSpec(axes)), self._shards(axes)
@@ -288,31 +303,45 @@ class _Recipe:
         e = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=batch_sharding(self.mesh))
         local = jax.ShapeDtypeStruct((rows // self._shards(axes), width), jnp.float32)
         counted = work(jax.make_jaxpr(run)(params, local).jaxpr, self.model.max_length)
-        counted = counted.times(1 / (self.mesh.shape["model"] if layout == "model" else 1))
+        counted = counted.times(1 / self._cut_in_decoding)
         memory = {"params": _bytes_a_chip(here)}
         return self._report("hypotheses", program, (here, e), rows, memory, counted)
 
     def correct(self, beam: int) -> Report:
-        """One step of the correction loop, every chip with its own texts."""
-        settings = CorrectionSettings(sequence_beam_width=beam, scan_chunk=1)
+        """One step of the correction loop, laid out as a training run's evaluation has it."""
+        settings, layout = CorrectionSettings(sequence_beam_width=beam, scan_chunk=1), self.config.mesh.decode
         assert self.embedder is not None and self.piece_map is not None
         embed = shared_embedder(self.embedder, self.piece_map)
         loop = CorrectionLoop(guesser(self.model), proposer(self.model, "best"), embed, settings)
         frozen = self._frozen(False)
-        params = {"inverter": self._network("inverter"), "corrector": self._network("corrector")}
-        params = {name: {**p, "t5": jax.eval_shape(t5.unstack_decoder, p["t5"])} for name, p in params.items()}
-        weights = params | {"embedder": frozen.embedder, "pieces": frozen.pieces}
-        here = _shapes(weights, jax.tree.map(lambda _: replicated(self.mesh), weights))
+        others = {"embedder": frozen.embedder, "pieces": frozen.pieces}
+        here = _shapes(others, jax.tree.map(lambda _: replicated(self.mesh), others))
+        here |= {"inverter": self._decoding("inverter"), "corrector": self._decoding("corrector")}
         local = jax.ShapeDtypeStruct((ROWS_A_CHIP, self.model.embedding_width), jnp.float32)
         one = jax.ShapeDtypeStruct((), jnp.int32)
-        beam_local, _ = jax.eval_shape(loop._start_program, weights, local, one)
-        e, beam_here = self._everywhere((local, beam_local), AXES)
-        jaxpr = jax.make_jaxpr(loop._advance_program)(weights, local, beam_local, one, one).jaxpr
-        counted = work(jaxpr, self.model.max_length)
+        beam_local, _ = jax.eval_shape(loop._start_program, here, local, one)
+        e, beam_here = self._everywhere((local, beam_local), decoding_rows(self.mesh, layout).spec[0])
+        jaxpr = jax.make_jaxpr(loop._advance_program)(here, local, beam_local, one, one).jaxpr
+        counted = work(jaxpr, self.model.max_length).times(1 / self._cut_in_decoding)
         memory = {"params": _bytes_a_chip(here), "beam": _bytes_a_chip(beam_here)}
         arguments = (here, e, beam_here, one, one)
-        program = OnMesh(jax.jit(loop._advance_program, donate_argnames="beam"), self.mesh)
+        program = OnMesh(jax.jit(loop._advance_program, donate_argnames="beam"), self.mesh, DECODING_RULES[layout])
         return self._report(f"correct, beam {beam}", program, arguments, e.shape[0], memory, counted)
+
+    def _decoding(self, stage: Stage) -> Any:
+        """A network as a correction loop takes it: see `Inverter.loop_params`."""
+        params = self._network(stage)
+        params = {**params, "t5": jax.eval_shape(functools.partial(t5.rounded, self.model.t5), params["t5"])}
+        specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.config.mesh.decode])
+        here = _shapes(params, state_shardings(self.mesh, params, specs))
+
+        def layer(stack: Any) -> Any:
+            place = NamedSharding(self.mesh, PartitionSpec(*stack.sharding.spec[1:]))
+            return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=place)
+
+        decoder = here["t5"]["decoder"]
+        layers = [jax.tree.map(layer, decoder["layers"])] * self.model.t5.num_decoder_layers
+        return {**here, "t5": {**here["t5"], "decoder": {**decoder, "layers": layers}}}
 
     def _report(
         self,
@@ -365,9 +394,9 @@ class _Recipe:
             if self.model.t5.remat == "none":
                 return "recompute in the backward pass (model.t5.remat=full)"
             return f"take smaller micro-batches ({stage}.optimizer.accumulate_steps) or more chips"
-        if name == "hypotheses" and self.config.mesh.decode == "batch":
+        if self.config.mesh.decode == "batch":
             return "keep the weights cut while decoding (mesh.decode=model, with mesh.model above 1)"
-        return "every chip holds whole weights for this: take chips with more memory"
+        return "take a larger mesh.model, or chips with more memory"
 
 
 def _wire_bytes(sent: dict[str, dict[str, int]]) -> float:
