@@ -31,6 +31,7 @@ from v2t_jax.config import DistributedConfig
 from v2t_jax.errors import InputError
 
 BARRIER_SECONDS = 600.0  # between hosts that do the same work: far above a slow disk, far below a night
+LAST_WORDS_SECONDS = 2
 _HOSTS = "v2t/hosts"
 _barriers = 0
 
@@ -325,16 +326,26 @@ def put(tree: Any, shardings: Any) -> Any:
 
     Each process copies only what its own devices need.
     """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
-            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf
         whole = np.asarray(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
-    return jax.tree.map(place, tree, shardings)
+    placed = jax.tree.map(place, tree, shardings)
+    if all(jax.tree.leaves(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, placed, shardings))):
+        return placed
+    # In one program: several that exchange data at a time lock each other on CPU devices.
+    return jax.jit(_as_it_is, out_shardings=shardings)(placed)
+
+
+def _as_it_is(tree: Any) -> Any:
+    return tree
 
 
 def fetch(tree: Any) -> Any:
@@ -427,7 +438,12 @@ class Vote:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends one of several processes at once: an ordinary exit would wait for those that it has left behind."""
+    """Ends one of several processes at once: an ordinary exit would wait for those that it has left behind.
+
+    Process 0 gives the others time to say what ends them: without it, JAX ends them with a trace.
+    """
+    if is_several() and is_main():
+        time.sleep(LAST_WORDS_SECONDS)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
