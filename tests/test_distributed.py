@@ -1,5 +1,6 @@
 """Processes find each other, or say in a sentence who is missing; they agree, and hand each other their numbers."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from v2t_jax import distributed
+from v2t_jax import distributed, rendezvous
 from v2t_jax.config import DistributedConfig
-from v2t_jax.distributed import Place, find_place, find_share
 from v2t_jax.errors import InputError
+from v2t_jax.rendezvous import Place, Share, find_place, find_share
 
 ROOT = Path(__file__).parents[1]
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "n[1-4]"}
@@ -77,20 +78,20 @@ def test_process_0_names_who_is_missing():
     options = DistributedConfig(f"127.0.0.1:{free_port()}", 3, 0, timeout=1.0)
     began = time.monotonic()
     with pytest.raises(InputError, match=r"Of 3 processes, processes 1, 2 did not come within 1 s; there are 0 \("):
-        distributed.start(options)
+        rendezvous.start(options)
     assert time.monotonic() - began < 5
 
 
 def test_the_others_say_that_process_0_is_missing():
     with pytest.raises(InputError, match=r"Process 1 can't meet process 0 at 127.0.0.1:\d+ within 1 s"):
-        distributed.start(DistributedConfig(f"127.0.0.1:{free_port()}", 2, 1, timeout=1.0))
+        rendezvous.start(DistributedConfig(f"127.0.0.1:{free_port()}", 2, 1, timeout=1.0))
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"can't listen on port {port}"):
-            distributed.start(DistributedConfig(f"127.0.0.1:{port}", 2, 0, timeout=1.0))
+            rendezvous.start(DistributedConfig(f"127.0.0.1:{port}", 2, 0, timeout=1.0))
 
 
 @pytest.fixture
@@ -107,21 +108,21 @@ def under_slurm(monkeypatch):
 
 def test_under_slurm_those_that_are_missing_are_named_too(under_slurm):
     with pytest.raises(InputError, match=r"Process 1 can't meet process 0 at 127.0.0.1:\d+ within 1 s"):
-        distributed.start(DistributedConfig(timeout=1.0))
+        rendezvous.start(DistributedConfig(timeout=1.0))
     under_slurm.setenv("SLURM_PROCID", "0")
     with pytest.raises(InputError, match=r"Of 3 processes, processes 1, 2 did not come within 1 s; there are 0 \("):
-        distributed.start(DistributedConfig(timeout=1.0))
+        rendezvous.start(DistributedConfig(timeout=1.0))
     under_slurm.delenv("SLURM_JOB_ID")
     with pytest.raises(InputError, match="don't meet .*: give --distributed.coordinator HOST:PORT"):
-        distributed.start(DistributedConfig(timeout=1.0))
+        rendezvous.start(DistributedConfig(timeout=1.0))
 
 
 def test_work_without_meeting_needs_a_number_only(under_slurm):
-    assert find_share(DistributedConfig()) == (1, 3)
-    assert find_share(DistributedConfig(num_processes=8, process_id=7)) == (7, 8)
-    assert find_share(DistributedConfig(coordinator="none")) == (0, 1)
+    assert find_share(DistributedConfig()) == Share(1, 3)
+    assert find_share(DistributedConfig(num_processes=8, process_id=7)) == Share(7, 8)
+    assert find_share(DistributedConfig(coordinator="none")) == Share(0, 1)
     under_slurm.setenv("V2T_NUM_PROCESSES", "2")
-    assert find_share(DistributedConfig()) == (1, 2)
+    assert find_share(DistributedConfig()) == Share(1, 2)
     with pytest.raises(InputError, match="process_id is 2; with 2 processes it must be from 0 to 1"):
         find_share(DistributedConfig(process_id=2))
     under_slurm.delenv("SLURM_PROCID")
@@ -153,10 +154,10 @@ TOGETHER = """
 import socket, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from v2t_jax import distributed
+from v2t_jax import distributed, rendezvous
 from v2t_jax.config import DistributedConfig
 from v2t_jax.errors import InputError
-distributed.start(DistributedConfig(timeout=60))
+rendezvous.start(DistributedConfig(timeout=60))
 me = jax.process_index()
 assert distributed.is_several() and distributed.is_main() == (me == 0)
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -219,6 +220,15 @@ def test_the_launcher_stops_all_when_one_fails_and_passes_signals_on():
     assert sum("up" in process.stdout.readline() for _ in range(4)) == 2
     process.terminate()
     assert process.wait(30) == 0
+    process.stdout.close()
+    deaf = code + "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
+    process = subprocess.Popen([*launcher, sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert sum("up" in process.stdout.readline() for _ in range(4)) == 2
+    while process.poll() is None:  # the third ends it
+        process.terminate()
+        time.sleep(0.2)
+    assert process.returncode == 128 + signal.SIGKILL
     process.stdout.close()
     dry = subprocess.run([*launcher[:-1], "--dry-run", "--", "true"], capture_output=True, text=True, check=True)
     assert "V2T_PROCESS_ID='1'" in dry.stdout.splitlines()[1]

@@ -80,9 +80,9 @@ def joined(options: DistributedConfig) -> Iterator[None]:
     """Takes part in a run of several processes, if there are several; a failure ends this one at once."""
     import jax
 
-    from v2t_jax import distributed
+    from v2t_jax import distributed, rendezvous
 
-    distributed.start(options)
+    rendezvous.start(options)
     if distributed.is_several() and not distributed.is_main():
         progress.disable()  # one bar is enough
     try:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from v2t_jax.bench import aot
+from v2t_jax.bench.aot_report import Report, text
 from v2t_jax.bench.chips import CHIPS, Topology, Work, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, load_recipe
 from v2t_jax.errors import InputError
@@ -77,9 +78,9 @@ def test_what_is_recomputed_is_not_kept():
 
 def test_the_roofline_is_what_takes_longest():
     seconds = {"compute": 2.0, "memory": 4.0, "ici": 1.0, "dcn": 0.0}
-    report = aot.Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, seconds, "It lacks 1 GB a chip.")
+    report = Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, seconds, "It lacks 1 GB a chip.")
     assert (report.step_seconds, report.mfu, report.fits) == (4.0, 0.25, False)
-    assert "does not fit" in aot.text(report) and "lacks 1 GB" in aot.text(report)
+    assert "does not fit" in text(report) and "lacks 1 GB" in text(report)
     json.dumps(report.to_dict())
 
 

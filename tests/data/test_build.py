@@ -21,6 +21,7 @@ from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.data.sources import is_held_out, normalise_for_split, read_texts, unique
 from v2t_jax.data.tokenize import EOS, Vocabulary
 from v2t_jax.errors import InputError
+from v2t_jax.rendezvous import Share
 
 from .conftest import WORDS
 
@@ -109,10 +110,11 @@ import sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from v2t_jax.data.build import BuildSettings, Workers, build
+from v2t_jax.rendezvous import Share
 if __name__ == "__main__":
     source, folder, tokenizer, index, count, processes = sys.argv[1:]
     settings = BuildSettings(held_out_share=0.1, max_tokens=12, chunk_bytes=4000, shard_bytes=20_000)
-    workers = Workers(int(processes), int(index), int(count), 60.0)
+    workers = Workers(int(processes), Share(int(index), int(count)), 60.0)
     build([source], Path(folder), Tokenizer.from_file(tokenizer), settings, workers)
 """
 
@@ -309,7 +311,7 @@ def test_bad_settings_are_refused(changed):
         BuildSettings(**changed)
 
 
-@pytest.mark.parametrize("changed", [{"processes": 0}, {"host_index": 2, "host_count": 2}, {"timeout": 0.0}])
+@pytest.mark.parametrize("changed", [{"processes": 0}, {"timeout": 0.0}])
 def test_bad_workers_are_refused(changed):
     with pytest.raises(InputError):
         Workers(**changed)
@@ -321,14 +323,14 @@ def test_a_host_may_find_the_work_done_and_cleared_away(source, tmp_path, tokeni
         build_here(source, tmp_path / "built", tokenizer)
 
     monkeypatch.setattr(build_module.time, "sleep", others_work)
-    found = build_here(source, tmp_path / "built", tokenizer, host_index=1, host_count=2)
+    found = build_here(source, tmp_path / "built", tokenizer, share=Share(1, 2))
     assert found.manifest["counts"]["texts"] == 2000 and not (tmp_path / "built" / "work").exists()
 
 
 def test_a_host_that_does_not_come_is_named(source, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(build_module, "POLL_SECONDS", 0.01)
     with pytest.raises(InputError, match=r"Host 1 of 2 has not made .*chunk-000001.arrow .* run alone"):
-        build_here(source, tmp_path / "built", tokenizer, host_count=2, timeout=0.05)
+        build_here(source, tmp_path / "built", tokenizer, share=Share(0, 2), timeout=0.05)
     assert build_here(source, tmp_path / "built", tokenizer).manifest["counts"]["texts"] == 2000
 
 

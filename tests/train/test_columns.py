@@ -23,8 +23,9 @@ from v2t_jax.data.blocks import StoredTexts
 from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.errors import InputError
 from v2t_jax.pretrained import Inverter
+from v2t_jax.rendezvous import Share
 from v2t_jax.train import columns
-from v2t_jax.train.columns import Share, embed_column, hypothesis_columns
+from v2t_jax.train.columns import embed_column, hypothesis_columns
 from v2t_jax.train.step import greedy_hypotheses
 
 

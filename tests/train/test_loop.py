@@ -276,8 +276,9 @@ def test_a_work_directory_that_is_a_file(recipe, tmp_path):
         ({"embedder": "no-such-embedder"}, "There is no embedder"),
         ({"model": {"max_length": 32}}, "reads texts of 31 at most"),
         ({"model": {"max_length": 3}}, "No held-out text"),
-        ({"inverter": StageConfig(num_steps=2, batch_size=12)}, "over 8 devices"),
-        ({"mesh": MeshConfig(3, 1, 1)}, "doesn't fit 8 devices"),
+        # Before anything is opened:
+        ({"embedder": "none", "inverter": StageConfig(num_steps=2, batch_size=12)}, "over 8 devices"),
+        ({"embedder": "none", "mesh": MeshConfig(3, 1, 1)}, "doesn't fit 8 devices"),
         ({"initial_embedding": "embedder", "model": {"t5": {"d_model": 24}}}, "needs model.t5.d_model=16"),
         ({"mesh": MeshConfig(1, 1, 8)}, "which mesh.model=8 doesn't divide"),
         ({"data": {"held_out": "none.txt"}}, "There is no file"),

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
+from v2t_jax.bench.aot_report import Report
 from v2t_jax.bench.chips import Topology, Work, nbytes, work
-from v2t_jax.bench.collectives import totals
+from v2t_jax.bench.collectives import ring_bytes, totals
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.correct import CorrectionLoop, CorrectionSettings
 from v2t_jax.errors import InputError
@@ -44,7 +45,7 @@ from v2t_jax.sharding import (
     state_shardings,
 )
 from v2t_jax.train.optim import make_optimizer
-from v2t_jax.train.setup import column_names
+from v2t_jax.train.setup import check_batches, column_names
 from v2t_jax.train.step import (
     NETWORKS,
     Batch,
@@ -70,49 +71,6 @@ TRAINING = ("data", "fsdp")  # what rows are cut over while training
 ROWS_A_CHIP = 32  # texts that a chip, or those that share a network, correct at a time
 
 
-@dataclass(frozen=True)
-class Report:
-    """What is known of a compiled program; bytes, operations and seconds of one chip and one run."""
-
-    program: str
-    chips: int
-    rows: int
-    """texts, of all chips"""
-    memory: dict[str, int]
-    """bytes: params, optimizer, other weights (frozen), activations kept for the backward pass (estimated), and the
-    compiler's total of temporaries, activations among them"""
-    needed: int
-    capacity: int
-    collectives: dict[str, dict[str, int]]
-    """kind -> {count, bytes}, within a slice; empty too where the program can't be read. What goes from slice to slice
-    is no part of a TPU program's text: a training step's gradients are reckoned, under seconds["dcn"]"""
-    flops: float
-    """ours: matrix products of the model, without what is recomputed"""
-    flops_run: float
-    """the same with what is recomputed"""
-    seconds: dict[str, float]
-    """the least for compute, memory, ici, dcn"""
-    advice: str
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.capacity
-
-    @property
-    def step_seconds(self) -> float:
-        """The roofline: what takes longest, if all else happens meanwhile."""
-        return max(self.seconds.values())
-
-    @property
-    def mfu(self) -> float:
-        """The model's operations by the chip's peak in that time: none can do better."""
-        return self.flops / self.flops_run * self.seconds["compute"] / self.step_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        derived = {"fits": self.fits, "step_seconds": self.step_seconds, "mfu": self.mfu}
-        return dataclasses.asdict(self) | derived | {"texts_per_second": self.rows / self.step_seconds}
-
-
 def compile_recipe(
     config: Config, topology: Topology, programs: tuple[Program, ...], beam: int = 4
 ) -> Iterator[Report]:
@@ -133,6 +91,7 @@ def compile_recipe(
         model = dataclasses.replace(model, t5=t5_config, embedding_width=embedder.width)
     recipe = _Recipe(config, model, embedder, piece_map, mesh, topology)
     if "train" in programs:
+        check_batches(config, mesh)
         for stage in config.stages:
             yield recipe.train(stage)
     if "hypotheses" in programs:
@@ -239,11 +198,6 @@ class _Recipe:
         settings: StageConfig = getattr(self.config, stage)
         accumulate, rows, length = settings.optimizer.accumulate_steps, settings.batch_size, self.model.max_length
         shards, cut = self._shards(TRAINING), self.mesh.shape["model"]
-        if rows % (shards * accumulate):
-            raise InputError(
-                f"{stage}.batch_size={rows} can't be cut into {accumulate} micro-batches over {shards} devices: make "
-                "it a multiple of their product."
-            )
         optimizer = make_optimizer(settings.optimizer, settings.num_steps)
         params = self._network(stage)
         count: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -377,7 +331,7 @@ class _Recipe:
                         f"{name}: this jaxlib can't read the program of another version's libtpu, so what is sent and "
                         "its time are left out: pip install 'jax[tpu]' brings the libtpu that fits."
                     )
-                seconds |= {"ici": _wire_bytes(sent) / chip.ici, "dcn": between / chip.dcn}
+                seconds |= {"ici": ring_bytes(sent) / chip.ici, "dcn": between / chip.dcn}
         advice = ""
         if needed > capacity:
             advice = f"It lacks {(needed - capacity) / 1e9:.2f} GB a chip: {self._advice(name)}."
@@ -399,11 +353,6 @@ class _Recipe:
         return "take a larger mesh.model, or chips with more memory"
 
 
-def _wire_bytes(sent: dict[str, dict[str, int]]) -> float:
-    """What a chip sends in rings: an all-reduce goes round twice."""
-    return float(sum(entry["bytes"] * (2 if kind == "all-reduce" else 1) for kind, entry in sent.items()))
-
-
 def _needed(error: Exception, arguments: int) -> int:
     """Bytes that a program wanted of a chip, from the compiler's refusal; another error is raised again.
 
@@ -415,27 +364,3 @@ def _needed(error: Exception, arguments: int) -> int:
         raise error
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
     return int(float(number) * 1024 ** " KMGT".index(unit or " ")) + (0 if found[1] else arguments)
-
-
-def text(report: Report) -> str:
-    """A report in lines."""
-    r = report
-    memory = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in r.memory.items())
-    verdict = "it fits" if r.fits else "it does not fit"
-    lines = [
-        f"{r.program}, {r.rows} texts on {r.chips} chips (compiled, not run)",
-        f"  GB a chip: {r.needed / 1e9:.2f} of {r.capacity / 1e9:.2f} ({memory}); {verdict}",
-    ]
-    if not r.fits:
-        return "\n".join([*lines, f"  {r.advice}"])
-    sent = ", ".join(f"{kind} {e['count']}x {e['bytes'] / 1e6:.1f} MB" for kind, e in r.collectives.items())
-    seconds = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in r.seconds.items())
-    return "\n".join(
-        [
-            *lines,
-            f"  a chip sends: {sent or 'nothing'}",
-            f"  TFLOP a chip: {r.flops / 1e12:.3f}, with what is recomputed {r.flops_run / 1e12:.3f}",
-            f"  at least {1e3 * r.step_seconds:.2f} ms a step (roofline, in ms: {seconds}), hence at most "
-            f"{r.mfu:.0%} MFU and {r.rows / r.step_seconds:,.0f} texts/s",
-        ]
-    )

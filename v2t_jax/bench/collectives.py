@@ -51,6 +51,11 @@ def totals(hlo_text: str) -> dict[str, dict[str, int]]:
     return found
 
 
+def ring_bytes(sent: dict[str, dict[str, int]]) -> float:
+    """What a device sends in rings, at most, of such totals: an all-reduce goes round twice."""
+    return float(sum(entry["bytes"] * (2 if kind == "all-reduce" else 1) for kind, entry in sent.items()))
+
+
 def _computations(hlo_text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
     """Every computation's instructions as (name, rest of the line), and the entry's name."""
     found: dict[str, list[tuple[str, str]]] = {}

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax import distributed
+from v2t_jax import distributed, rendezvous
 from v2t_jax.bench import num_cores
 from v2t_jax.bench.collectives import totals
 from v2t_jax.config import DistributedConfig, MeshConfig, ModelConfig, OptimizerConfig, T5Config
@@ -153,5 +153,5 @@ def compare(options: Scaling, layouts: tuple[tuple[int, int], ...] = LAYOUTS) ->
 
 def worker(options: str) -> None:
     """A process of a layout."""
-    distributed.start(DistributedConfig())
+    rendezvous.start(DistributedConfig())
     print(json.dumps(measure(Scaling(**json.loads(options)))))

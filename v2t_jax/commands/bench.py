@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from v2t_jax.bench import aot
+from v2t_jax.bench.aot_report import text
 from v2t_jax.bench.chips import Topology
 from v2t_jax.bench.data import Data
 from v2t_jax.bench.decode import Decode
@@ -40,7 +41,7 @@ class Aot:
         for report in aot.compile_recipe(config, topology, self.programs, self.sequence_beam_width):
             reports.append(report)
             if not self.json:
-                print(aot.text(report), flush=True)
+                print(text(report), flush=True)
         if self.json:
             shown = {"topology": self.topology, "slices": self.slices, "config": self.config}
             print(

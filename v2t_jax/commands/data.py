@@ -46,14 +46,14 @@ class Build:
         from v2t_jax.bench import num_cores
         from v2t_jax.data.build import BuildSettings, Workers, build
         from v2t_jax.data.tokenize import read_tokenizer
-        from v2t_jax.distributed import find_share
         from v2t_jax.interop.sentence_transformers import load_tokenizer
+        from v2t_jax.rendezvous import find_share
 
         if (self.embedder is None) == (self.tokenizer is None):
             raise InputError("Give either --embedder NAME or --tokenizer FILE: it decides the pieces.")
         settings = BuildSettings(self.vocabulary_size, self.held_out_share, self.max_tokens)
         processes = num_cores() if self.processes is None else self.processes
-        workers = Workers(processes, *find_share(self.distributed), self.host_timeout)
+        workers = Workers(processes, find_share(self.distributed), self.host_timeout)
         if self.embedder is not None:
             tokenizer = load_tokenizer(self.embedder)
         else:
@@ -96,11 +96,11 @@ class EmbedColumn:
 
     def run(self) -> None:
         from v2t_jax.data.blocks import StoredTexts
-        from v2t_jax.distributed import find_share
         from v2t_jax.interop.sentence_transformers import load_embedder
-        from v2t_jax.train.columns import Share, embed_column
+        from v2t_jax.rendezvous import find_share
+        from v2t_jax.train.columns import embed_column
 
-        stored, share = StoredTexts(Path(os.path.expanduser(self.folder))), Share(*find_share(self.distributed))
+        stored, share = StoredTexts(Path(os.path.expanduser(self.folder))), find_share(self.distributed)
         embedder = open_embedder(self.embedder, self.api)
         if isinstance(embedder, str):
             embedder = load_embedder(embedder, self.dtype)
@@ -131,8 +131,8 @@ class Hypotheses:
 
     def run(self) -> None:
         from v2t_jax.data.blocks import StoredTexts
-        from v2t_jax.distributed import find_share
-        from v2t_jax.train.columns import Share, hypothesis_columns
+        from v2t_jax.rendezvous import find_share
+        from v2t_jax.train.columns import hypothesis_columns
 
         done = hypothesis_columns(
             StoredTexts(Path(os.path.expanduser(self.folder))),
@@ -141,7 +141,7 @@ class Hypotheses:
             open_embedder(self.embedder, self.api),
             embeddings=self.embeddings,
             batch_size=self.batch_size,
-            share=Share(*find_share(self.distributed)),
+            share=find_share(self.distributed),
         )
         _say(done, f'in a recipe: DataConfig(..., hypotheses="{self.name}")')
 

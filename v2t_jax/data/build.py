@@ -52,6 +52,7 @@ from v2t_jax.data.shards import Job
 from v2t_jax.data.sources import HELD_OUT_SHARE
 from v2t_jax.data.tokenize import Vocabulary, commonest_pieces
 from v2t_jax.errors import InputError
+from v2t_jax.rendezvous import Share
 
 POLL_SECONDS = 0.2  # between two looks for another host's files
 
@@ -83,21 +84,14 @@ class Workers:
     """Who does the work; nothing of it shows in the result."""
 
     processes: int = 1
-    host_index: int = 0
-    host_count: int = 1
+    share: Share = Share()
     timeout: float = 3600.0  # seconds without a new file from another host after which it is given up
 
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise InputError(f"processes must be at least 1, not {self.processes}.")
-        if not 0 <= self.host_index < self.host_count:
-            raise InputError(f"There is no host {self.host_index} of {self.host_count}: count hosts from 0.")
         if not self.timeout > 0:
             raise InputError(f"timeout must be a number of seconds above 0, not {self.timeout}.")
-
-    def mine(self, count: int) -> range:
-        """Which of `count` files are this host's to make."""
-        return range(self.host_index, count, self.host_count)
 
 
 def build(
@@ -114,7 +108,7 @@ def build(
     try:
         return _build(opened, folder, tokenizer, settings, workers)
     except OSError as error:
-        if workers.host_index and isinstance(error, FileNotFoundError) and (folder / "manifest.json").is_file():
+        if workers.share.index and isinstance(error, FileNotFoundError) and (folder / "manifest.json").is_file():
             return StoredTexts(folder)  # the other hosts needed nothing more of this one, and have cleared up
         raise InputError(
             f"The build stopped at {error.filename or folder} ({error.strerror or error}); mend that, or free space, "
@@ -160,7 +154,7 @@ def _build(
         entries["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.tokenizer.to_str().encode())
         token_dtype = "uint16" if vocabulary.size <= 2**16 else "int32"
         _make_shards(job, chunks, token_dtype, workers, run)
-    if workers.host_index > 0:
+    if workers.share.index > 0:
         _wait([folder / "manifest.json"], workers, lambda _: 0, folder / "manifest.json")
         return StoredTexts(folder)
 
@@ -302,27 +296,27 @@ def _make_chunks(job: Job, sources: Sequence[Source], chunk_bytes: int, workers:
 
     def missing() -> Iterator[tuple[int, Path]]:
         for index, chunk in tasks():
-            if index % workers.host_count == workers.host_index and not job.chunk(index).is_file():
+            if workers.share.has(index) and not job.chunk(index).is_file():
                 yield index, shards.hand_over(job, index, chunk)
 
     with progress.bar(total // 1024, "tokenising", unit="KB") as update:
         for _ in run(shards.write_chunk, missing()):
             update(min(read, total) // 1024, texts=texts)
-    _wait([job.chunk(i) for i in range(count)], workers, lambda i: i % workers.host_count, job.folder / "manifest.json")
+    _wait([job.chunk(i) for i in range(count)], workers, workers.share.host_of, job.folder / "manifest.json")
     return count
 
 
 def _make_shards(job: Job, chunks: int, token_dtype: str, workers: Workers, run: Run) -> None:
-    mine = workers.mine(job.num_shards)
+    mine = [i for i in range(job.num_shards) if workers.share.has(i)]
     missing = [i for i in mine if not job.shard(i).is_file()]
     done = len(mine) - len(missing)
     with progress.bar(len(mine), "writing shards", unit="shards", start=done) as update:
         for _ in run(shards.write_shard, ((i, chunks, token_dtype) for i in missing)):
             done += 1
             update(done)
-    if workers.host_index == 0:
+    if workers.share.index == 0:
         files = [job.shard(i) for i in range(job.num_shards)]
-        _wait(files, workers, lambda i: i % workers.host_count, job.folder / "manifest.json")
+        _wait(files, workers, workers.share.host_of, job.folder / "manifest.json")
 
 
 def _wait(files: Sequence[Path], workers: Workers, host_of: Callable[[int], int], finished: Path) -> None:
@@ -348,7 +342,7 @@ def _wait(files: Sequence[Path], workers: Workers, host_of: Callable[[int], int]
                 since = time.monotonic()
             elif time.monotonic() - since > workers.timeout:
                 raise InputError(
-                    f"Host {host_of(still[0])} of {workers.host_count} has not made {files[still[0]]} in "
+                    f"Host {host_of(still[0])} of {workers.share.count} has not made {files[still[0]]} in "
                     f"{workers.timeout:.0f} seconds: start it, or run alone "
                     "(--distributed.coordinator none) to do its part here."
                 )

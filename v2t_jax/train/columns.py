@@ -16,7 +16,6 @@ inverters each learn without one K-th of the texts (`data.folds`), and each gues
 import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.checkpoint import sha256_of
 from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, embed_pieces, embed_texts
 from v2t_jax.pretrained import Inverter, check_length, load, locate_model, read_model
+from v2t_jax.rendezvous import Share
 from v2t_jax.train.step import greedy_hypotheses
 
 PIECE_BLOCKS = 16  # blocks that are computed, and kept, at a time
@@ -43,18 +43,6 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 """for each column, dtype and shape of a text's array"""
 Compute = Callable[[list[np.ndarray], np.ndarray], Arrays]
 """of texts (ids without their end) and their row numbers in the data set"""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which shards are this host's; nothing of it shows in the result."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise InputError(f"There is no host {self.index} of {self.count}: count hosts from 0.")
 
 
 def embed_column(
@@ -297,7 +285,7 @@ def _fill(
     """Writes columns, those of one text always together; True if no host has anything left to do."""
     writers = {name: ColumnWriter(stored, name, dtype, shape, made_by) for name, (dtype, shape) in specs.items()}
     shards = {shard for writer in writers.values() for shard in writer.missing()}
-    mine = [shard for shard in sorted(shards) if shard % share.count == share.index]
+    mine = [shard for shard in sorted(shards) if share.has(shard)]
     first_row = np.concatenate([[0], np.cumsum(stored.block_rows)])
     work = stored.folder / "columns" / f".{next(iter(specs))}.pieces"
     total = sum(int(first_row[stored.first_block[shard + 1]] - first_row[stored.first_block[shard]]) for shard in mine)

@@ -38,7 +38,15 @@ from v2t_jax.pretrained import CARD_HEAD, Inverter, norm_statistics
 from v2t_jax.sharding import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
-from v2t_jax.train.setup import NORM_TEXTS, Setup, column_names, initial_params, prepare, trained_inverter
+from v2t_jax.train.setup import (
+    NORM_TEXTS,
+    Setup,
+    check_batches,
+    column_names,
+    initial_params,
+    prepare,
+    trained_inverter,
+)
 from v2t_jax.train.step import (
     NETWORKS,
     Batch,
@@ -93,12 +101,14 @@ def train(config: Config, workdir: Path) -> Path:
 
 def _train(config: Config, workdir: Path) -> Path:
     check_workdir(config, workdir)  # first: it takes a moment, and what follows a minute
+    mesh = make_mesh(config.mesh)
+    check_batches(config, mesh)
     distributed.barrier("looked at the work directory")  # before process 0 writes there
     setup = prepare(config)
     claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
     if config.initial_inverter:
-        params["inverter"] = trained_inverter(setup, make_mesh(config.mesh))
+        params["inverter"] = trained_inverter(setup, mesh)
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
@@ -142,12 +152,6 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         config, setup.stores, settings.batch_size, [setup.columns[name] for name in columns.values()]
     )
     mesh = make_mesh(config.mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
-        raise InputError(
-            f"{stage}.batch_size={settings.batch_size} can't be cut into {settings.optimizer.accumulate_steps} "
-            f"micro-batches over {parts} devices: make it a multiple of their product."
-        )
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
     embedder = setup.in_step
     sizes, piece_map = (embedder.config, PieceMap.of(embedder)) if embedder else (None, None)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from v2t_jax import distributed
 from v2t_jax.blackbox import HttpEmbedder
-from v2t_jax.config import Config, ModelConfig, Stage, T5Config, is_endpoint
+from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.data.blocks import Column, StoredTexts
 from v2t_jax.data.pipeline import Batches
 from v2t_jax.data.stored import StoredBatches
@@ -102,6 +102,22 @@ class Setup:
             for i in range(0, len(ids), 256)
         ]
         return np.concatenate([np.asarray(part) for part in parts])
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Refuses batches that the mesh doesn't divide.
+
+    Raises:
+        InputError: a stage's batch_size is no multiple of the micro-batches and the devices.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for stage in config.stages:
+        settings: StageConfig = getattr(config, stage)
+        if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
+            raise InputError(
+                f"{stage}.batch_size={settings.batch_size} can't be cut into {settings.optimizer.accumulate_steps} "
+                f"micro-batches over {parts} devices: make it a multiple of their product."
+            )
 
 
 def prepare(config: Config) -> Setup:
