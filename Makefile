@@ -38,7 +38,7 @@ demo: install ## recover held-out sentences from their embeddings; TEXT="any sen
 	$(VENV)/bin/v2t demo $${TEXT:+"--text=$$TEXT"}
 
 test: install ## run the test suite
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 slow: install ## run the slow tests: several processes, and runs that are killed again and again
 	$(VENV)/bin/pytest -n 2 -m slow

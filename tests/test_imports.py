@@ -15,7 +15,7 @@ PACKAGE = Path(v2t_jax.__file__).parent
 # A part (a module or folder of the package) imports from its own layer and from those before it.
 LAYERS: list[set[str]] = [
     {"arrays", "compile_cache", "config", "errors", "progress", "torch_order"},
-    {"distributed", "sharding", "models", "decode"},
+    {"distributed", "rendezvous", "sharding", "models", "decode"},
     {"assets", "blackbox", "bridge", "data", "correct", "endpoint", "interop", "vector_cache"},
     {"loop_functions", "pretrained", "convert", "invert", "trace", "train", "eval", "vec2text"},
     {"bench", "cli", "commands"},
