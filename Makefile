@@ -41,7 +41,7 @@ test: install ## run the test suite
 	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 slow: install ## run the slow tests: several processes, and runs that are killed again and again
-	$(VENV)/bin/pytest -n 2 -m slow
+	$(VENV)/bin/pytest -n 2 --dist loadfile -m slow
 
 lint: install ## check style and formatting
 	$(VENV)/bin/ruff check .
