@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny_model import WIDTH, make_model
@@ -395,6 +396,18 @@ def test_control_c_ends_in_one_line(models: Path) -> None:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "v2t: interrupted" and "Traceback" not in err
+
+
+def test_a_device_without_room_ends_in_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> None:
+        np.asarray(jax.numpy.zeros(2**44))
+
+    monkeypatch.setattr(recovery.Invert, "run", too_large)
+    code, _, err = run("invert", "--text", "cat")
+    assert code == 2 and "A device's memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating" in err
+    monkeypatch.setattr(recovery.Invert, "run", lambda _: jax.jit(lambda: 1 / 0)())
+    with pytest.raises(ZeroDivisionError):
+        run("invert", "--text", "cat")
 
 
 def test_control_c_that_jax_swallows_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

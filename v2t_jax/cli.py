@@ -88,14 +88,8 @@ def joined(options: DistributedConfig) -> Iterator[None]:
     try:
         yield
     except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
+        said = distributed.explained(error) if isinstance(error, jax.errors.JaxRuntimeError) else error
         if distributed.is_several():
-            said: Exception = error
-            if isinstance(error, jax.errors.JaxRuntimeError):
-                gist = (str(error).splitlines() or [""])[0]
-                said = InputError(
-                    f"The processes of the run have lost each other ({gist}): see why one of them ended, then start "
-                    "all of them again."
-                )
             print(f"v2t: {said}", file=sys.stderr)
             distributed.leave(2)
         raise
@@ -283,6 +277,16 @@ def main() -> None:
             f"v2t: {error.filename or 'the output'}: {error.strerror or error}; mend that and try again.",
             file=sys.stderr,
         )
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        import jax
+
+        from v2t_jax.distributed import explained
+
+        said = explained(error) if isinstance(error, jax.errors.JaxRuntimeError) else None
+        if said is None:
+            raise
+        print(f"v2t: {said}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         leave()

@@ -206,8 +206,8 @@ class MeshConfig:
     """slices of TPUs that the data axis is laid over; 0 takes what the devices say. Other devices are cut into so many
     groups of neighbours"""
     decode: DecodeLayout = "batch"
-    """how hypotheses are made in training. batch: whole weights on every device, rows over all axes; model: weights
-    stay cut over the model axis, for networks that don't fit a device"""
+    """how a run decodes, for hypotheses and evaluation. batch: whole weights on every device, rows over all axes;
+    model: weights stay cut over the model axis, which must be above 1 for that, for networks that don't fit a device"""
 
     def __post_init__(self) -> None:
         _require(self.slices >= 0, f"mesh.slices is {self.slices}; it must not be negative (0: what the devices say).")

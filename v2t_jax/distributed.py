@@ -210,6 +210,22 @@ class Vote:
         return before
 
 
+def explained(error: jax.errors.JaxRuntimeError) -> InputError | None:
+    """What a person can do about an error of JAX's own; None where nothing is known of it."""
+    gist = (str(error).splitlines() or [""])[0]
+    if "RESOURCE_EXHAUSTED" in gist:
+        return InputError(
+            f"A device's memory is too small ({gist}): take smaller batches (in training, or more --STAGE.optimizer."
+            "accumulate-steps), or cut the weights over more devices (--mesh.fsdp)."
+        )
+    if is_several():
+        return InputError(
+            f"The processes of the run have lost each other ({gist}): see why one of them ended, then start all of "
+            "them again; training goes on from the newest checkpoint."
+        )
+    return None
+
+
 def leave(status: int) -> NoReturn:
     """Ends one of several processes at once: an ordinary exit would wait for those that it has left behind.
 

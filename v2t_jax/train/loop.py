@@ -80,18 +80,17 @@ def train(config: Config, workdir: Path) -> Path:
     Returns:
         The folder of the finished model.
     Raises:
-        InputError: a setting or a source is wrong, `workdir` holds another recipe's run, or its disk is full.
+        InputError: a setting or a source is wrong, `workdir` holds another recipe's run, its disk or a device's memory
+            is full, or the run's processes have lost each other.
         TrainingStopped: SIGINT or SIGTERM came; everything is saved.
     """
     try:
         return _train(config, workdir)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        fault = distributed.explained(error)
+        if fault is None:
             raise
-        raise InputError(
-            f"The processes of the run have lost each other ({(str(error).splitlines() or [''])[0]}): see why one of "
-            "them ended, then start all of them again, to go on from the newest checkpoint."
-        ) from error
+        raise fault from error
     except OSError as error:
         raise InputError(
             f"The run stopped at {error.filename or workdir} ({error.strerror or error}); mend that, or free space, "
