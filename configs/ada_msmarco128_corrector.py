@@ -10,7 +10,7 @@ takes 32 GB, and 54 GB of answers. Training asks only where held-out texts are c
 evaluation: 500 texts, 50 steps of beam 8 and so 64 texts each (20 dollars at most, at 0.1 a million tokens).
 
 Hardware: 16 chips of TPU v5e (4x4). Not yet run. Compiled for them (`v2t bench aot`), a step takes at least 17 ms and
-6.7 GB a chip, so 100 epochs at least 33 hours; two to three times that is usual.
+8.4 GB a chip, so 100 epochs at least 33 hours; two to three times that is usual.
 Expected, with 50 steps and a sequence beam of 8: BLEU 55.0, exact 8.0% (Morris et al. 2023, ada-002 on MSMARCO, 128
 tokens).
 """

@@ -11,7 +11,7 @@ tokens at most: 112 dollars at 0.1 a million; give your provider's price). The c
 from which a killed `embed` goes on, 54 GB more, until you delete it. Training asks for the held-out texts alone.
 
 Hardware: 16 chips of TPU v5e (4x4). Not yet run. Compiled for them (`v2t bench aot`), a step takes at least 21 ms and
-8.2 GB a chip, so 100 epochs at least 10 hours; two to three times that is usual.
+9.4 GB a chip, so 100 epochs at least 10 hours; two to three times that is usual.
 Expected: BLEU 17.0, token F1 0.54, exact 0.6% (Morris et al. 2023, ada-002 on MSMARCO, 128 tokens, 0 steps).
 """
 
