@@ -23,9 +23,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402  (after its environment)
 import pytest  # noqa: E402
-from fake_endpoint import KEY, Api, Endpoint, serve  # noqa: E402
 
-from v2t_jax.compile_cache import enable_compilation_cache, user_cache_dir  # noqa: E402
+from tests.helpers.fake_endpoint import KEY, Api, Endpoint, serve  # noqa: E402
+from v2t_jax.parallel.compile_cache import enable_compilation_cache, user_cache_dir  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -47,8 +47,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 def api(endpoint: Endpoint, tmp_path: Path) -> Api:
     """Embedders that ask it, sharing one cache."""
 
-    from v2t_jax.blackbox import HttpEmbedder  # not above: what is imported here isn't checked by jaxtyping
     from v2t_jax.config import ApiConfig
+    from v2t_jax.embedders.black_box import HttpEmbedder  # not above: what is imported here isn't checked by jaxtyping
 
     def api(**settings: Any) -> HttpEmbedder:
         given = {"model": "tiny", "cache": str(tmp_path / "cache"), "backoff": 0.01, "timeout": 10.0} | settings

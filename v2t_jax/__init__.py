@@ -12,17 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from v2t_jax.invert import embed, invert_embeddings, invert_strings
-    from v2t_jax.pretrained import load
+    from v2t_jax.inversion.api import embed, invert_embeddings, invert_strings
+    from v2t_jax.inversion.pipeline import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "embed", "invert_embeddings", "invert_strings", "load"]
 
 _HOME = {
-    "embed": "v2t_jax.invert",
-    "invert_embeddings": "v2t_jax.invert",
-    "invert_strings": "v2t_jax.invert",
-    "load": "v2t_jax.pretrained",
+    "embed": "v2t_jax.inversion.api",
+    "invert_embeddings": "v2t_jax.inversion.api",
+    "invert_strings": "v2t_jax.inversion.api",
+    "load": "v2t_jax.inversion.pipeline",
 }
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one sentence: what is wrong, what to do."""
@@ -40,3 +42,19 @@ def check_texts(texts: Sequence[str], what: str = "Text") -> None:
             text.encode("utf-8")
         except UnicodeEncodeError:  # bytes of another encoding come from a command line as lone surrogates
             raise InputError(f"{what} {i + 1} of {len(texts)} is not valid Unicode; give it as UTF-8.") from None
+
+
+def as_numpy(values: Any) -> np.ndarray:
+    """Numbers of numpy, JAX or torch, or (nested) lists of them, as a numpy array; torch isn't imported for it.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what the libraries raise where that can't be done.
+    """
+    if isinstance(values, list | tuple) and any(hasattr(row, "detach") for row in values):
+        values = [_detached(row) for row in values]
+    return np.asarray(_detached(values))
+
+
+def _detached(values: Any) -> Any:
+    """A torch tensor made ready for numpy, which knows neither gradients nor GPUs nor torch's bfloat16."""
+    return values.detach().cpu().float() if hasattr(values, "detach") else values

@@ -170,7 +170,7 @@ def test_a_recipe_compiles_for_tpus_that_are_not_here(rows, tmp_path: Path):
     (tmp_path / "recipe.py").write_text(RECIPE.replace("ROWS", str(rows)))
     arguments = ["v2t", "bench", "aot", "--config", str(tmp_path / "recipe.py"), "--topology", "v5e:2x2", "--json"]
     arguments += ["--programs", "train", "hypotheses"] if rows == 32 else ["--programs", "train"]
-    code = f"import sys; sys.argv = {arguments!r}; from v2t_jax.cli import main; main()"
+    code = f"import sys; sys.argv = {arguments!r}; from v2t_jax.cli.main import main; main()"
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import v2t_jax
-from v2t_jax import cli
 from v2t_jax.bench import Comparison, Turn, decode, take_turns, train
+from v2t_jax.cli import main as cli
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter, t5

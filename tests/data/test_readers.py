@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from v2t_jax.data.readers import open_source
-from v2t_jax.data.tfds_builder import prepare_tfds
+from v2t_jax.data.tfds import prepare_tfds
 from v2t_jax.errors import InputError
 
 TEXTS = [f'Passage {i} is "about" {i * 3} things, é.' for i in range(40)]

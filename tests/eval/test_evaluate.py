@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny_model import make_model
-from tiny_run import make_texts
 
+from tests.helpers.tiny_model import make_model
+from tests.helpers.tiny_run import make_texts
 from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot, table
 from v2t_jax.eval.metrics import text_scores
-from v2t_jax.invert import invert_strings
-from v2t_jax.pretrained import Inverter, load
+from v2t_jax.inversion.api import invert_strings
+from v2t_jax.inversion.pipeline import Inverter, load
 
 TEXTS = make_texts(5)
 

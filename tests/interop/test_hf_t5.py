@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.equivalence import Case, load, state_dict, t5_of
+from tests.helpers.equivalence import Case, load, state_dict, t5_of
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5, save_t5, t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface

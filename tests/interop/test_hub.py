@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub, running_hub
-from tiny_model import make_model
 
+from tests.helpers.fake_hub import FakeHub, running_hub
+from tests.helpers.tiny_model import make_model
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hub import is_hub_name, push
 
-V2T = "from v2t_jax.cli import main; main()"
+V2T = "from v2t_jax.cli.main import main; main()"
 REFUSALS = """
 import sys
 from v2t_jax.errors import InputError

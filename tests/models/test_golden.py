@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import upstream_pair
-from tests.equivalence import CHECKS, GOLDEN, Case, load
+from tests.helpers import upstream_pair
+from tests.helpers.equivalence import CHECKS, GOLDEN, Case, load
 
 PAIRS = [
     pytest.param(name, check, id=f"{name}-{check.__name__}") for name, checks in CHECKS.items() for check in checks

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.models import bert, clip_text, corrector, inverter, llama, modernbert, nomic_bert, t5, t5_encoder
-from v2t_jax.sharding import param_specs
+from v2t_jax.parallel.mesh import param_specs
 
 V1_0 = T5Config(vocab_size=8, d_model=8, d_kv=2, d_ff=8, num_heads=2, num_encoder_layers=2, num_decoder_layers=2)
 V1_1 = dataclasses.replace(V1_0, feed_forward="gated-gelu", tie_word_embeddings=False)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.equivalence import Case
+from tests.helpers.equivalence import Case
 
 
 def randomise(model: nn.Module, seed: int) -> None:

@@ -4,7 +4,7 @@
 
 A case is a flat dict of arrays, complete in itself: "config" (JSON), "state/NAME" (weights, float16 so that the files
 are small; they are exact in float32, in which ours computes, and in torch's float64), inputs, outputs, and decoding
-settings with their results. `tests/equivalence.py` says how ours is compared with it.
+settings with their results. `tests/helpers/equivalence.py` says how ours is compared with it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from tests.equivalence import ENCODERS, GOLDEN, Case
+from tests.helpers.equivalence import ENCODERS, GOLDEN, Case
 from tests.oracle.encoders import encoder_case, make_inputs, randomise, to_numpy
 
 LENGTH = 10  # generated tokens at most
@@ -304,7 +304,7 @@ def minilm_case(seed: int = 0) -> Case:
     """Real embeddings by sentence-transformers; the same for every seed."""
     from sentence_transformers import SentenceTransformer
 
-    from v2t_jax.interop.sentence_transformers import locate
+    from v2t_jax.embedders.load import locate
 
     model = SentenceTransformer(str(locate("all-MiniLM-L6-v2")), device="cpu")
     return {"sentences": np.array(SENTENCES), "embeddings": model.encode(list(SENTENCES), convert_to_numpy=True)}

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import upstream_pair
-from tests.equivalence import check_t5_decoding, load, one_less_cosine, run_encoder, run_t5
+from tests.helpers import upstream_pair
+from tests.helpers.equivalence import check_t5_decoding, load, one_less_cosine, run_encoder, run_t5
 from tests.oracle.encoders import MODELS, encoder_case
 from tests.oracle.generate import CASES
-from v2t_jax import pretrained
-from v2t_jax.compile_cache import enable_compilation_cache, user_cache_dir
-from v2t_jax.convert import from_vec2text
+from v2t_jax.inversion import pipeline
+from v2t_jax.parallel.compile_cache import enable_compilation_cache, user_cache_dir
+from v2t_jax.vec2text.convert import from_vec2text
 
 SEEDS = (2, 3, 4)
 T5_SEEDS = (1, 2, 5)  # their search is short
@@ -58,7 +58,7 @@ def main() -> None:
             difference = upstream_pair.check_logits(upstream_pair.read_pair(folder), record)
             parts = [str(folder / part) for part in ("inverter", "corrector", "t5-base")]
             from_vec2text(folder / "model", *parts, str(upstream_pair.embedder_of(folder)))
-            model = pretrained.load(str(folder / "model"))
+            model = pipeline.load(str(folder / "model"))
             tokens = sum(upstream_pair.check_search(model, record, *search) for search in upstream_pair.SEARCHES)
         searches = ", ".join(f"{steps} x {width}" for steps, width in upstream_pair.SEARCHES)
         row(f"vec2text, {embedder} (logits; every step of searches {searches})", difference, None, tokens)

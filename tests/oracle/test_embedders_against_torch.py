@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_run import make_texts, make_tokenizer
 from tokenizers import processors
 
-from tests.equivalence import LAYERS, close, encode, one_less_cosine
-from v2t_jax.interop.sentence_transformers import load_embedder
+from tests.helpers.equivalence import LAYERS, close, encode, one_less_cosine
+from tests.helpers.tiny_run import make_texts, make_tokenizer
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.models.embedder import quantise
 
 pytestmark = [

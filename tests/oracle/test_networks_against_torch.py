@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.equivalence import CHECKS, ENCODERS, GOLDEN, load
+from tests.helpers.equivalence import CHECKS, ENCODERS, GOLDEN, load
 
 pytestmark = [
     pytest.mark.oracle,

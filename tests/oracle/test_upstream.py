@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import upstream_pair
-from tests.equivalence import close, load
-from tests.upstream_pair import BEAMS, NAMES, SEARCHES, embedder_of, read_pair, read_recorded, record_of
-from v2t_jax import pretrained
-from v2t_jax.convert import from_vec2text
+from tests.helpers import upstream_pair
+from tests.helpers.equivalence import close, load
+from tests.helpers.upstream_pair import BEAMS, NAMES, SEARCHES, embedder_of, read_pair, read_recorded, record_of
 from v2t_jax.errors import InputError
-from v2t_jax.torch_order import rank
+from v2t_jax.inversion import pipeline
+from v2t_jax.inversion.torch_order import rank
+from v2t_jax.vec2text.convert import from_vec2text
 
 pytestmark = [
     pytest.mark.oracle,
@@ -40,7 +40,7 @@ def run_upstream(*jobs: list[Any]) -> None:
 
 
 def run_v2t(*arguments: str) -> str:
-    command = [sys.executable, "-c", "from v2t_jax.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from v2t_jax.cli.main import main; main()", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
 
 
@@ -64,8 +64,8 @@ def converted(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(converted: Path) -> pretrained.Inverter:
-    return pretrained.load(str(converted))
+def model(converted: Path) -> pipeline.Inverter:
+    return pipeline.load(str(converted))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +92,7 @@ def test_logits_of_a_fresh_pair(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_steps", "width"), SEARCHES)
-def test_every_step_of_a_fresh_pair(num_steps: int, width: int, root: Path, model: pretrained.Inverter) -> None:
+def test_every_step_of_a_fresh_pair(num_steps: int, width: int, root: Path, model: pipeline.Inverter) -> None:
     upstream_pair.check_search(model, read_recorded(root / "fresh"), num_steps, width)
 
 

@@ -301,7 +301,7 @@ def search(corrector: Any, e: torch.Tensor, num_steps: int | None, width: int) -
 
 @torch.no_grad()
 def beams() -> None:
-    """A case as tests/equivalence.py has them: items of which some end early, so that stopping rules show."""
+    """A case as tests/helpers/equivalence.py has them: items of which some end early, so that stopping rules show."""
     torch.manual_seed(1)
     sizes = {"vocab_size": 30, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()

@@ -5,14 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from tiny_run import make_recipe, make_tokenizer
 
+from tests.helpers.tiny_run import make_recipe, make_tokenizer
 from v2t_jax.data.build import BuildSettings, Workers, build
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.train import loop
-from v2t_jax.train.columns import embed_column, hypothesis_columns, padded
 from v2t_jax.train.loop import train
+from v2t_jax.train.precompute import embed_column, hypothesis_columns, padded
 from v2t_jax.train.setup import prepare
 from v2t_jax.train.texts import make_batches
 

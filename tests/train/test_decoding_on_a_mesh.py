@@ -3,16 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from sharded_programs import gathered
-from tiny_run import make_embedder, make_texts
 
-from v2t_jax import distributed
+from tests.helpers.sharded_programs import gathered
+from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
-from v2t_jax.data.tokenize import Vocabulary
-from v2t_jax.interop.sentence_transformers import load_embedder
-from v2t_jax.invert import corrected, embed_anew
-from v2t_jax.pretrained import Inverter
-from v2t_jax.sharding import decoding_on, decoding_rows, make_mesh
+from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.embedders.load import load_embedder
+from v2t_jax.inversion.api import corrected, embed_anew
+from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.parallel import processes
+from v2t_jax.parallel.mesh import decoding_on, decoding_rows, make_mesh
 from v2t_jax.train.setup import random_params
 from v2t_jax.train.step import NETWORKS
 
@@ -39,7 +39,7 @@ def test_no_weights_are_gathered(cut):
     layer = weights["corrector"]["t5"]["decoder"]["layers"][0]
     assert layer["feed_forward"]["wi"].addressable_shards[0].data.shape == (208, 368)
     loop = cut.correction_loop(WIDTH, "best")
-    e = distributed.put(np.ones((ROWS, 16), np.float32), decoding_rows(cut.mesh, "model"))
+    e = processes.put(np.ones((ROWS, 16), np.float32), decoding_rows(cut.mesh, "model"))
     with decoding_on(cut.mesh, "model"):
         beam = jax.eval_shape(loop._start_program, weights, e, np.int32(1))[0]
         found = loop._advance.lower(weights, e, beam, np.int32(0), np.int32(1)).compile().as_text()
@@ -53,7 +53,7 @@ def test_it_recovers_what_one_device_recovers(cut, stage):
     names = [name for name in NETWORKS if stage == "corrector" or name == "inverter"]
     params = {name: cut.params[name] for name in names}
     there = Inverter("cut", MODEL, params, cut.embedder, cut.vocabulary, mesh=cut.mesh, decode="model")
-    here = Inverter("whole", MODEL, distributed.fetch(params), cut.embedder, cut.vocabulary)
+    here = Inverter("whole", MODEL, processes.fetch(params), cut.embedder, cut.vocabulary)
     e = embed_anew(there, make_texts(5))
     steps = int(stage == "corrector")
     found, expected = (corrected(model, e, steps, 1, "upstream") for model in (there, here))

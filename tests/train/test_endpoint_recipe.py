@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_endpoint import Endpoint, Reply, serve, status, vector
-from tiny_run import BERT, make_recipe
 
-from v2t_jax import cli
+from tests.helpers.fake_endpoint import Endpoint, Reply, serve, status, vector
+from tests.helpers.tiny_run import BERT, make_recipe
+from v2t_jax.cli import main as cli
 from v2t_jax.config import ApiConfig, Config, from_dict, to_dict
 from v2t_jax.data.blocks import StoredTexts
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.interop.sentence_transformers import load_embedder
 from v2t_jax.models.embedder import Embedder
 from v2t_jax.train.loop import train
 from v2t_jax.train.setup import prepare
@@ -257,7 +257,7 @@ def test_a_killed_embed_goes_on_and_asks_for_nothing_twice(done: Whole, tmp_path
     command += ["--api.concurrency", "1"]
     done.endpoint.always = hold_the_sixth
     try:
-        code = "from v2t_jax.cli import main; main()"
+        code = "from v2t_jax.cli.main import main; main()"
         with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.DEVNULL) as process:
             assert held.wait(60)
             process.send_signal(signal.SIGKILL)

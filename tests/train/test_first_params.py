@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_run import make_recipe
 
+from tests.helpers.tiny_run import make_recipe
 from v2t_jax.config import MeshConfig
-from v2t_jax.sharding import make_mesh, param_specs
+from v2t_jax.parallel.mesh import make_mesh, param_specs
 from v2t_jax.train import setup as starting
 from v2t_jax.train.setup import initial_params, prepare, random_params
 from v2t_jax.train.step import NETWORKS

@@ -7,16 +7,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import make_embedder, make_recipe, make_tokenizer
 
-from tests import upstream_pair
-from tests.equivalence import load
+from tests.helpers import upstream_pair
+from tests.helpers.equivalence import load
+from tests.helpers.tiny_run import make_embedder, make_recipe, make_tokenizer
 from v2t_jax.config import Config
-from v2t_jax.data.pipeline import Batches, Batching
-from v2t_jax.data.tokenize import Vocabulary
+from v2t_jax.data.batches import Batches, Batching
+from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5
-from v2t_jax.sharding import make_mesh
+from v2t_jax.parallel.mesh import make_mesh
 from v2t_jax.train.setup import check_t5, initial_params, prepare
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import make_recipe
 
 import v2t_jax
+from tests.helpers.tiny_run import make_recipe
 from v2t_jax.config import MeshConfig, StageConfig, to_dict
 from v2t_jax.data.sources import read_texts
 from v2t_jax.errors import InputError

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from recorded_run import recorded
-from tiny_run import make_recipe
 
+from tests.helpers.recorded_run import recorded
+from tests.helpers.tiny_run import make_recipe
 from v2t_jax import load
 from v2t_jax.config import MeshConfig, to_dict
 from v2t_jax.eval.evaluate import evaluate
@@ -48,7 +48,7 @@ def processes(recipe, workdir, fsdp=1, stop_at=0):
     config = workdir.with_name(f"{workdir.name}.json")
     config.write_text(json.dumps(to_dict(recipe)))
     output = workdir.with_name(f"{workdir.name}-{stop_at}")
-    command = [sys.executable, "-m", "tests.recorded_run", "--config", config, "--workdir", workdir]
+    command = [sys.executable, "-m", "tests.helpers.recorded_run", "--config", config, "--workdir", workdir]
     command += ["--output", output, "--fsdp", str(fsdp), "--stop-at", str(stop_at)]
     launcher = [sys.executable, ROOT / "launch" / "local.py", "--processes", "2", "--devices", "4", "--"]
     done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -14,11 +14,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded_programs import CASES, LENGTH, MARK, MODEL, ROWS, VOCAB, gathered
 
+from tests.helpers.sharded_programs import CASES, LENGTH, MARK, MODEL, ROWS, VOCAB, gathered
 from v2t_jax.config import MeshConfig
 from v2t_jax.models import inverter
-from v2t_jax.sharding import OnMesh, make_mesh, param_specs, state_shardings
+from v2t_jax.parallel.mesh import OnMesh, make_mesh, param_specs, state_shardings
 from v2t_jax.train.step import cross_entropy, greedy_hypotheses
 
 WARNING = "Involuntary full rematerialization"
@@ -31,7 +31,11 @@ def compiled():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.sharded_programs"], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-m", "tests.helpers.sharded_programs"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     said, _, control = done.stderr.partition(MARK)
     return dict(map(json.loads, done.stdout.splitlines())), said, control

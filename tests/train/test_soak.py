@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from recorded_run import write_recipe
-from soak import soak
-from tiny_run import make_recipe
+
+from tests.helpers.recorded_run import write_recipe
+from tests.helpers.soak import soak
+from tests.helpers.tiny_run import make_recipe
 
 STEPS = 600
 
@@ -30,7 +31,7 @@ def test_ten_kills_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
 
     def command(workdir: Path) -> list[str]:
-        return [sys.executable, "-c", "from v2t_jax.cli import main; main()", *command_line(workdir)]
+        return [sys.executable, "-c", "from v2t_jax.cli.main import main; main()", *command_line(workdir)]
 
     def command_line(workdir: Path) -> list[str]:
         return ["train", str(file), "--workdir", str(workdir)]

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import make_embedder, make_texts
 
+from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
-from v2t_jax.data.tokenize import Vocabulary
-from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.models import corrector, inverter
 from v2t_jax.models.embedder import PieceMap, embed_pieces
-from v2t_jax.sharding import make_mesh, replicated
+from v2t_jax.parallel.mesh import make_mesh, replicated
 from v2t_jax.train.step import (
     Batch,
     Frozen,

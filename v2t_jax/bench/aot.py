@@ -22,18 +22,18 @@ from v2t_jax.bench.aot_report import Report
 from v2t_jax.bench.chips import Topology, Work, nbytes, work
 from v2t_jax.bench.collectives import ring_bytes, totals
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
-from v2t_jax.correct import CorrectionLoop, CorrectionSettings
+from v2t_jax.embedders.known import KNOWN
+from v2t_jax.embedders.load import locate
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import read_json
-from v2t_jax.interop.embedders import KNOWN
+from v2t_jax.interop.files import read_json
 from v2t_jax.interop.hf_encoders import encoder_config
-from v2t_jax.interop.sentence_transformers import locate
-from v2t_jax.loop_functions import guesser, proposer, shared_embedder
+from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
+from v2t_jax.inversion.proposals import guesser, proposer, shared_embedder
 from v2t_jax.models import embedder as embedders
 from v2t_jax.models import inverter, t5
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, PieceMap
-from v2t_jax.sharding import (
+from v2t_jax.parallel.mesh import (
     AXES,
     DECODING_RULES,
     OnMesh,

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 
 from v2t_jax.bench import num_cores
+from v2t_jax.data.batches import Batching
 from v2t_jax.data.blocks import ColumnWriter, StoredTexts
 from v2t_jax.data.build import BuildSettings, Workers, build
-from v2t_jax.data.pipeline import Batching
+from v2t_jax.data.dataset import StoredBatches
 from v2t_jax.data.readers import open_source
-from v2t_jax.data.stored import StoredBatches
+from v2t_jax.embedders.load import load_tokenizer
 from v2t_jax.errors import InputError
-from v2t_jax.interop.sentence_transformers import load_tokenizer
 
 
 @dataclass(frozen=True)

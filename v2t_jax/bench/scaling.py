@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax import distributed, rendezvous
 from v2t_jax.bench import num_cores
 from v2t_jax.bench.collectives import totals
 from v2t_jax.config import DistributedConfig, MeshConfig, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter
-from v2t_jax.sharding import batch_sharding, make_mesh, replicated
+from v2t_jax.parallel import processes, rendezvous
+from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import TrainState, cross_entropy, make_step, shard_step
 
@@ -90,9 +90,9 @@ def measure(options: Scaling) -> dict[str, Any]:
     state = jax.jit(first_state, out_shardings=shardings)(key)
     rng, batch = np.random.default_rng(0), options.rows * devices
     table = rng.standard_normal((T5.vocab_size, config.embedding_width), np.float32)
-    frozen = distributed.put(table, replicated(mesh))
+    frozen = processes.put(table, replicated(mesh))
     all_ids = rng.integers(2, T5.vocab_size, (batch, options.num_tokens)).astype(np.int32)
-    ids = distributed.put(all_ids, batch_sharding(mesh))
+    ids = processes.put(all_ids, batch_sharding(mesh))
     compiled = step.lower(state, frozen, ids).compile()
     for _ in range(2):
         state, metrics = jax.block_until_ready(compiled(state, frozen, ids))
@@ -104,7 +104,7 @@ def measure(options: Scaling) -> dict[str, Any]:
     return {
         "processes": jax.process_count(),
         "devices": devices,
-        "cpu_seconds_per_example": sum(distributed.gather(cpu)) / examples,
+        "cpu_seconds_per_example": sum(processes.gather(cpu)) / examples,
         "examples_per_second": examples / wall,
         "collectives": totals(compiled.as_text()),
     }

@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tokenizers import Tokenizer
 
-from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
+from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 
 FORMAT = 2

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from v2t_jax.data.blocks import LENGTH_DTYPE, ROWS, as_json, write_file, write_records
 from v2t_jax.data.sources import Protected, normalise_for_split, split_hash
-from v2t_jax.data.tokenize import Vocabulary
+from v2t_jax.data.vocabulary import Vocabulary
 
 _SCHEMA = pa.schema([("hash", pa.uint64()), ("text", pa.string()), ("ids", pa.large_list(pa.int32()))])
 

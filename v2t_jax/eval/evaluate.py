@@ -13,12 +13,12 @@ from rich import box
 from rich.table import Table
 
 from v2t_jax import progress
-from v2t_jax.correct import check_num_steps
 from v2t_jax.data.sources import read_texts
 from v2t_jax.errors import InputError
 from v2t_jax.eval.metrics import score, text_scores
-from v2t_jax.invert import BATCH_SIZE, Recovered, invert_strings, recover_together
-from v2t_jax.pretrained import Inverter
+from v2t_jax.inversion.api import BATCH_SIZE, Recovered, invert_strings, recover_together
+from v2t_jax.inversion.correction import check_num_steps
+from v2t_jax.inversion.pipeline import Inverter
 
 
 def evaluation_texts(
@@ -75,7 +75,7 @@ def evaluate(
         {"model", "split", "n", "rows": [...]}: see `report`.
 
     Raises:
-        InputError: no texts, or see `check_grid` and `v2t_jax.invert.invert_embeddings`.
+        InputError: no texts, or see `check_grid` and `v2t_jax.inversion.api.invert_embeddings`.
     """
     if not texts:
         raise InputError("There are no texts to evaluate on; give a split that holds some.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from v2t_jax.config import Dtype, T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import number, size
+from v2t_jax.interop.files import number, size
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.clip_text import ClipTextConfig

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from v2t_jax import progress
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import SAFETENSORS, number, open_checkpoint, read_json, size, whole_folder
+from v2t_jax.interop.files import SAFETENSORS, number, open_checkpoint, read_json, size, whole_folder
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.interop.weights import Entry, Tensor, fill
 from v2t_jax.models import t5

@@ -149,7 +149,7 @@ def named_or_embedder(embedder: Any) -> Any:
     if not isinstance(embedder, str) and not hasattr(embedder, "embed"):
         raise InputError(
             f"The embedder is of type {type(embedder).__name__}; give its name or folder, or the embedder itself: of "
-            "a function, v2t_jax.blackbox.CallableEmbedder(function)."
+            "a function, v2t_jax.embedders.black_box.CallableEmbedder(function)."
         )
     return embedder
 

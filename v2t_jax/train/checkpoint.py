@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from v2t_jax import distributed, progress
+from v2t_jax import progress
 from v2t_jax.config import CheckpointConfig
 from v2t_jax.errors import InputError
+from v2t_jax.parallel import processes
 
 CHECKSUMS = "checksums.json"
 TIMES = "_CHECKPOINT_METADATA"  # when Orbax began and ended a folder: written once more after all else
@@ -75,7 +76,7 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Called in Orbax's thread when a checkpoint's files are complete, before its folder gets its name."""
-        if distributed.is_main():
+        if processes.is_main():
             for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
                 sums = {name: _sha256(folder / name) for name in _names(folder)}
                 (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
@@ -92,12 +93,12 @@ class Checkpoints:
                     found = f"{name} is truncated or altered: its sha256 is not the recorded one"
         except (OSError, ValueError, AttributeError, TypeError) as error:
             found = f"{CHECKSUMS} or a file that it names is missing or damaged: {error}"
-        return next((fault for fault in distributed.gather(found) if fault), "")
+        return next((fault for fault in processes.gather(found) if fault), "")
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames unreadable checkpoints: while they count, none of an earlier step can be saved."""
         if steps:
-            with distributed.main_first("set unreadable checkpoints aside") as here:
+            with processes.main_first("set unreadable checkpoints aside") as here:
                 for step in steps if here else ():
                     (self._folder / str(step)).rename(self._folder / f"unreadable-{step}-{time.time_ns()}")
             self._manager.reload()

@@ -23,19 +23,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from v2t_jax import distributed, progress
+from v2t_jax import progress
 from v2t_jax.config import Config, Stage, StageConfig, to_dict
-from v2t_jax.data.stored import StoredBatches
+from v2t_jax.data.dataset import StoredBatches
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.eval.card import model_card
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
-from v2t_jax.interop.sentence_transformers import load_embedder
-from v2t_jax.invert import corrected, embed_anew, invert_strings, recover_together
+from v2t_jax.eval.model_card import model_card
+from v2t_jax.inversion.api import corrected, embed_anew, invert_strings, recover_together
+from v2t_jax.inversion.pipeline import CARD_HEAD, Inverter, norm_statistics
 from v2t_jax.models.embedder import PieceMap
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import CARD_HEAD, Inverter, norm_statistics
-from v2t_jax.sharding import batch_sharding, make_mesh, replicated
+from v2t_jax.parallel import processes
+from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import (
@@ -87,7 +88,7 @@ def train(config: Config, workdir: Path) -> Path:
     try:
         return _train(config, workdir)
     except jax.errors.JaxRuntimeError as error:
-        fault = distributed.explained(error)
+        fault = processes.explained(error)
         if fault is None:
             raise
         raise fault from error
@@ -102,7 +103,7 @@ def _train(config: Config, workdir: Path) -> Path:
     check_workdir(config, workdir)  # first: it takes a moment, and what follows a minute
     mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
-    distributed.barrier("looked at the work directory")  # before process 0 writes there
+    processes.barrier("looked at the work directory")  # before process 0 writes there
     setup = prepare(config)
     claim_workdir(config, workdir, setup.hashes())
     params: dict[Stage, Params] = {}
@@ -115,15 +116,15 @@ def _train(config: Config, workdir: Path) -> Path:
     inverter = setup.inverter(params)
     inverter.embedding_norm = norm
     folder = workdir / "model"
-    whole = dataclasses.replace(inverter, params=distributed.fetch_to_main(params))
-    with distributed.main_first("written the model") as here:
+    whole = dataclasses.replace(inverter, params=processes.fetch_to_main(params))
+    with processes.main_first("written the model") as here:
         if here:
             whole.save(folder, record={"recipe": to_dict(config)})
     del whole
     if setup.in_step and config.embedder_dtype != "float32":  # the scores are of the victim's own vectors
         inverter = dataclasses.replace(inverter, embedder=load_embedder(config.embedder))
     report = score_model(setup, inverter, workdir)
-    if distributed.is_main():
+    if processes.is_main():
         where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         card = model_card(to_dict(config), report, where)
         (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
@@ -136,7 +137,7 @@ def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, An
     num_steps = settings.num_steps if inverter.has_corrector else (0,)
     texts = setup.held_out[: settings.num_examples]
     report = evaluate(inverter, texts, num_steps, settings.sequence_beam_width)
-    if distributed.is_main():
+    if processes.is_main():
         (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
         plot(report, workdir / "evaluation.png")
     return report
@@ -179,10 +180,10 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     guesses = stage == "corrector" and not config.data.hypotheses
     weights = embedder.params if embedder else None
     frozen = Frozen(weights, setup.pieces, trained.get("inverter") if guesses else None)
-    frozen = distributed.put(frozen, frozen_shardings(mesh, frozen))
+    frozen = processes.put(frozen, frozen_shardings(mesh, frozen))
     cut = batch_sharding(mesh)
-    rows = distributed.local_rows(cut, settings.batch_size)
-    vote = distributed.Vote(cut, replicated(mesh))
+    rows = processes.local_rows(cut, settings.batch_size)
+    vote = processes.Vote(cut, replicated(mesh))
 
     probe = setup.inverter({})
     step, last = int(state.step), settings.num_steps
@@ -203,7 +204,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             local = batches(step, rows)
             read = batches.columns(step, rows) if isinstance(batches, StoredBatches) else {}
             given = Batch(local, **{field: read[name] for field, name in columns.items()})
-            batch = jax.tree.map(lambda a: distributed.global_batch(cut, a, rows, settings.batch_size), given)
+            batch = jax.tree.map(lambda a: processes.global_batch(cut, a, rows, settings.batch_size), given)
             ids = batch.ids
             if ids.shape[1] not in compiled:
                 compiled.add(ids.shape[1])
@@ -222,7 +223,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
             logging = step % config.log_every_steps == 0 or step == last
             saving = step % config.checkpoint.every_steps == 0 or step == last
             if logging or saving or stopping:
-                for bad, (loss, _, gradient_norm, _, bad_updates) in distributed.fetch(unchecked):
+                for bad, (loss, _, gradient_norm, _, bad_updates) in processes.fetch(unchecked):
                     # A finite loss with a gradient that isn't has just spoilt the parameters, unless it is left out.
                     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
                     if not finite and (not may_skip or bad_updates > may_skip):

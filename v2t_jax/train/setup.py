@@ -11,24 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from v2t_jax import distributed
-from v2t_jax.blackbox import HttpEmbedder
 from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
+from v2t_jax.data.batches import Batches
 from v2t_jax.data.blocks import Column, StoredTexts
-from v2t_jax.data.pipeline import Batches
-from v2t_jax.data.stored import StoredBatches
-from v2t_jax.data.tokenize import Vocabulary, read_tokenizer
+from v2t_jax.data.dataset import StoredBatches
+from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
+from v2t_jax.embedders.black_box import HttpEmbedder
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.interop.checkpoint import sha256_of, weight_files
+from v2t_jax.interop.files import sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
-from v2t_jax.interop.sentence_transformers import load_embedder
+from v2t_jax.inversion.pipeline import Inverter, check_length, load, locate_model
 from v2t_jax.models import inverter
 from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, embed_pieces
 from v2t_jax.models.layers import Params
-from v2t_jax.pretrained import Inverter, check_length, load, locate_model
-from v2t_jax.sharding import make_mesh, param_specs, state_shardings
-from v2t_jax.train.columns import EMBEDDING, check_column
+from v2t_jax.parallel import processes
+from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
+from v2t_jax.train.precompute import EMBEDDING, check_column
 from v2t_jax.train.step import NETWORKS
 from v2t_jax.train.texts import Stores, open_texts, tokens_sha256
 
@@ -67,7 +67,7 @@ class Setup:
 
     def decodable(self, params: dict[Stage, Params]) -> dict[Stage, Params]:
         """Networks in training as `inverter` takes them."""
-        return params if self.in_step else distributed.fetch(params)
+        return params if self.in_step else processes.fetch(params)
 
     def hashes(self) -> dict[str, str]:
         """Of all that the config names but doesn't hold."""
@@ -194,7 +194,7 @@ def trained_inverter(setup: Setup, mesh: Mesh) -> Params:
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
             "data.sources and data.vocabulary_size, or train a new one."
         )
-    return distributed.put(params, state_shardings(mesh, params, param_specs(params, inverter.PARAM_AXES)))
+    return processes.put(params, state_shardings(mesh, params, param_specs(params, inverter.PARAM_AXES)))
 
 
 def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
@@ -217,7 +217,7 @@ def input_statistics(setup: Setup, batches: Batches | StoredBatches) -> Params:
     """Mean and deviation [E] of the first training texts' embeddings, as training takes them: process 0's, for all to
     have the same to the bit."""
     mean, std = np.zeros((2, setup.embedder.width), np.float32)
-    if distributed.is_main():
+    if processes.is_main():
         parts: list[np.ndarray] = []
         name, longest = setup.config.data.embeddings, setup.model.max_length
         while sum(map(len, parts)) < STATISTICS_TEXTS:
@@ -229,7 +229,7 @@ def input_statistics(setup: Setup, batches: Batches | StoredBatches) -> Params:
         first = np.concatenate(parts)[:STATISTICS_TEXTS]
         e = first if name else setup.embed(first)
         mean, std = e.mean(axis=0), e.std(axis=0)
-    mean, std = distributed.broadcast((mean, std))
+    mean, std = processes.broadcast((mean, std))
     # Some embedders have constant dimensions: there the deviation is only rounding.
     return {"mean": mean, "std": np.maximum(std, 0.1 * std.mean())}
 
@@ -244,7 +244,7 @@ def initial_params(
     params = program(np.asarray(jax.random.key_data(key)))
     if config.initial_t5:
         places = iter(jax.tree.leaves(shardings["t5"]))  # in whose order the arrays are read, one at a time
-        _, params["t5"] = load_t5(config.initial_t5, put=lambda array: distributed.put(array, next(places)))
+        _, params["t5"] = load_t5(config.initial_t5, put=lambda array: processes.put(array, next(places)))
     if config.initial_embedding == "embedder" and setup.in_step is not None:
         words = setup.in_step.params["encoder"]["word_embedding"][setup.pieces]
         if words.shape[1] != model.t5.d_model:
@@ -262,4 +262,4 @@ def initial_params(
         source = trained["inverter"]
         params |= {"t5": source["t5"], "projection_target": source["projection"]}
         params |= {name: source[name] for name in ("statistics", "bag_of_words") if name in source}
-    return distributed.put(params, shardings)
+    return processes.put(params, shardings)

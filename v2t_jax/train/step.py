@@ -21,7 +21,7 @@ from v2t_jax.decode.state import Special
 from v2t_jax.models import corrector, inverter, t5
 from v2t_jax.models.embedder import EmbedderConfig, PieceMap, embed_pieces
 from v2t_jax.models.layers import Params, split_key
-from v2t_jax.sharding import (
+from v2t_jax.parallel.mesh import (
     OnMesh,
     batch_sharding,
     decoding_params,

@@ -8,11 +8,11 @@ from tokenizers import Tokenizer
 
 from v2t_jax import progress
 from v2t_jax.config import Config
+from v2t_jax.data.batches import Batches, Batching, TokenStore, tokenize
 from v2t_jax.data.blocks import Column, StoredTexts, is_stored
-from v2t_jax.data.pipeline import Batches, Batching, TokenStore, tokenize
+from v2t_jax.data.dataset import StoredBatches
 from v2t_jax.data.sources import read_texts
-from v2t_jax.data.stored import StoredBatches
-from v2t_jax.data.tokenize import Vocabulary, frequent_pieces
+from v2t_jax.data.vocabulary import Vocabulary, frequent_pieces
 from v2t_jax.errors import InputError
 
 Stores = list[TokenStore] | StoredTexts  # texts in memory, or a built data set

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from v2t_jax import distributed
 from v2t_jax.config import Config, to_dict
 from v2t_jax.errors import InputError
+from v2t_jax.parallel import processes
 
 
 def check_workdir(config: Config, workdir: Path) -> None:
@@ -59,7 +59,7 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None
         InputError: a source or the embedder has changed since the run began.
     """
     file = workdir / "inputs.json"
-    with distributed.main_first("claimed the work directory") as here:
+    with processes.main_first("claimed the work directory") as here:
         if here:
             _claim(config, workdir, inputs)
     if not here:
@@ -105,11 +105,11 @@ class Log:
     """
 
     def __init__(self, file: Path, until: int | None = None):
-        if distributed.is_main():
+        if processes.is_main():
             file.parent.mkdir(parents=True, exist_ok=True)
             if until is not None and file.is_file():
                 _drop_after(file, until)
-        self._file = (file if distributed.is_main() else Path(os.devnull)).open("a", encoding="utf-8")
+        self._file = (file if processes.is_main() else Path(os.devnull)).open("a", encoding="utf-8")
 
     def __enter__(self) -> "Log":
         return self

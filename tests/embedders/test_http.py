@@ -1,0 +1,278 @@
+"""An endpoint that behaves, one that does its worst, and settings that can't be used."""
+
+import email.utils
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.fake_endpoint import EXPECTED, KEY, TEXTS, WIDTH, Api, Endpoint, changed, raw, status
+from v2t_jax.config import ApiConfig
+from v2t_jax.embedders.black_box import PROBE, HttpEmbedder
+from v2t_jax.errors import InputError
+
+
+def test_vectors_come_in_order_and_once(endpoint: Endpoint, api: Api) -> None:
+    embedder = api()
+    assert embedder.name == f"tiny at {endpoint.url}"
+    texts = [*TEXTS, *TEXTS[::-1]]
+    plan = embedder.plan(texts, batch_size=7)
+    assert (plan.texts, plan.cached, plan.requests, plan.cost) == (40, 0, 6, None) and not endpoint.requests
+    np.testing.assert_array_equal(embedder.embed(texts, batch_size=7), np.concatenate([EXPECTED, EXPECTED[::-1]]))
+    assert len(endpoint.requests) == embedder.budget.requests == 6
+    assert {*endpoint.paid.values()} == {1} and endpoint.authorizations == {f"Bearer {KEY}"}
+    assert all(set(request) == {"model", "input"} and request["model"] == "tiny" for request in endpoint.requests)
+    assert (embedder.width, embedder.normalised) == (WIDTH, True)
+    again = api()  # another process would find the same
+    np.testing.assert_array_equal(again.embed(TEXTS), EXPECTED)
+    assert again.width == WIDTH and len(endpoint.requests) == 6
+    assert api(model="other").plan(TEXTS).cached == api(dimensions=4).plan(TEXTS).cached == 0
+
+
+def test_dimensions_and_width(endpoint: Endpoint, api: Api) -> None:
+    embedder = api(dimensions=4)
+    assert embedder.width == 4 and not endpoint.requests
+    assert embedder.embed(["a"]).shape == (1, 4) and endpoint.requests[0]["dimensions"] == 4
+    assert api().width == WIDTH and endpoint.requests[1]["input"] == [PROBE]
+    assert api().normalised and len(endpoint.requests) == 2
+    endpoint.always = changed(lambda good: None)  # an endpoint that ignores `dimensions`
+    with pytest.raises(InputError, match="8 wide, where 3 is expected"):
+        api(dimensions=3).embed(["a"])
+
+
+def test_no_more_requests_at_once_than_allowed(endpoint: Endpoint, api: Api) -> None:
+    def slow(request: Any) -> None:
+        time.sleep(0.02)
+
+    endpoint.always = slow
+    api(concurrency=3).embed(TEXTS, batch_size=2)
+    assert endpoint.most_at_once == 3
+    # Where the server sees them one after the other, the answers can't come in another order.
+    api(model="b", concurrency=1).embed(TEXTS[:6], batch_size=2)
+    assert [request["input"][0] for request in endpoint.requests[-3:]] == TEXTS[0:6:2]
+
+
+def test_answers_may_overtake_each_other(endpoint: Endpoint, api: Api) -> None:
+    def later_first(request: Any) -> None:
+        time.sleep(0.15 if request["input"][0] == TEXTS[0] else 0)
+
+    endpoint.always = later_first
+    np.testing.assert_array_equal(api().embed(TEXTS, batch_size=10), EXPECTED)
+
+
+def test_a_request_is_as_openai_defines_it(endpoint: Endpoint, api: Api) -> None:
+    api().embed(["é 🙂"])
+    assert json.dumps(endpoint.requests) == json.dumps([{"model": "tiny", "input": ["é 🙂"]}])
+
+
+def broken_halfway(request: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Length": "100000"}, b'{"data": [{"index": 0, "embed'
+
+
+def slow(request: dict[str, Any]) -> None:
+    time.sleep(0.5)
+
+
+def set_first(field: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda good: good["data"][0].__setitem__(field, value)
+
+
+PASSING = {
+    "429": (status(429, "slow down"), "status 429: slow down"),
+    "408": (status(408), "status 408"),
+    "500": (status(500, "oops"), "status 500: oops"),
+    "503 page": (raw(b"<html><body>busy</body></html>", 503), "status 503: an HTML page"),
+    "timeout": (slow, "no answer within 0.3 s"),
+    "broken connection": (broken_halfway, "the connection broke"),
+    "cut-off JSON": (raw(b'{"data": [{"index": 0, "embedding": [0.1, 0.2'), "no JSON"),
+    "empty": (raw(b""), "no JSON"),
+    "bytes": (raw(b"\xff\xfe\xfa"), "no JSON"),
+    "deep JSON": (raw(b"[" * 200_000), "JSON|nested too deeply"),
+    "HTML": (raw(b"\n<!doctype html><title>Sign in</title>"), "an answer that is HTML"),
+    "no object": (raw(b"[1]"), "without the list `data`"),
+    "no data": (changed(lambda good: {"embeddings": []}), "without the list `data`"),
+    "data of numbers": (changed(lambda good: {"data": [1, 2]}), "without the list `data`"),
+    "no embedding": (changed(lambda good: good["data"][0].pop("embedding") and None), "lacks the field `embedding`"),
+    "no index": (changed(lambda good: good["data"][0].pop("index") and None), "lacks the field `index`"),
+    "index twice": (changed(set_first("index", 1)), "wrong `index`"),
+    "index beyond": (changed(set_first("index", 99)), "wrong `index`"),
+    "index true": (changed(set_first("index", True)), "wrong `index`"),
+    "index list": (changed(set_first("index", [0])), "wrong `index`"),
+    "one too few": (changed(lambda good: good["data"].pop() and None), "of 1 embeddings to 2 texts"),
+    "one too many": (changed(lambda good: good["data"].append(good["data"][0])), "of 3 embeddings to 2 texts"),
+    "wrong width": (changed(set_first("embedding", [1.0])), "rows of numbers of one length"),
+    "base64": (changed(set_first("embedding", "AACAPwAAgD8=")), "rows of numbers of one length"),
+    "null": (changed(set_first("embedding", None)), "rows of numbers of one length"),
+    "NaN": (changed(set_first("embedding", [float("nan")] * WIDTH)), "NaN or infinite"),
+    "zeros": (changed(set_first("embedding", [0] * WIDTH)), "zeros"),
+}
+
+
+@pytest.mark.parametrize("trouble", PASSING)
+def test_what_may_pass_is_tried_again_a_few_times(endpoint: Endpoint, api: Api, trouble: str) -> None:
+    behaviour, said = PASSING[trouble]
+    texts, timeout = TEXTS[:2], 0.3 if trouble == "timeout" else 10.0
+    endpoint.then(behaviour, behaviour)
+    np.testing.assert_array_equal(api(timeout=timeout).embed(texts), EXPECTED[:2])
+    assert len(endpoint.requests) == 3
+    endpoint.then(behaviour, behaviour)
+    with pytest.raises(InputError, match=said) as caught:
+        api(model="other", timeout=timeout, retries=1).embed(texts)
+    assert "failed 2 times" in str(caught.value) and str(caught.value).endswith("run again later to go on.")
+    assert len(endpoint.requests) == 5 and api(model="other").plan(texts).cached == 0
+
+
+def test_a_plan_looks_at_its_texts(api: Api) -> None:
+    with pytest.raises(InputError, match="Text 1 of 1 is not valid Unicode"):
+        api().plan(["\udce9"])
+    with pytest.raises(InputError, match="batch_size is 0"):
+        api().plan(["a"], batch_size=0)
+
+
+def test_unusable_answers_are_paid_for_three_times_at_most(endpoint: Endpoint, api: Api) -> None:
+    endpoint.always = raw(b"<html>")
+    with pytest.raises(InputError, match="failed 3 times"):
+        api(retries=50).embed(TEXTS[:2])
+    assert len(endpoint.requests) == 3
+
+
+def test_width_that_changes_between_runs(endpoint: Endpoint, api: Api) -> None:
+    api().embed(TEXTS[:2])
+    endpoint.always = changed(lambda good: [item["embedding"].pop() for item in good["data"]] and None)
+    with pytest.raises(InputError, match="vectors 7 wide, where 8 is expected"):
+        api().embed(TEXTS[:4])
+    assert api().plan(TEXTS[:4]).cached == 2
+
+
+@pytest.mark.parametrize("tokens", [10**400, 2**53, -1, True, 7.0, "7", None, [7]])
+def test_usage_that_is_no_count_is_as_good_as_none(endpoint: Endpoint, api: Api, tokens: Any) -> None:
+    endpoint.always = changed(lambda good: good.pop("usage") and None)
+    without = api()
+    without.embed(["a bird"])
+    endpoint.always = changed(lambda good: good["usage"].update(total_tokens=tokens))
+    embedder = api(model="other")
+    embedder.embed(["a bird"])
+    assert embedder.budget.tokens == without.budget.tokens > 0
+
+
+def test_indices_in_another_order(endpoint: Endpoint, api: Api) -> None:
+    endpoint.always = changed(lambda good: good["data"].reverse())
+    np.testing.assert_array_equal(api().embed(TEXTS, batch_size=16), EXPECTED)
+
+
+PERMANENT = {
+    400: (
+        status(400, "This text is too long. It has 9,000 tokens."),
+        r"It has 9,000 tokens\): change what the message",
+    ),
+    401: (
+        status(401, f"Incorrect API key provided: {KEY}."),
+        r"provided: \[key\]\): set a valid key .* OPENAI_API_KEY",
+    ),
+    403: (raw(b'{"message": "not yours"}', 403), "status 403: not yours"),
+    404: (raw(b'{"error": "no such model"}', 404), "status 404: no such model.*check the base URL"),
+    422: (raw(b'{"detail": [{"loc": "input"}]}', 422), "status 422: .*loc"),
+    405: (raw(b"<html>nginx</html>", 405), "status 405: an HTML page"),
+    302: (lambda request: (302, {"Location": "/login"}, b""), "status 302.*redirects to"),
+    429: (status(429, "No credit", error_code="insufficient_quota"), "status 429: No credit"),
+}
+
+
+@pytest.mark.parametrize("code", PERMANENT)
+def test_a_refusal_ends_at_once_in_one_sentence(endpoint: Endpoint, api: Api, code: int) -> None:
+    behaviour, said = PERMANENT[code]
+    endpoint.always = behaviour
+    with pytest.raises(InputError, match=said) as caught:
+        api().embed(TEXTS[:2])
+    assert len(endpoint.requests) == 1
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".") and KEY not in str(caught.value)
+
+
+def test_a_wrong_path_and_no_server(endpoint: Endpoint, tmp_path: Path) -> None:
+    config = ApiConfig(model="m", cache=str(tmp_path), retries=1, backoff=0)
+    with pytest.raises(InputError, match="status 404: Not Found"):
+        HttpEmbedder(f"{endpoint.url}/wrong", config).embed(["a"])
+    with pytest.raises(InputError, match="failed 2 times .no connection: .*refused"):
+        HttpEmbedder("http://127.0.0.1:9/v1", config).embed(["a"])
+
+
+def test_retry_after_is_honoured(endpoint: Endpoint, api: Api) -> None:
+    soon = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: at least 1 from now
+    for header, least in (("0.4", 0.4), (soon, 0.5), ("nan", 0), ("soon", 0), ("-5", 0)):
+        endpoint.then(status(429, headers={"Retry-After": header}))
+        api(model=header).embed(["a"])
+        waited = endpoint.times[-1] - endpoint.times[-2]
+        assert least <= waited < least + 2, header
+    endpoint.then(status(429, "daily quota", headers={"Retry-After": "7200"}))
+    with pytest.raises(InputError, match="asks to wait for 7,200 s .status 429: daily quota"):
+        api(model="later").embed(["a"])
+
+
+def test_back_off_doubles(endpoint: Endpoint, api: Api) -> None:
+    endpoint.then(*[status(500)] * 4)
+    api(backoff=0.05).embed(["a"])
+    waits = np.diff(endpoint.times)
+    bounds = 0.05 * 2.0 ** np.arange(4)
+    assert (waits >= bounds * 0.5).all() and (waits < bounds * 1.5 + 0.2).all()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://host/v1", "isn't one of http or https"),
+        ("https://", "isn't one of http"),
+        ("https://user:hunter2@host/v1", "holds a user name"),
+        ("https://host/v1?key=hunter2", "behind . or #"),
+        ("https://host:port/v1", "can't be understood"),
+        ("https://[::1/v1", "can't be understood"),
+        ("https://host..name/v1", "can't be understood"),
+        ("https://host/\x00v1", "can't be understood"),
+    ],
+)
+def test_base_urls_that_cannot_be_used(url: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        HttpEmbedder(url, ApiConfig(model="m"))
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"dimensions": 0}, {"concurrency": 0}, {"timeout": 0.0}, {"timeout": float("nan")}, {"retries": -1}),
+        *({"backoff": -1.0}, {"price": -1.0}, {"price": 1.0, "max_cost": -1.0}, {"max_requests": -1}),
+        {"max_cost": 1.0},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"api.{[*settings][-1]}"):
+        ApiConfig(model="m", **settings)
+
+
+def test_urls_of_one_endpoint_share_a_cache(api: Api) -> None:
+    def file(url: str) -> Path:
+        return HttpEmbedder(url, ApiConfig(model="org/model")).cache_file
+
+    assert file("https://Host/v1") == file("https://host/v1/") == file("https://host/v1/embeddings")
+    assert file("https://host/v1") != file("https://host/v2")
+
+
+def test_keys(endpoint: Endpoint, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "  other-key\n")
+    api(key_variable="MINE").embed(["a"])
+    api(key_variable="UNSET").embed(["b"])
+    assert endpoint.authorizations == {"Bearer other-key", None}
+    endpoint.always = status(401, "Who are you?")
+    with pytest.raises(InputError, match="environment variable UNSET, which is not set"):
+        api(key_variable="UNSET").embed(["c"])
+    for bad in ("two words", "köy", "a\nb"):
+        monkeypatch.setenv("MINE", bad)
+        with pytest.raises(InputError, match="MINE holds characters that no key has") as caught:
+            api(key_variable="MINE")
+        assert bad not in str(caught.value)
+    with pytest.raises(InputError, match=r"give api\.model"):
+        api(model=" ")

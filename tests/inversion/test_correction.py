@@ -1,0 +1,372 @@
+"""The correction loop: what it selects, when it stops, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.toy_loop import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    assert_same,
+    cosine,
+    embed,
+    hypothesize,
+    make_loop,
+    propose_greedy,
+    propose_hashed,
+    propose_same,
+    toy_params,
+    toy_texts,
+)
+from v2t_jax.errors import InputError
+from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, correct_in_batches
+
+
+@pytest.fixture(scope="module")
+def params():
+    return toy_params()
+
+
+@pytest.fixture(scope="module")
+def targets(params):
+    return np.asarray(embed(params, toy_texts(1, BATCH)))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("propose", [propose_greedy, propose_hashed])
+def test_best_cosine_never_falls_and_is_the_answer(params, targets, propose, width):
+    found = make_loop(propose, sequence_beam_width=width)(params, targets, 9)
+    assert (np.diff(found.trace_cosine, axis=1) >= 0).all()
+    np.testing.assert_array_equal(found.cosine, found.trace_cosine.max(axis=1))
+    # `step` is the first at which the answer was seen.
+    np.testing.assert_array_equal(found.step, found.trace_cosine.argmax(axis=1))
+    again = np.asarray(cosine(embed(params, jnp.asarray(found.ids)), jnp.asarray(targets)))
+    np.testing.assert_allclose(found.cosine, again, atol=1e-6)
+    rows = np.arange(BATCH)
+    np.testing.assert_array_equal(found.trace_ids[rows, found.step], found.ids)
+    assert found.trace_ids.shape == (BATCH, 10, LENGTH) and found.ids.dtype == np.int32
+
+
+def test_recovers_the_toy_texts(params, targets):
+    found = make_loop()(params, targets, 12)
+    assert (found.ids == toy_texts(1, BATCH)).all(axis=1).mean() >= 0.8
+    assert found.trace_cosine[:, -1].mean() > found.trace_cosine[:, 0].mean() + 0.1
+
+
+@pytest.mark.parametrize("settings", [{"sequence_beam_width": 1}, {"mode": "upstream"}])
+def test_no_steps_returns_the_inverters_greedy_guess(params, targets, settings):
+    found = make_loop(**settings)(params, targets, 0)
+    np.testing.assert_array_equal(found.ids, hypothesize(params, jnp.asarray(targets), 1)[0][:, 0])
+    assert found.steps_run == 0 and found.trace_ids.shape == (BATCH, 1, LENGTH) and not found.step.any()
+
+
+def test_no_steps_with_a_beam_returns_the_closest_first_guess(params, targets):
+    found = make_loop()(params, targets, 0)
+    ids, _ = hypothesize(params, jnp.asarray(targets), 4 * 4)  # as many as a step's candidates
+    emb = embed(params, ids.reshape(-1, LENGTH)).reshape(BATCH, 16, WIDTH)
+    closest = np.asarray(cosine(emb, jnp.asarray(targets)[:, None])).argmax(axis=1)
+    np.testing.assert_array_equal(found.ids, np.asarray(ids)[np.arange(BATCH), closest])
+
+
+def test_frozen_rows_do_not_change(params):
+    ids = toy_texts(2, 6)
+    first = np.asarray(hypothesize(params, embed(params, ids), 1)[0][:, 0])
+    # Half the targets are embeddings whose first guess is right: frozen at step 0, while the rest wander.
+    fixed = np.asarray(embed(params, first))
+    right = (np.asarray(hypothesize(params, jnp.asarray(fixed), 1)[0][:, 0]) == first).all(axis=1)
+    assert right.any()
+    e = np.concatenate([fixed[right], np.asarray(embed(params, ids))])
+    found = make_loop(propose_hashed)(params, e, 6)
+    frozen = slice(0, right.sum())
+    assert found.step[right.sum() :].any()
+    assert (found.trace_ids[frozen] == found.trace_ids[frozen, :1]).all()
+    assert not found.step[frozen].any() and (found.cosine[frozen] >= 1 - 1e-5).all()
+
+
+def test_a_frozen_beam_is_left_alone_by_the_step(params, targets):
+    loop = make_loop(propose_hashed)
+    beam, _ = loop._start(params, jnp.asarray(targets), 1)
+    done = jnp.arange(BATCH) % 2 == 0
+    beam = beam._replace(done=done)
+    moved = jax.jit(loop._step)(params, jnp.asarray(targets), beam, jnp.int32(1), jnp.int32(1))
+    for old, new in zip(beam, moved, strict=True):
+        np.testing.assert_array_equal(np.asarray(old)[::2], np.asarray(new)[::2])
+    assert not np.array_equal(beam.ids[1::2], moved.ids[1::2])
+
+
+def counted(host_calls):
+    """The toy embedder, counting in the running program."""
+
+    def run(params, ids):
+        jax.debug.callback(lambda: host_calls.append(1))
+        return embed(params, ids)
+
+    return run
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_early_exit_spares_steps(params, targets, chunk):
+    calls = []
+    settings = CorrectionSettings(scan_chunk=chunk)
+    loop = CorrectionLoop(hypothesize, propose_greedy, counted(calls), settings)
+    reports = []
+    found = loop(params, targets, 40, lambda *report: reports.append(report))
+    jax.effects_barrier()
+    assert found.steps_run < 40 and len(calls) == found.steps_run + 1
+    assert found.trace_ids.shape == (BATCH, 41, LENGTH)
+    assert (found.trace_ids[:, found.steps_run :] == found.ids[:, None]).all()
+    assert reports[0][0] == 0 and reports[-1][0] == found.steps_run and reports[-1][2] == BATCH
+    assert len(reports) == 1 + -(-found.steps_run // chunk)
+    assert reports[-1][1] == pytest.approx(found.cosine.mean(), abs=1e-6)
+
+
+def test_every_hypothesis_is_expanded_once_and_the_nearest_first(params, targets):
+    """Against best-first search in plain Python, which remembers everything."""
+    expanded = []
+
+    def watched(params, e, ids, emb, k):
+        jax.debug.callback(lambda ids: expanded.append(np.asarray(ids)), ids)
+        return propose_hashed(params, e, ids, emb, k)
+
+    width, steps, target = 2, 4, targets[:1]
+    CorrectionLoop(hypothesize, watched, embed, CorrectionSettings(sequence_beam_width=width))(params, target, steps)
+    jax.effects_barrier()
+
+    def nearness(text):
+        emb = np.asarray(embed(params, jnp.asarray([text])))[0]
+        return float(emb @ target[0] / np.linalg.norm(emb) / np.linalg.norm(target[0]))
+
+    known = {tuple(ids): None for ids in np.asarray(hypothesize(params, jnp.asarray(target), width**2)[0])[0].tolist()}
+    known, done = {text: nearness(text) for text in known}, set()
+    for step in range(steps):
+        chosen = sorted(known.keys() - done, key=known.get, reverse=True)[:width]
+        assert chosen == [tuple(row) for row in expanded[step].tolist()]
+        done.update(chosen)
+        for parent in chosen:
+            row = jnp.asarray([parent])
+            children = propose_hashed(params, jnp.asarray(target), row, embed(params, row), width)[0]
+            for child in np.asarray(children)[0].tolist():
+                end = child.index(1) if 1 in child else LENGTH
+                text = tuple(child[: end + 1] + [0] * (LENGTH - end - 1))
+                known.setdefault(text, nearness(text))
+
+
+def test_a_loop_that_finds_nothing_new_is_done(params, targets):
+    found = make_loop(propose_same, sequence_beam_width=2)(params, targets, 20)
+    assert found.steps_run == 2  # four first guesses, two looked at in a step
+    assert (found.trace_ids == found.ids[:, None]).all()
+
+
+def test_patience_stops_rows_without_improvement(params, targets):
+    patient = make_loop(propose_hashed)(params, targets, 30)
+    hasty = make_loop(propose_hashed, patience=1)(params, targets, 30)
+    assert hasty.steps_run < patient.steps_run
+    assert (hasty.step < patient.step).any() and (hasty.step == patient.step).any()
+    # A row does what it would have done until its first step without improvement, and keeps that answer.
+    for row in range(BATCH):
+        last = 0
+        while patient.trace_cosine[row, last + 1] > patient.trace_cosine[row, last]:
+            last += 1
+        assert hasty.step[row] == last
+        np.testing.assert_array_equal(hasty.ids[row], patient.trace_ids[row, last])
+
+
+def test_the_beam_holds_distinct_texts_and_marks_fillers(params, targets):
+    e = jnp.asarray(targets)
+
+    def with_junk_after_eos(params, e, ids, emb, k):
+        """k copies of one new text (ends at position 2), written differently behind its eos."""
+        new = jnp.repeat(ids[:, None, :], k, axis=1).at[:, :, 2].set(1)
+        return new.at[:, :, 3:].set(2 + jnp.arange(k)[None, :, None]), jnp.zeros(new.shape[:2])
+
+    def one_guess(params, e, k):
+        return jnp.repeat(hypothesize(params, e, 1)[0], k, axis=1), jnp.zeros((e.shape[0], k))
+
+    loop = CorrectionLoop(one_guess, with_junk_after_eos, embed, CorrectionSettings(sequence_beam_width=3))
+    beam, _ = loop._start(params, e, 1)
+    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True] + [False] * 11] * BATCH)  # MEMORY * W slots
+    assert (beam.ids == beam.ids[:, :1]).all()
+    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1), jnp.int32(1))
+    np.testing.assert_array_equal(np.isfinite(beam.cosine), [[True, True] + [False] * 10] * BATCH)
+    assert not (beam.ids[:, 0] == beam.ids[:, 1]).all(axis=1).any()
+    np.testing.assert_array_equal(beam.ids[:, 2], beam.ids[:, 0])  # a filler repeats the best
+
+    full = make_loop(propose_hashed)
+    beam, _ = full._start(params, e, 1)
+    advance = jax.jit(full._step)
+    for step in range(1, 4):
+        beam = advance(params, e, beam, jnp.int32(step), jnp.int32(3))
+        for ids, here in zip(np.asarray(beam.ids), np.isfinite(beam.cosine), strict=True):
+            assert len({tuple(text) for text in ids[here].tolist()}) == here.sum() >= 4
+        assert (np.diff(np.maximum(beam.cosine, -2), axis=1) <= 0).all()  # fillers come last
+
+
+def test_candidates_that_are_not_numbers_never_win(params, targets):
+    def sometimes_nan(params, ids):
+        return jnp.where((ids[:, :1] % 2) == 0, jnp.nan, embed(params, ids))
+
+    loop = CorrectionLoop(hypothesize, propose_hashed, sometimes_nan, CorrectionSettings())
+    found = loop(params, targets, 6)
+    assert np.isfinite(found.cosine).all() and (found.ids[:, 0] % 2 == 1).all()
+
+
+def upstream_in_plain_python(propose, params, e, steps, width, beams):
+    """The original's generation, one item at a time; returns the ids selected at each step, guess first."""
+    propose, embed_one = jax.jit(propose, static_argnums=4), jax.jit(embed)
+
+    def similarity(a, b):
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+    selected = []
+    for target in np.asarray(e):
+        hypotheses = [np.asarray(hypothesize(params, jnp.asarray(target)[None], 1)[0])[0, 0]]
+        trace = [hypotheses[0]]
+        for t in range(steps):
+            pool = []
+            for ids in hypotheses:
+                emb = embed_one(params, jnp.asarray(ids)[None])
+                children, lp = propose(params, jnp.asarray(target)[None], jnp.asarray(ids)[None], emb, beams)
+                for child, log_prob in zip(np.asarray(children)[0], np.asarray(lp)[0], strict=True):
+                    emb_child = np.asarray(embed_one(params, jnp.asarray(child)[None]))[0]
+                    pool.append((similarity(emb_child, target) if width > 1 else float(log_prob), child))
+            assert len(pool) == (beams if t == 0 else beams * width)
+            pool.sort(key=lambda scored: -scored[0])
+            trace.append(pool[0][1])
+            hypotheses, seen = [], set()
+            for _, child in pool:
+                if tuple(child) not in seen and len(hypotheses) < width:
+                    seen.add(tuple(child))
+                    hypotheses.append(child)
+            assert len(hypotheses) == width
+        selected.append(np.stack(trace))
+    return np.stack(selected)
+
+
+@pytest.mark.parametrize(
+    ("propose", "width", "candidates"),
+    [
+        (propose_hashed, 1, None),
+        (propose_greedy, 1, 3),  # ranked by the corrector's own score
+        (propose_hashed, 3, None),
+        (propose_greedy, 3, None),
+        (propose_hashed, 2, 4),
+    ],
+)
+def test_upstream_mode_is_the_originals_selection(params, targets, propose, width, candidates):
+    e, steps = targets[:4], 5
+    loop = make_loop(propose, mode="upstream", sequence_beam_width=width, num_candidates=candidates)
+    found = loop(params, e, steps)
+    expected = upstream_in_plain_python(propose, params, e, steps, width, max(width, candidates or width))
+    np.testing.assert_array_equal(found.trace_ids, expected)
+    np.testing.assert_array_equal(found.ids, expected[:, -1])
+    assert found.steps_run == steps and (found.step == steps).all()
+    again = cosine(embed(params, jnp.asarray(found.ids)), jnp.asarray(e))
+    np.testing.assert_allclose(found.cosine, np.asarray(again), atol=1e-6)
+
+
+def test_first_pool_of_upstream_mode_is_the_children_of_one_hypothesis(params, targets):
+    def propose_by_row(params, e, ids, emb, k):
+        """As if rounding decided: copies of one hypothesis get other children."""
+        token = 2 + (jnp.arange(ids.shape[0])[:, None] % 3) * 3 + jnp.arange(k)[None]
+        return jnp.repeat(ids[:, None], k, axis=1).at[:, :, 0].set(token), jnp.zeros((ids.shape[0], k))
+
+    loop = make_loop(propose_by_row, mode="upstream", sequence_beam_width=3)
+    e = jnp.asarray(targets)
+    beam, _ = loop._start(params, e, 1)
+    beam = jax.jit(loop._step)(params, e, beam, jnp.int32(1), jnp.int32(1))
+    np.testing.assert_array_equal(np.sort(beam.ids[:, :, 0], axis=1), [[2, 3, 4]] * BATCH)
+
+
+def test_upstream_mode_can_get_worse_and_best_mode_does_not(params, targets):
+    upstream = make_loop(propose_hashed, mode="upstream")(params, targets, 8)
+    assert (np.diff(upstream.trace_cosine, axis=1) < 0).any()
+    best = make_loop(propose_hashed)(params, targets, 8)
+    assert best.cosine.mean() > upstream.cosine.mean()
+
+
+def test_one_compile_serves_every_batch_weight_and_number_of_steps(params, targets):
+    traces = {"hypothesize": 0, "propose": 0, "embed": 0}
+
+    def count(name, function):
+        def wrapped(*args):
+            traces[name] += 1
+            return function(*args)
+
+        return wrapped
+
+    loop = CorrectionLoop(
+        count("hypothesize", hypothesize),
+        count("propose", propose_hashed),
+        count("embed", embed),
+        CorrectionSettings(sequence_beam_width=2, scan_chunk=2),
+    )
+    loop(params, targets, 3)
+    first = dict(traces)
+    assert first["hypothesize"] == 1
+    for seed, steps in [(0, 3), (3, 1), (4, 8), (5, 0)]:
+        other = toy_params(seed)
+        loop(other, np.asarray(embed(other, toy_texts(seed, BATCH))), steps)
+    assert traces == first
+    assert loop._start._cache_size() == 1 and loop._advance._cache_size() == 1
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_result_does_not_depend_on_the_split(params, targets, batch_size):
+    whole = make_loop()(params, targets, 7)
+    loop = CorrectionLoop(hypothesize, propose_greedy, embed, CorrectionSettings())
+    progress = []
+    split = correct_in_batches(
+        loop, params, targets, 7, batch_size, lambda done, cosine: progress.append((done, cosine))
+    )
+    assert_same(split, whole)
+    assert loop._start._cache_size() == 1 and loop._advance._cache_size() == 1
+    done = [count for count, _ in progress]
+    assert done == sorted(done) and done[-1] == BATCH
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mode", "last"),
+        ("sequence_beam_width", 0),
+        ("num_candidates", 0),
+        ("tolerance", -1e-3),
+        ("tolerance", float("nan")),
+        ("patience", -1),
+        ("scan_chunk", 0),
+        ("guess_length", 0),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(InputError, match=field):
+        CorrectionSettings(**{field: value})
+
+
+def test_a_first_guess_is_cut_where_it_is_to_be_corrected(params, targets):
+    loop = make_loop(propose_hashed, mode="upstream", sequence_beam_width=2, guess_length=3)
+    whole = loop(params, targets, 0)
+    np.testing.assert_array_equal(whole.ids, hypothesize(params, jnp.asarray(targets), 1)[0][:, 0])
+    guess = loop(params, targets, 2).trace_ids[:, 0]
+    np.testing.assert_array_equal(guess, np.where(np.arange(LENGTH) < 3, whole.ids, 0))
+    with pytest.raises(InputError, match="guess_length"):
+        CorrectionSettings(guess_length=3)
+
+
+def test_patience_in_upstream_mode_is_refused():
+    with pytest.raises(InputError, match="patience"):
+        CorrectionSettings(mode="upstream", patience=2)
+
+
+def test_bad_arguments_are_refused(params, targets):
+    loop = make_loop(sequence_beam_width=1)
+    for e in (targets[0], targets[:0], targets[None]):
+        with pytest.raises(InputError, match="embeddings have shape"):
+            loop(params, e, 1)
+        with pytest.raises(InputError, match="embeddings have shape"):
+            correct_in_batches(loop, params, e, 1, 4)
+    with pytest.raises(InputError, match="num_steps"):
+        loop(params, targets, -1)
+    with pytest.raises(InputError, match="batch_size"):
+        correct_in_batches(loop, params, targets, 1, 0)

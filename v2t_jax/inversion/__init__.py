@@ -1,0 +1,1 @@
+"""From embeddings to text: the correction loop, and the pipeline around it."""

@@ -1,0 +1,416 @@
+"""A trained inverter as one object, and as a folder.
+
+    DIR/config.json               sizes, embedder (name and hash of its weights), hashes of the files beside it
+    DIR/{inverter,corrector}.safetensors    parameters, flat names joined by "/"; large tables as int8 rows with scales
+    DIR/pieces.safetensors        model id -> the tokenizer's piece
+    DIR/tokenizer.json            the model's own tokenizer; models that share their embedder's have none
+    DIR/README.md                 model card
+
+Nothing is unpickled; every file's sha256 is checked before it is used.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from v2t_jax import progress
+from v2t_jax.config import DecodeLayout, ModelConfig, Stage, from_dict, to_dict
+from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
+from v2t_jax.embedders.load import load_embedder
+from v2t_jax.errors import InputError
+from v2t_jax.interop.files import read_json, sha256_of, whole_folder
+from v2t_jax.interop.hub import download, is_hub_name
+from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
+from v2t_jax.inversion.proposals import guesser, hypothesis_embedder, proposer
+from v2t_jax.models import corrector, inverter, t5
+from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, named_or_embedder
+from v2t_jax.models.layers import Params
+from v2t_jax.parallel import processes
+from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
+
+NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
+FORMAT_VERSION = 1
+PACKAGED = Path(__file__).parent.parent / "assets" / "models"
+TOKENIZER = "tokenizer.json"
+UPSTREAM_LENGTH = 127  # tokens that the original's calls generate at most: 128 with the decoder's start id
+CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n---\n"  # what the hub files models by
+
+
+@dataclasses.dataclass
+class Inverter:
+    """Networks, embedder and vocabulary that belong together: what `v2t_jax.load` returns.
+
+    Attributes:
+        bridged: the vocabulary is the model's own, and hypotheses reach the embedder as text, over the host. Otherwise
+            the model writes the embedder's own word-pieces, and the correction loop never leaves the device.
+        embedding_norm: mean and standard deviation of the lengths of the vectors it was trained on, where known.
+        mesh: of all the run's devices, over which the parameters are cut and it decodes, in the layout `decode`; all
+            processes then call the same together. By default each process decodes on its own devices.
+    """
+
+    name: str
+    config: ModelConfig
+    params: dict[Stage, Params]  # "inverter" always, "corrector" where there is one
+    embedder: TextEmbedder
+    vocabulary: Vocabulary
+    bridged: bool = False
+    embedding_norm: tuple[float, float] | None = None
+    mesh: Mesh | None = None
+    decode: DecodeLayout = "batch"
+
+    def __post_init__(self) -> None:
+        self._loops: dict[CorrectionSettings, CorrectionLoop] = {}
+        if self.config.embedding_width != self.embedder.width:
+            raise InputError(
+                f"The model {self.name} inverts embeddings of width {self.config.embedding_width}, but those of "
+                f"{self.embedder.name} are {self.embedder.width} wide; give the embedder that it was trained for."
+            )
+
+    @property
+    def has_corrector(self) -> bool:
+        return "corrector" in self.params
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether the correction loop leaves the device to embed its hypotheses."""
+        return self.bridged or not isinstance(self.embedder, Embedder)
+
+    def loop_params(self) -> dict[str, Any]:
+        """The weights that a correction loop's programs take as arguments; on a mesh laid out for decoding."""
+        networks: dict[str, Any] = {}
+        for stage, params in self.params.items():
+            if self.mesh is not None:
+                params = {**params, "t5": t5.rounded(self.config.t5, params["t5"])}  # in the end it would be anyway
+                specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
+                params = processes.put(params, state_shardings(self.mesh, params, specs))
+            networks[stage] = {**params, "t5": t5.unstack_decoder(params["t5"])}
+        embedder = self.embedder.params if isinstance(self.embedder, Embedder) else {}
+        others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.pieces)}
+        return networks | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
+
+    def correction_loop(
+        self,
+        sequence_beam_width: int = 4,
+        mode: Mode = "best",
+        num_candidates: int | None = None,
+        patience: int = 0,
+    ) -> CorrectionLoop:
+        """The compiled loop for these settings, made once.
+
+        In mode "upstream" a bridged model's texts are as long as the original's calls let them be, whatever it was
+        trained on; but a first guess that is to be corrected is cut to the length of the training texts, start id
+        included.
+        """
+        config, guess_length = self.config, None
+        if mode == "upstream" and self.bridged:
+            config = dataclasses.replace(config, max_length=UPSTREAM_LENGTH)
+            guess_length = self.config.max_length - 1
+        settings = CorrectionSettings(
+            sequence_beam_width=sequence_beam_width,
+            mode=mode,
+            num_candidates=num_candidates,
+            patience=patience,
+            scan_chunk=1 if config.max_length > 64 else 2,
+            guess_length=guess_length,
+        )
+        if settings not in self._loops:
+            self._loops[settings] = CorrectionLoop(
+                guesser(config),
+                proposer(config, mode),
+                hypothesis_embedder(config, self.embedder, self.vocabulary, self.bridged),
+                settings,
+            )
+        return self._loops[settings]
+
+    def save(self, folder: Path, record: dict[str, Any], quantise: bool = False, card: str = "") -> None:
+        """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
+
+        Raises:
+            InputError: the folder can't be written, or holds something else than a model.
+        """
+        if folder.exists() and not (folder / "pieces.safetensors").is_file() and any(folder.iterdir()):
+            raise InputError(f"{folder} holds files that aren't a model's and would be lost; give another folder.")
+        with whole_folder(folder, replace=True) as building:
+            for stage, params in self.params.items():
+                save_file(_flatten(params, quantise), building / f"{stage}.safetensors")
+            save_file({"pieces": self.vocabulary.pieces}, building / "pieces.safetensors")
+            if self.bridged:
+                (building / TOKENIZER).write_text(self.vocabulary.tokenizer.to_str(), encoding="utf-8")
+            files = {file.name: sha256_of([file]) for file in sorted(building.iterdir())}
+            config = {
+                "format_version": FORMAT_VERSION,
+                "name": self.name,
+                "embedder": _embedder_record(self.embedder),
+                "embedding_norm": self.embedding_norm,
+                "model": to_dict(self.config),
+                "files": files,
+                "record": record,
+            }
+            (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (building / "README.md").write_text(CARD_HEAD + (card or f"# {self.name}\n\nNot evaluated yet.\n"))
+
+
+def locate_model(name: str) -> Path:
+    """The folder of a model: see `load`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    if name in packaged_models():
+        return PACKAGED / name
+    if is_hub_name(name):
+        try:
+            return download(name)
+        except InputError as error:
+            raise InputError(f"There is no model folder {name!r} here, and from the hub: {error}") from error
+    packaged = ", ".join(packaged_models()) or "none"
+    raise InputError(
+        f"There is no model {name!r}: give a model folder, a packaged name ({packaged}), or owner/name on the hub."
+    )
+
+
+def packaged_models() -> list[str]:
+    return sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
+
+
+class StoredModel(NamedTuple):
+    """What a model folder holds: all but the embedder."""
+
+    name: str
+    config: ModelConfig
+    params: dict[Stage, Params]
+    pieces: np.ndarray
+    tokenizer: Tokenizer | None
+    """the model's own; None: it writes its embedder's word-pieces"""
+    embedder: dict[str, Any]
+    """its name, weights_sha256 and, of a local one, max_length and prefix"""
+    embedding_norm: tuple[float, float] | None
+    record: dict[str, Any]
+    """recipe, scores, or what it was converted from"""
+
+
+def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> StoredModel:
+    """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), without its embedder.
+
+    Args:
+        put: takes each parameter; by default to this process's first device.
+
+    Raises:
+        InputError: no such model; or a file is missing, altered or truncated.
+    """
+    folder = locate_model(name)
+    config = read_json(folder / "config.json", "a model folder")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{folder}/config.json is not of model format {FORMAT_VERSION}; fetch the model again.")
+    for field in ("name", "embedder", "model", "files"):
+        if field not in config:
+            raise InputError(f"{folder}/config.json lacks the field {field!r}; fetch the model again.")
+    embedder, record = config["embedder"], config.get("record", {})
+    if (
+        not isinstance(config["name"], str)
+        or not isinstance(config["files"], dict)
+        or not isinstance(record, dict)
+        or not isinstance(embedder, dict)
+        or not all(isinstance(embedder.get(key), str) for key in ("name", "weights_sha256"))
+        or not isinstance(embedder.get("prefix", ""), str)
+    ):
+        raise InputError(
+            f"{folder}/config.json has a field name, embedder, record or files of another form; fetch the model again."
+        )
+    longest = embedder.get("max_length", 3)
+    if type(longest) is not int or longest < 3:
+        raise InputError(
+            f"{folder}/config.json says embedder.max_length = {longest!r}; it must be a whole number of at least 3: "
+            "fetch the model again."
+        )
+    model = from_dict(ModelConfig, config["model"], "model")
+    with progress.stage(f"loading the model {config['name']}"):
+        tensors, tokenizer = _read_files(folder, config["files"])
+        params: dict[Stage, Params] = {
+            stage: _unflatten(
+                tensors[stage],
+                jax.eval_shape(functools.partial(network.init, model), jax.random.key(0)),
+                stage,
+                put,
+            )
+            for stage, network in NETWORKS.items()
+            if stage in tensors
+        }
+        if "inverter" not in params or "pieces" not in tensors:
+            raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; fetch the model again.")
+        pieces = tensors["pieces"].get("pieces")
+        if pieces is None or pieces.ndim != 1 or not np.issubdtype(pieces.dtype, np.integer):
+            raise InputError(
+                f"{folder}/pieces.safetensors holds no row of whole numbers by the name 'pieces'; fetch the model "
+                "again."
+            )
+    norm = _recorded_norm(config)
+    return StoredModel(config["name"], model, params, pieces, tokenizer, embedder, norm, record)
+
+
+def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str, np.ndarray]], Tokenizer | None]:
+    """Tensors by file, and the tokenizer where there is one, of files whose sha256 is the recorded one."""
+    tensors, tokenizer = {}, None
+    for file, sha256 in files.items():
+        path = folder / Path(file).name
+        if not os.access(path, os.R_OK) or not path.is_file():
+            raise InputError(f"{path} is missing or unreadable; fetch the model again.")
+        if sha256_of([path]) != sha256:
+            raise InputError(
+                f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
+            )
+        if path.name == TOKENIZER:
+            tokenizer = read_tokenizer(path)
+            continue
+        try:
+            tensors[path.stem] = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a safetensors file ({error}); fetch the model again.") from error
+    return tensors, tokenizer
+
+
+def load(
+    name: str | Path = "minilm-wordnet",
+    embedder: str | Path | TextEmbedder | None = None,
+    *,
+    put: Callable[[np.ndarray], Any] = jnp.asarray,
+) -> Inverter:
+    """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
+
+    Args:
+        embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
+        put: see `read_model`.
+
+    Raises:
+        InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
+            trained on.
+    """
+    embedder = embedder if embedder is None else named_or_embedder(embedder)
+    stored = read_model(str(name), put)
+    recorded = stored.embedder["weights_sha256"]
+    if embedder is None and not recorded:
+        raise InputError(
+            f"The model {stored.name} was trained for {stored.embedder['name']}, of which no weights are known: "
+            "give that embedder, as load(name, embedder=...)."
+        )
+    if embedder is None or isinstance(embedder, str):
+        embedder = load_embedder(embedder or stored.embedder["name"])
+        if stored.embedder.get("max_length", math.inf) < embedder.config.max_length:
+            embedder = embedder.shortened(stored.embedder["max_length"])
+        prefix = stored.embedder.get("prefix", embedder.config.prefix)
+        embedder = dataclasses.replace(embedder, config=dataclasses.replace(embedder.config, prefix=prefix))
+    same_width = embedder.width == stored.config.embedding_width  # another one has a sentence of its own, in Inverter
+    if same_width and recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
+        raise InputError(
+            f"The model {stored.name} was trained on other weights of {embedder.name} than those installed."
+        )
+    tokenizer = stored.tokenizer
+    if tokenizer is None:
+        if not isinstance(embedder, Embedder):
+            raise InputError(
+                f"The model {stored.name} shares its embedder's word-pieces, so it can't use {embedder.name}, which "
+                "takes text only; leave the embedder out, or train a model with a tokenizer of its own."
+            )
+        check_length(stored.config.max_length, embedder)
+        tokenizer = embedder.tokenizer
+    if not (recorded and embedder.weights_sha256) and embedder.name != stored.embedder["name"]:
+        warnings.warn(
+            f"The model {stored.name} was trained for {stored.embedder['name']}; that {embedder.name} is the same "
+            "embedder can't be checked.",
+            stacklevel=2,
+        )
+    return Inverter(
+        stored.name,
+        stored.config,
+        stored.params,
+        embedder,
+        Vocabulary(tokenizer, stored.pieces),
+        bridged=stored.tokenizer is not None,
+        embedding_norm=stored.embedding_norm,
+    )
+
+
+def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of the lengths of `vectors` [n, E]: an Inverter's `embedding_norm`."""
+    lengths = np.linalg.norm(vectors, axis=1)
+    return float(lengths.mean()), float(lengths.std())
+
+
+def check_length(max_length: int, embedder: Embedder) -> None:
+    """Refuses a model of longer texts than its embedder reads.
+
+    Raises:
+        InputError: model.max_length is too large.
+    """
+    room = embedder.config.max_length - len(PieceMap.of(embedder).before)
+    if max_length > room:
+        raise InputError(f"model.max_length is {max_length}, but {embedder.name} reads texts of {room} at most.")
+
+
+def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
+    """Nested parameters -> flat names. Quantised matrices are int8, one scale per output column (rows of tables)."""
+    flat: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, array = "/".join(str(key.key) for key in path), np.asarray(leaf, np.float32)
+        if not quantise or array.ndim < 2 or array.size < 4096:
+            flat[name] = array
+            continue
+        axis = -1 if name.endswith("token_embedding") else -2
+        scale = np.maximum(np.abs(array).max(axis=axis, keepdims=True), 1e-12) / 127
+        flat[name] = np.round(array / scale).astype(np.int8)
+        flat[f"{name}.scale"] = scale
+    return flat
+
+
+def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str, put: Callable[[np.ndarray], Any]) -> Params:
+    """The inverse of `_flatten`, float32, checked against the shapes of `like`."""
+    names: set[str] = set()
+
+    def leaf(path: tuple[Any, ...], shape: Any) -> Any:
+        name = "/".join(str(key.key) for key in path)
+        names.update((name, f"{name}.scale"))
+        if name not in flat:
+            raise InputError(f"The {stage} lacks the parameter {name!r}; fetch the model again.")
+        array = flat[name].astype(np.float32) * flat.get(f"{name}.scale", np.float32(1))
+        if array.shape != shape.shape:
+            raise InputError(f"The {stage}'s {name!r} has shape {array.shape}; config.json means {shape.shape}.")
+        return put(array)
+
+    params = jax.tree_util.tree_map_with_path(leaf, like)
+    unknown = sorted(set(flat) - names)
+    if unknown:
+        raise InputError(f"The {stage} holds the unknown parameter {unknown[0]!r}; fetch the model again.")
+    return params
+
+
+def _recorded_norm(config: dict[str, Any]) -> tuple[float, float] | None:
+    recorded = config.get("embedding_norm")
+    if recorded is None:
+        return None
+    if not isinstance(recorded, list) or len(recorded) != 2 or not all(isinstance(x, int | float) for x in recorded):
+        raise InputError("The model's config.json has an embedding_norm that isn't two numbers; fetch the model again.")
+    return float(recorded[0]), float(recorded[1])
+
+
+def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
+    if isinstance(embedder, Embedder):
+        # The prefix always: by the name alone it may be the table's, the folder's, or one that was asked for.
+        record |= {"max_length": embedder.config.max_length, "prefix": embedder.config.prefix}
+    return record

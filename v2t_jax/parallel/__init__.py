@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, layouts, start-up and exchange."""

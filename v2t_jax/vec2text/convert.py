@@ -1,0 +1,122 @@
+"""Whole models from and to the original's checkpoints: what `v2t convert` runs."""
+
+from pathlib import Path
+
+from v2t_jax.config import Stage
+from v2t_jax.data.sources import read_texts
+from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.embedders.load import load_embedder, locate
+from v2t_jax.errors import InputError
+from v2t_jax.interop.files import check_new
+from v2t_jax.interop.hub import folder_of, is_hub_name
+from v2t_jax.inversion.pipeline import Inverter, norm_statistics, read_model
+from v2t_jax.models.embedder import Embedder, TextEmbedder
+from v2t_jax.vec2text.checkpoints import check_embedder, read_base, read_settings, read_vec2text, write_vec2text
+from v2t_jax.vec2text.embedders import check_computation, default_name
+
+RECORD = "vec2text"  # what the original's config.json files said, kept in the model folder for the way back
+NORM_TEXTS = 128  # lines whose embeddings' lengths are recorded
+
+
+def build(
+    inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
+) -> tuple[Inverter, dict]:
+    """A model from checkpoints of the original, and what their config.json files say, by stage.
+
+    Args:
+        inverter, corrector: folders or hub names; without a corrector only first guesses are made.
+        t5: folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names.
+        embedder: name or folder of the embedder that they invert, or the embedder itself; by default what the
+            inverter's config.json names.
+
+    Raises:
+        InputError: see `read_base`, `load_embedder`, `read_vec2text`, `check_embedder` and `check_computation`; no
+            embedder is given or known; or its vectors have another width.
+    """
+    folders: dict[Stage, Path] = {"inverter": folder_of(inverter)}
+    if corrector is not None:
+        folders["corrector"] = folder_of(corrector)
+    settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
+    theirs, api = settings["inverter"]["embedder_model_name"], settings["inverter"].get("embedder_model_api")
+    if embedder is None and api:
+        raise InputError(
+            f"The inverter was trained for {api}, which is behind an API: give embedder=HttpEmbedder(...)."
+        )
+    if embedder is None:
+        embedder = default_name(theirs)
+    base = read_base(t5 or settings["inverter"]["model_name_or_path"])
+    pair = read_vec2text(folders, settings, base.config)
+    victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
+    if isinstance(victim, Embedder):
+        if isinstance(embedder, str):
+            check_embedder(folders["inverter"], locate(embedder), embedder)
+        if not api:  # beside an API the name means nothing
+            check_computation(theirs, victim)
+        # The original embeds hypotheses cut to the length of its training texts.
+        victim = victim.shortened(min(pair.config.max_length, victim.config.max_length))
+    model = Inverter(
+        name=inverter if is_hub_name(inverter) else folders["inverter"].resolve().name,
+        config=pair.config,
+        params=pair.params,
+        embedder=victim,
+        vocabulary=Vocabulary.full(base.tokenizer),
+        bridged=True,
+    )
+    model.embedding_norm = _embedding_norm(model)
+    return model, settings
+
+
+def _embedding_norm(model: Inverter) -> tuple[float, float] | None:
+    """Mean and deviation of the lengths of the embedder's vectors, for the warning of foreign ones.
+
+    The texts of the original's training are not at hand; WordNet's, cut as those were, stand for them.
+    """
+    if not isinstance(model.embedder, Embedder) or model.embedder.normalised:
+        return None  # known, or every text costs a request
+    texts = read_texts("wordnet", "held_out", limit=NORM_TEXTS)
+    readable = [text for text in model.vocabulary.normalise(texts, model.config.max_length) if text.strip()]
+    if not readable:
+        return None
+    return norm_statistics(model.embedder.embed(readable))
+
+
+def from_vec2text(
+    folder: Path, inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
+) -> None:
+    """Converts checkpoints of the original into a model folder; arguments and errors as `build`.
+
+    Raises:
+        InputError: the folder can't be written, or holds something already.
+    """
+    check_new(folder)
+    model, settings = build(inverter, corrector, t5, embedder)
+    model.save(folder, record={RECORD: settings}, card=_card(model.name, model.embedder.name, model.has_corrector))
+
+
+def to_vec2text(model: str, folder: Path) -> None:
+    """Converts a model folder that `from_vec2text` wrote back into checkpoints for the original.
+
+    Args:
+        model: the model folder; its embedder isn't needed.
+        folder: where the folders inverter and corrector are written.
+
+    Raises:
+        InputError: see `read_model` and `write_vec2text`; or the model didn't come from the original.
+    """
+    check_new(folder)
+    stored = read_model(model)
+    settings = stored.record.get(RECORD)
+    if not isinstance(settings, dict) or set(settings) != set(stored.params):
+        raise InputError(
+            f"The model {stored.name} didn't come from vec2text, which knows only T5's own tokenizer and its own "
+            "embedders; only models that 'v2t convert --from vec2text' made go back."
+        )
+    write_vec2text(folder, stored.config, stored.params, settings)
+
+
+def _card(name: str, embedder: str, has_corrector: bool) -> str:
+    networks = "inverter and corrector" if has_corrector else "inverter, without a corrector,"
+    return (
+        f"# {name}\n\nThe {networks} of vec2text (Morris et al. 2023, PyTorch) for vectors of {embedder}, converted by "
+        "`v2t convert --from vec2text`. Not evaluated here.\n"
+    )
