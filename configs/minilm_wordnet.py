@@ -43,7 +43,7 @@ def get_config() -> Config:
             num_pseudo_tokens=4,
             max_length=17,
             projection_dropout=0.0,
-            standardise=True,
+            standardize=True,
             bag_of_words=True,
         ),
         initial_embedding="embedder",

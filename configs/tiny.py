@@ -31,7 +31,7 @@ def get_config() -> Config:
     optimizer = OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=10)
     return Config(
         name="tiny",
-        model=ModelConfig(t5=t5, num_pseudo_tokens=2, max_length=17, projection_dropout=0.0, standardise=True),
+        model=ModelConfig(t5=t5, num_pseudo_tokens=2, max_length=17, projection_dropout=0.0, standardize=True),
         data=DataConfig(vocabulary_size=4000, bucket_lengths=(9, 13, 17)),
         inverter=StageConfig(num_steps=150, batch_size=64, optimizer=optimizer),
         corrector=StageConfig(num_steps=60, batch_size=64, optimizer=optimizer),

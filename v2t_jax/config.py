@@ -95,12 +95,12 @@ class ModelConfig:
     """L: tokens of a text, its end token included"""
     projection_dropout: float = 0.1
     """inside the inverter's projection only, as in the original"""
-    standardise: bool = False
+    standardize: bool = False
     """option: inputs as (e - mean) / std with statistics of the training texts; off is the original's maths"""
     bag_of_words: bool = False
     """option: adds a linear term e A E^T to the logits; off is the original's maths"""
     input_norm: bool = True
-    """the corrector's layer normalisation of its input; the oldest published correctors have none"""
+    """the corrector's layer normalization of its input; the oldest published correctors have none"""
 
     def __post_init__(self) -> None:
         _require(0 <= self.projection_dropout < 1, "model.projection_dropout must be in [0, 1).")
@@ -436,6 +436,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+RENAMED = {"standardise": "standardize"}  # fields of configs that were saved by version 0.1
+
+
 def from_dict(schema: type, values: dict[str, Any], where: str = "config") -> Any:
     """The inverse of `to_dict`: builds dataclass `schema`, refusing fields it doesn't have.
 
@@ -445,6 +448,7 @@ def from_dict(schema: type, values: dict[str, Any], where: str = "config") -> An
     if not isinstance(values, dict):
         raise InputError(f"{where} must be an object with fields, not {type(values).__name__}.")
     fields = {f.name: f for f in dataclasses.fields(schema)}
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise InputError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(fields)}.")

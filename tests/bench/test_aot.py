@@ -113,7 +113,7 @@ def test_topologies_that_are_none(name, monkeypatch):
 def test_an_embedder_is_known_by_name_or_by_its_folder(tmp_path):
     config = dataclasses.replace(Config(), embedder="gtr-base", embedder_dtype="bfloat16")
     sizes, around = aot.embedder_sizes(config)
-    assert (sizes.width, sizes.normalise, sizes.encoder.dtype, around.before) == (768, False, "bfloat16", ())
+    assert (sizes.width, sizes.normalize, sizes.encoder.dtype, around.before) == (768, False, "bfloat16", ())
     with pytest.raises(InputError, match="sizes of the embedder text-embedding-ada-002 aren't known"):
         aot.embedder_sizes(dataclasses.replace(config, embedder="text-embedding-ada-002"))
     bert = {"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -26,7 +26,7 @@ from v2t_jax.cli import invert
 from v2t_jax.cli import main as cli
 from v2t_jax.errors import InputError
 from v2t_jax.inversion import pipeline
-from v2t_jax.models.embedder import quantise
+from v2t_jax.models.embedder import quantize
 
 BEAM = ("--sequence-beam-width", "2", "--batch-size", "1")  # one shape, compiled once, for nearly all tests
 V2T = [sys.executable, "-c", "from v2t_jax.cli.main import main; main()"]
@@ -140,7 +140,7 @@ def test_embed_as_vector_stores_keep_them(run: Run, models: Path, tmp_path: Path
     bits = np.unpackbits((signs.astype(np.int16) + 128).astype(np.uint8), axis=1)[:, :12]
     np.testing.assert_array_equal(bits, part > 0)
     with pytest.raises(InputError, match="precision is 'ubinary'; choose float32, int8, binary"):
-        inspect.unwrap(quantise)(whole, "ubinary")  # without the types that tests check
+        inspect.unwrap(quantize)(whole, "ubinary")  # without the types that tests check
     assert np.abs(made("--prefix", "the cat ") - whole).max() > 1e-3
     (tmp_path / "few.txt").write_text("a dog\nthe cat\n")
     few = ("embed", "--embedder", "M/embedder", "--input", "T/few.txt", "--output", "T/few.npy", "--precision", "int8")
@@ -151,9 +151,9 @@ def test_embedders(run: Run) -> None:
     status, out, _ = run("embedders", "--json")
     rows = {row["name"]: row for row in json.loads(out)}
     assert status == 0 and rows["gtr-base"]["hub"] == rows["gtr-base-st"]["hub"]
-    assert (rows["gtr-base"]["normalise"], rows["gtr-base-st"]["normalise"]) == (False, True)
+    assert (rows["gtr-base"]["normalize"], rows["gtr-base-st"]["normalize"]) == (False, True)
     assert rows["e5-base-v2"]["document_prefix"] == "passage: "
-    fields = {"name", "hub", "width", "max_length", "pooling", "normalise", "licence", "document_prefix"}
+    fields = {"name", "hub", "width", "max_length", "pooling", "normalize", "licence", "document_prefix"}
     assert all(set(row) == fields | {"query_prefix", "dense", "sha256"} for row in rows.values())
     status, out, _ = run("embedders")
     assert status == 0 and all(name in out for name in rows)
@@ -345,13 +345,13 @@ def test_typed_overrides_reach_the_training_run(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(loop, "train", train)
     overrides = ("--inverter.num-steps", "5", "--model.t5.d-model", "32", "--data.sources", "a.txt", "b.txt")
     overrides += ("--inverter.optimizer.learning-rate", "1e-4", "--stages", "inverter", "--name", "mine")
-    overrides += ("--model.no-standardise", "--data.bucket-lengths", "8", "17")
+    overrides += ("--model.no-standardize", "--data.bucket-lengths", "8", "17")
     status, out, _ = run("train", RECIPE, "--workdir", "T/w", *overrides)
     config, workdir = seen
     assert status == 0 and "mine: 1 texts" in out and f"{workdir}/model" in out and workdir == tmp_path / "w"
     assert (config.inverter.num_steps, config.model.t5.d_model, config.corrector.num_steps) == (5, 32, 60)
     assert (config.data.sources, config.data.bucket_lengths) == (("a.txt", "b.txt"), (8, 17))
-    assert config.inverter.optimizer.learning_rate == 1e-4 and not config.model.standardise
+    assert config.inverter.optimizer.learning_rate == 1e-4 and not config.model.standardize
     assert (config.stages, config.name) == (("inverter",), "mine")
 
     for preempted, status in ((True, 0), (False, 130)):  # by SIGTERM, or by Ctrl-C

@@ -18,7 +18,7 @@ from v2t_jax.data import build as build_module
 from v2t_jax.data import shards
 from v2t_jax.data.blocks import ROWS, ColumnWriter, StoredTexts, is_stored
 from v2t_jax.data.build import BuildSettings, Workers, build
-from v2t_jax.data.sources import is_held_out, normalise_for_split, read_texts, unique
+from v2t_jax.data.sources import is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.data.vocabulary import EOS, Vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.parallel.rendezvous import Share
@@ -62,7 +62,7 @@ def test_it_holds_what_the_files_hold_but_no_leaks(source, tmp_path, tokenizer):
     ids = [row[:12] for row in vocabulary.encode(train) if len(row) and row.min() >= 0]
     assert sorted(map(tuple, rows)) == sorted(map(tuple, ids))
     assert sorted(stored.held_out()) == sorted(held_out) and stored.held_out(3) == stored.held_out()[:3]
-    assert all(is_held_out(normalise_for_split(text), 0.1) for text in held_out)
+    assert all(is_held_out(normalize_for_split(text), 0.1) for text in held_out)
     counts = stored.manifest["counts"]
     found = unique(source.read_text().split("\n"))
     assert counts["texts"] == 2000 and counts["blank"] == 1 and counts["unknown"] == 1 and counts["given_away"] > 10
@@ -199,7 +199,7 @@ def test_a_small_vocabulary_keeps_the_commonest_pieces(source, tmp_path, tokeniz
     settings = BuildSettings(vocabulary_size=4, held_out_share=0.1)
     stored = build_here(source, tmp_path / "built", tokenizer, settings)
     vocabulary = stored.vocabulary(tokenizer)
-    kept = {tokenizer.id_to_token(int(i)) for i in vocabulary.pieces[2:]}
+    kept = {tokenizer.id_to_token(int(i)) for i in vocabulary.vocab_map[2:]}
     assert vocabulary.size == 6 and {"the", "cat", "sleep"} < kept
     assert all(row.min() > EOS and row.max() < 6 for block in stored.texts(0) for row in block)
     assert stored.manifest["counts"]["unknown"] > 0
@@ -367,5 +367,5 @@ def test_columns_are_written_shard_by_shard_and_keyed_by_what_made_them(source, 
 
 def test_vocabulary_of_the_whole_tokenizer(source, tmp_path, tokenizer):
     stored = build_here(source, tmp_path / "built", tokenizer)
-    np.testing.assert_array_equal(stored.vocabulary(tokenizer).pieces, Vocabulary.full(tokenizer).pieces)
+    np.testing.assert_array_equal(stored.vocabulary(tokenizer).vocab_map, Vocabulary.full(tokenizer).vocab_map)
     assert stored.vocabulary().tokenizer.to_str() == stored.vocabulary(tokenizer).tokenizer.to_str()

@@ -20,7 +20,7 @@ def row(ids, length=20):
 
 def test_full_vocabulary_round_trip(tokenizer):
     full = Vocabulary.full(tokenizer)
-    assert full.size == tokenizer.get_vocab_size() and full.pieces[:2].tolist() == [0, 3]
+    assert full.size == tokenizer.get_vocab_size() and full.vocab_map[:2].tolist() == [0, 3]
     (ids,) = full.encode([TEXT])
     assert ids.dtype == np.int32 and len(ids) == 15 and ids.min() > EOS
     assert full.decode(row(ids)) == ["the dogs sleep under the blue house, a cat jumped over."]
@@ -39,7 +39,7 @@ def test_decode_stops_at_end_and_skips_what_is_no_piece(tokenizer):
 
 def test_pruned_vocabulary_marks_missing_pieces(tokenizer):
     full = Vocabulary.full(tokenizer)
-    corpus = [full.pieces[ids] for ids in full.encode(["the cat", "the red cat", "the dog"])]
+    corpus = [full.vocab_map[ids] for ids in full.encode(["the cat", "the red cat", "the dog"])]
     common = frequent_pieces(corpus, tokenizer, 3)
     assert [tokenizer.id_to_token(i) for i in common] == ["the", "cat", "dog"]
     assert len(frequent_pieces(corpus, tokenizer, 99)) == 4
@@ -53,14 +53,14 @@ def test_special_and_unknown_text_is_marked(tokenizer):
     full = Vocabulary.full(tokenizer)
     for text in ("the [SEP] cat", "[PAD]", "the zebra", "[CLS] the"):
         assert full.encode([text])[0].min() == -1
-    assert Vocabulary.of_pieces(tokenizer, [0, 1, 2, 3, 4, 5, 5]).pieces.tolist() == [0, 3, 5]
+    assert Vocabulary.of_pieces(tokenizer, [0, 1, 2, 3, 4, 5, 5]).vocab_map.tolist() == [0, 3, 5]
 
 
 def test_lengths_leave_room_for_the_end(tokenizer):
     full = Vocabulary.full(tokenizer)
     assert len(full.encode([TEXT], max_length=6)[0]) == 5
-    assert full.normalise([TEXT], max_length=6) == ["the dogs sleep under"]
-    assert full.normalise([TEXT, "Cat"], 99) == [
+    assert full.normalize([TEXT], max_length=6) == ["the dogs sleep under"]
+    assert full.normalize([TEXT, "Cat"], 99) == [
         "the dogs sleep under the blue house, a cat jumped over.",
         "cat",
     ]
@@ -68,11 +68,11 @@ def test_lengths_leave_room_for_the_end(tokenizer):
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.lists(st.sampled_from([*WORDS, "dogs", "jumping", ",", ".", "a"]), max_size=10))
-def test_normalised_text_is_what_decoding_gives(tokenizer, words):
+def test_normalized_text_is_what_decoding_gives(tokenizer, words):
     full, text = Vocabulary.full(tokenizer), " ".join(words)
     (ids,) = full.encode([text], max_length=17)
-    assert full.decode(row(ids)) == full.normalise([text], 17)
-    assert full.normalise(full.normalise([text], 17), 17) == full.normalise([text], 17)
+    assert full.decode(row(ids)) == full.normalize([text], 17)
+    assert full.normalize(full.normalize([text], 17), 17) == full.normalize([text], 17)
 
 
 def test_t5_ids_are_the_tokenizers():
@@ -89,7 +89,7 @@ def test_t5_ids_are_the_tokenizers():
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     full = Vocabulary.full(tokenizer)
-    np.testing.assert_array_equal(full.pieces, np.arange(7))
+    np.testing.assert_array_equal(full.vocab_map, np.arange(7))
     assert full.encode(["the cats", "the zoo"])[0].tolist() == [4, 5, 6]
     assert full.encode(["the zoo"])[0].min() == -1
     assert full.decode(np.array([[4, 5, 6, 1, 0]])) == ["the cats"]

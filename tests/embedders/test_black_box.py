@@ -57,7 +57,7 @@ class Tensor:
 def test_a_callable_may_answer_in_any_array(answer: Any) -> None:
     embedder = constant(answer)
     made = embedder.embed(["a", "b"])
-    assert made.dtype == np.float32 and (embedder.width, embedder.normalised) == (2, False)
+    assert made.dtype == np.float32 and (embedder.width, embedder.normalized) == (2, False)
     np.testing.assert_array_equal(made, ROWS)
 
 
@@ -84,9 +84,9 @@ def test_a_callable_sees_each_text_once_in_batches() -> None:
     embedder = CallableEmbedder(fn)
     assert (embedder.name, embedder.weights_sha256) == ("fn", "")
     np.testing.assert_array_equal(embedder.embed(["b", "a", "b", "c", "a"], batch_size=2), _vectors("babca"))
-    assert seen == [["b", "a"], ["c"]] and (embedder.width, embedder.normalised) == (WIDTH, True)
+    assert seen == [["b", "a"], ["c"]] and (embedder.width, embedder.normalized) == (WIDTH, True)
     assert CallableEmbedder(fn).width == WIDTH and seen[-1] == [PROBE]
-    assert CallableEmbedder(fn, width=5, normalised=False).width == 5 and len(seen) == 3
+    assert CallableEmbedder(fn, width=5, normalized=False).width == 5 and len(seen) == 3
     assert CallableEmbedder(fn).embed([]).shape == (0, WIDTH)
 
 

@@ -26,7 +26,7 @@ def test_vectors_come_in_order_and_once(endpoint: Endpoint, api: Api) -> None:
     assert len(endpoint.requests) == embedder.budget.requests == 6
     assert {*endpoint.paid.values()} == {1} and endpoint.authorizations == {f"Bearer {KEY}"}
     assert all(set(request) == {"model", "input"} and request["model"] == "tiny" for request in endpoint.requests)
-    assert (embedder.width, embedder.normalised) == (WIDTH, True)
+    assert (embedder.width, embedder.normalized) == (WIDTH, True)
     again = api()  # another process would find the same
     np.testing.assert_array_equal(again.embed(TEXTS), EXPECTED)
     assert again.width == WIDTH and len(endpoint.requests) == 6
@@ -38,7 +38,7 @@ def test_dimensions_and_width(endpoint: Endpoint, api: Api) -> None:
     assert embedder.width == 4 and not endpoint.requests
     assert embedder.embed(["a"]).shape == (1, 4) and endpoint.requests[0]["dimensions"] == 4
     assert api().width == WIDTH and endpoint.requests[1]["input"] == [PROBE]
-    assert api().normalised and len(endpoint.requests) == 2
+    assert api().normalized and len(endpoint.requests) == 2
     endpoint.always = changed(lambda good: None)  # an endpoint that ignores `dimensions`
     with pytest.raises(InputError, match="8 wide, where 3 is expected"):
         api(dimensions=3).embed(["a"])

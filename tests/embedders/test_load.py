@@ -14,7 +14,7 @@ from tests.helpers.tiny_run import make_embedder, make_tokenizer
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import KNOWN, load_embedder, locate
 from v2t_jax.errors import InputError
-from v2t_jax.models.embedder import PieceMap, embed_pieces
+from v2t_jax.models.embedder import TokenMap, embed_model_ids
 
 TYPE = "sentence_transformers.models."
 
@@ -29,7 +29,7 @@ def change(file, **values):
 
 
 def add_dense(folder, activation="torch.nn.modules.linear.Identity"):
-    """A dense layer that doubles the first 8 of 16 dimensions, without normalisation behind it."""
+    """A dense layer that doubles the first 8 of 16 dimensions, without normalization behind it."""
     (folder / "2_Dense").mkdir()
     save_file({"linear.weight": 2 * np.eye(8, 16, dtype=np.float32)}, folder / "2_Dense" / "model.safetensors")
     sizes = {"in_features": 16, "out_features": 8}
@@ -45,7 +45,7 @@ def test_a_default_prompt_stands_before_every_text(folder):
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name="query")
     prompted = load_embedder(str(folder))
     np.testing.assert_allclose(prompted.embed(["a bird"]), plain.embed(["the cat sees a bird"]), atol=1e-6)
-    assert PieceMap.of(prompted).before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
+    assert TokenMap.of(prompted).before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
     assert load_embedder(f"mean@{folder}").config.prefix == "", "an encoder alone has no prompts"
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=None)
     np.testing.assert_array_equal(load_embedder(str(folder)).embed(["a bird"]), plain.embed(["a bird"]))
@@ -138,7 +138,7 @@ def test_pooling_of_a_folder_without_modules(tmp_path):
         load_embedder(f"pooler@{bert}")
     for name, pooling in (("dpr_context", "cls"), ("clip", "last"), ("t5_encoder", "mean"), ("modernbert", "mean")):
         config = load_embedder(str(plain(tmp_path / name, name))).config
-        assert (config.pooling, config.normalise) == (pooling, False), name
+        assert (config.pooling, config.normalize) == (pooling, False), name
     llama = plain(tmp_path / "llama", "llama")
     with pytest.raises(InputError, match="causal model without modules.json.* give last@"):
         load_embedder(str(llama))
@@ -151,7 +151,7 @@ def test_a_known_embedder_in_a_folder_of_ones_own(tmp_path, monkeypatch):
     bert = plain(tmp_path / "bert")
     e5 = load_embedder(f"e5-base-v2@{bert}")
     assert "gives vectors of 16, but intfloat/e5-base-v2 of 768" in said[0]
-    assert (e5.config.prefix, e5.config.pooling, e5.config.normalise) == ("passage: ", "mean", True)
+    assert (e5.config.prefix, e5.config.pooling, e5.config.normalize) == ("passage: ", "mean", True)
     assert e5.name == f"e5-base-v2@{bert}"
     assert load_embedder(f"e5-base-v2@{bert}", prefix="query: ").config.prefix == "query: "
     with pytest.raises(InputError, match="is not the published sentence-transformers/all-MiniLM-L6-v2"):
@@ -166,8 +166,8 @@ def test_a_models_pieces_are_embedded_as_their_text_is(tmp_path, name):
     ids = np.zeros((2, 9), np.int32)
     for row, pieces in zip(ids, vocabulary.encode(texts), strict=True):
         row[: len(pieces)], row[len(pieces)] = pieces, 1
-    made = embed_pieces(
-        embedder.config, PieceMap.of(embedder), embedder.params, jnp.asarray(vocabulary.pieces), jnp.asarray(ids)
+    made = embed_model_ids(
+        embedder.config, TokenMap.of(embedder), embedder.params, jnp.asarray(vocabulary.vocab_map), jnp.asarray(ids)
     )
     np.testing.assert_allclose(made, embedder.embed(texts), atol=2e-5)
 
@@ -202,12 +202,12 @@ def test_the_end_token_that_only_the_settings_ask_for(tmp_path):
     bare.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
     bare.save(str(llama / "tokenizer.json"))
     with pytest.raises(InputError, match="doesn't end a text with one token"):
-        PieceMap.of(load_embedder(f"last@{llama}"))
+        TokenMap.of(load_embedder(f"last@{llama}"))
     ends = {"bos_token": "[CLS]", "eos_token": {"content": "[SEP]"}, "add_bos_token": True, "add_eos_token": True}
     change(llama / "tokenizer_config.json", **ends)
     embedder = load_embedder(f"last@{llama}")
-    assert embedder.tokenise(["a"])[0][0, :4].tolist() == [2, 4, 3, 0]
-    assert PieceMap.of(embedder) == PieceMap((2,), 3)
+    assert embedder.tokenize(["a"])[0][0, :4].tolist() == [2, 4, 3, 0]
+    assert TokenMap.of(embedder) == TokenMap((2,), 3)
     for missing in (None, "</s>"):
         change(llama / "tokenizer_config.json", eos_token=missing)
         with pytest.raises(InputError, match=f"asks for the end token {missing!r}, which its tokenizer.json lacks"):
@@ -293,7 +293,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
         ),
         (
             change_weights(lambda state: state.update({QUERY: state[QUERY].astype(np.int8)})),
-            f"bert weight '{QUERY}' is of dtype int8; quantised weights aren't read",
+            f"bert weight '{QUERY}' is of dtype int8; quantized weights aren't read",
         ),
         (config(intermediate_size=10**30), "intermediate_size = 10*; it must be a whole number from 1 to 2"),
         (config(intermediate_size=2 * 10**9), "has shape .*; its config means"),

@@ -11,18 +11,18 @@ from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot, table
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.inversion.api import invert_strings
-from v2t_jax.inversion.pipeline import Inverter, load
+from v2t_jax.inversion.pipeline import InversionPipeline, load
 
 TEXTS = make_texts(5)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Inverter:
+def model(tmp_path_factory: pytest.TempPathFactory) -> InversionPipeline:
     return load(str(make_model(tmp_path_factory.mktemp("models"))))
 
 
 @pytest.fixture(scope="module")
-def report(model: Inverter) -> dict:
+def report(model: InversionPipeline) -> dict:
     return evaluate(model, TEXTS, (3, 0, 1), (2, 1))
 
 
@@ -33,7 +33,7 @@ def test_a_row_for_each_number_of_steps_and_width(report: dict) -> None:
     assert all(row["texts_per_second"] > 0 for row in report["rows"])
 
 
-def test_a_row_is_what_a_run_of_so_many_steps_scores(model: Inverter, report: dict) -> None:
+def test_a_row_is_what_a_run_of_so_many_steps_scores(model: InversionPipeline, report: dict) -> None:
     row = next(row for row in report["rows"] if (row["sequence_beam_width"], row["num_steps"]) == (2, 1))
     found = invert_strings(model, TEXTS, num_steps=1, sequence_beam_width=2, batch_size=32)
     scores = text_scores([one.text for one in found], [str(one.reference) for one in found])
@@ -64,7 +64,7 @@ def test_plot_is_a_png_whatever_its_name(report: dict, tmp_path: Path) -> None:
         plot(report, tmp_path)
 
 
-def test_texts_of_a_split_fit_the_model(model: Inverter, tmp_path: Path) -> None:
+def test_texts_of_a_split_fit_the_model(model: InversionPipeline, tmp_path: Path) -> None:
     source = tmp_path / "texts.txt"
     lines = [*make_texts(300), "the cat " * 20, "🙂 🙂"]
     source.write_text("\n".join(lines), encoding="utf-8")
@@ -75,7 +75,7 @@ def test_texts_of_a_split_fit_the_model(model: Inverter, tmp_path: Path) -> None
     assert evaluation_texts(model, "train", 3, str(source)) == train[:3]
 
 
-def test_what_cannot_be_evaluated_is_refused(model: Inverter, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated_is_refused(model: InversionPipeline, tmp_path: Path) -> None:
     for steps, widths in (((), (1,)), ((-1,), (1,)), ((0,), ()), ((0,), (0,))):
         with pytest.raises(InputError, match="give (one number or more|a number from 0)"):
             evaluate(model, TEXTS, steps, widths)

@@ -183,7 +183,7 @@ def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if dense is not None:
         params["dense"] = [{"kernel": dense.astype(np.float32).T}]
     width = case["pooled"].shape[1]
-    whole = EmbedderConfig(config, pooling, ("identity",) * (dense is not None), normalise=False, width=width)
+    whole = EmbedderConfig(config, pooling, ("identity",) * (dense is not None), normalize=False, width=width)
     kept = case["mask"][:, :, None] != 0  # what stands at padding is nobody's business
     hidden = np.where(kept, encode(config, params["encoder"], case["ids"], case["mask"]), 0)
     return hidden, np.asarray(_embed(whole, params, case["ids"], case["mask"]))

@@ -1,7 +1,7 @@
 """Compiles train steps on meshes of eight devices in a process of its own, for what XLA says while it does.
 
 Prints one JSON line for each: its name and the arrays that all-gathers leave. A last program, which XLA can't but
-rematerialise, shows that its warning would be seen.
+rematerialize, shows that its warning would be seen.
 """
 
 import functools
@@ -16,10 +16,19 @@ from jax.sharding import PartitionSpec
 
 from v2t_jax.config import MeshConfig, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.models import bert
-from v2t_jax.models.embedder import EmbedderConfig, PieceMap
+from v2t_jax.models.embedder import EmbedderConfig, TokenMap
 from v2t_jax.parallel.mesh import OnMesh, make_mesh
 from v2t_jax.train.optim import make_optimizer
-from v2t_jax.train.step import NETWORKS, Batch, Frozen, TrainState, frozen_shardings, make_loss, make_step, shard_step
+from v2t_jax.train.step import (
+    NETWORKS,
+    Batch,
+    FrozenParams,
+    TrainState,
+    frozen_shardings,
+    make_loss,
+    make_step,
+    shard_step,
+)
 
 VOCAB, ROWS, LENGTH = 88, 16, 8
 MODEL = ModelConfig(
@@ -49,8 +58,8 @@ def train_step(stage: str, config: MeshConfig) -> str:
     optimizer = make_optimizer(OptimizerConfig(), 10)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(count, params, jax.eval_shape(optimizer.init, params))
-    step = make_step(make_loss(stage, MODEL, EMBEDDER, PieceMap((2,), 3)), optimizer, 1, 0)
-    frozen = Frozen(
+    step = make_step(make_loss(stage, MODEL, EMBEDDER, TokenMap((2,), 3)), optimizer, 1, 0)
+    frozen = FrozenParams(
         {"encoder": jax.eval_shape(functools.partial(bert.init, EMBEDDER.encoder), key)},
         jax.ShapeDtypeStruct((VOCAB,), jnp.int32),
         jax.eval_shape(functools.partial(NETWORKS["inverter"].init, MODEL), key) if stage == "corrector" else None,

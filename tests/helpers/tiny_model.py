@@ -8,7 +8,7 @@ from tests.helpers.tiny_run import make_embedder
 from v2t_jax.config import ModelConfig, Stage, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models import corrector, inverter
 from v2t_jax.models.layers import Params
 
@@ -29,5 +29,5 @@ def make_model(folder: Path, stages: tuple[Stage, ...] = ("inverter", "corrector
     params: dict[Stage, Params] = {
         stage: networks[stage].init(config, jax.random.key(seed)) for seed, stage in enumerate(stages)
     }
-    Inverter(name, config, params, embedder, vocabulary).save(folder / name, record={})
+    InversionPipeline(name, config, params, embedder, vocabulary).save(folder / name, record={})
     return folder / name

@@ -122,7 +122,7 @@ def make_recipe(folder: Path, **changes: Any) -> Config:
         name="test",
         embedder=str(make_embedder(folder / "embedder")),
         model=ModelConfig(
-            t5=t5, num_pseudo_tokens=2, max_length=8, projection_dropout=0.1, standardise=True, bag_of_words=True
+            t5=t5, num_pseudo_tokens=2, max_length=8, projection_dropout=0.1, standardize=True, bag_of_words=True
         ),
         data=DataConfig(sources=(str(source),), held_out=str(source), span_share=0.2),
         inverter=StageConfig(num_steps=60, batch_size=16, optimizer=optimizer),

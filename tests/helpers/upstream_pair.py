@@ -21,7 +21,7 @@ from tests.helpers.equivalence import GOLDEN, Case, close
 from v2t_jax.config import Stage
 from v2t_jax.interop.files import open_checkpoint
 from v2t_jax.inversion.api import invert_embeddings
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models import corrector, inverter
 from v2t_jax.vec2text.checkpoints import Pair, read_base, read_settings, read_vec2text
 
@@ -104,7 +104,7 @@ def selected(record: Case, num_steps: int, width: int) -> tuple[np.ndarray, np.n
     return np.stack(ids, axis=1), np.stack(cosines, axis=1) if cosines else None
 
 
-def check_search(model: Inverter, record: Case, num_steps: int, width: int) -> int:
+def check_search(model: InversionPipeline, record: Case, num_steps: int, width: int) -> int:
     """Ids and cosines of every step, and the texts that come out at the end; returns the number of tokens compared."""
     e, batch = record["e"], len(record["e"])
     options: dict[str, Any] = {"num_steps": num_steps, "sequence_beam_width": width, "mode": "upstream"}

@@ -18,7 +18,7 @@ from v2t_jax.bench.collectives import collectives
 from v2t_jax.config import MeshConfig
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import check_vectors, cosines, read_vectors, warn_of_foreign_vectors
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 
 TEXTS = make_texts(9)
@@ -33,16 +33,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Inverter:
+def model(folder: Path) -> InversionPipeline:
     return v2t.load(str(make_model(folder)))
 
 
 @pytest.fixture(scope="module")
-def vectors(model: Inverter) -> np.ndarray:
+def vectors(model: InversionPipeline) -> np.ndarray:
     return model.embedder.embed(TEXTS)
 
 
-def test_result_does_not_depend_on_the_batch_size(model: Inverter, vectors: np.ndarray) -> None:
+def test_result_does_not_depend_on_the_batch_size(model: InversionPipeline, vectors: np.ndarray) -> None:
     whole = recover(model, vectors, num_steps=2)
     assert len(whole) == len(vectors)
     for count, size in ((1, 1), (9, 3)):  # the second on three devices
@@ -50,7 +50,7 @@ def test_result_does_not_depend_on_the_batch_size(model: Inverter, vectors: np.n
         assert [one.text for one in found] == [one.text for one in whole][:count]
 
 
-def test_each_device_has_its_share_of_the_vectors(model: Inverter, vectors: np.ndarray) -> None:
+def test_each_device_has_its_share_of_the_vectors(model: InversionPipeline, vectors: np.ndarray) -> None:
     """16 vectors, 2 a device: each decodes its own. (A CPU can not cut its top_k, whose scores are sent.)"""
     mesh = make_mesh(MeshConfig())
     e = jax.device_put(np.resize(vectors, (16, WIDTH)), batch_sharding(mesh))
@@ -64,14 +64,14 @@ def test_each_device_has_its_share_of_the_vectors(model: Inverter, vectors: np.n
     assert {size for _, size in collectives(others)} == {1}  # whether all are done
 
 
-def test_few_texts_share_a_compiled_shape(model: Inverter, vectors: np.ndarray) -> None:
+def test_few_texts_share_a_compiled_shape(model: InversionPipeline, vectors: np.ndarray) -> None:
     loop = model.correction_loop(1, "best")
     for count in (2, 5, 8):
         recover(model, vectors[:count], num_steps=1, sequence_beam_width=1, batch_size=None)
     assert loop._start._cache_size() == loop._advance._cache_size() == 1
 
 
-def test_the_trace_ends_in_the_answer(model: Inverter, vectors: np.ndarray) -> None:
+def test_the_trace_ends_in_the_answer(model: InversionPipeline, vectors: np.ndarray) -> None:
     for one in recover(model, vectors[:3], num_steps=3):
         assert [step.step for step in one.trace] == [0, 1, 2, 3]
         assert (one.trace[-1].text, one.trace[-1].cosine) == (one.text, one.cosine)
@@ -81,47 +81,47 @@ def test_the_trace_ends_in_the_answer(model: Inverter, vectors: np.ndarray) -> N
         assert set(one.to_dict()) == {"text", "cosine", "step", "trace"}
 
 
-def test_cosines_are_of_the_texts_embedded_anew(model: Inverter, vectors: np.ndarray) -> None:
+def test_cosines_are_of_the_texts_embedded_anew(model: InversionPipeline, vectors: np.ndarray) -> None:
     for one, target in zip(recover(model, vectors[:3], num_steps=1), vectors, strict=False):
         assert one.cosine == pytest.approx(float(model.embedder.embed([one.text])[0] @ target), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", jnp.bfloat16])
-def test_vectors_of_any_float_type(model: Inverter, vectors: np.ndarray, dtype: str) -> None:
+def test_vectors_of_any_float_type(model: InversionPipeline, vectors: np.ndarray, dtype: str) -> None:
     rounded = vectors[:2].astype(dtype)
     found = recover(model, rounded, num_steps=1)
     expected = recover(model, rounded.astype(np.float32), num_steps=1)
     assert [one.text for one in found] == [one.text for one in expected]
 
 
-def test_length_and_integers_make_no_difference_where_the_embedder_normalises(
-    model: Inverter, vectors: np.ndarray
+def test_length_and_integers_make_no_difference_where_the_embedder_normalizes(
+    model: InversionPipeline, vectors: np.ndarray
 ) -> None:
-    assert model.embedder.normalised
-    quantised = np.round(127 * vectors[:2]).astype(np.int8)
+    assert model.embedder.normalized
+    quantized = np.round(127 * vectors[:2]).astype(np.int8)
     with pytest.warns(UserWarning, match="2 of 2 have other lengths"):
-        found = recover(model, quantised, num_steps=1)
-    expected = recover(model, quantised / 127, num_steps=1)
+        found = recover(model, quantized, num_steps=1)
+    expected = recover(model, quantized / 127, num_steps=1)
     assert [one.text for one in found] == [one.text for one in expected]
     np.testing.assert_allclose([one.cosine for one in found], [one.cosine for one in expected], atol=1e-6)
 
 
-def test_foreign_vectors_are_warned_of(model: Inverter) -> None:
+def test_foreign_vectors_are_warned_of(model: InversionPipeline) -> None:
     known = model.embedder.embed(make_texts(200))
     statistics = {"mean": known.mean(axis=0), "std": known.std(axis=0)}
     params = {"inverter": model.params["inverter"] | {"statistics": statistics}}
-    standardised = dataclasses.replace(model, params=params)
+    standardized = dataclasses.replace(model, params=params)
     e = known[::2]
-    warn_of_foreign_vectors(standardised, e)
-    warn_of_foreign_vectors(standardised, 1.01 * e)
+    warn_of_foreign_vectors(standardized, e)
+    warn_of_foreign_vectors(standardized, 1.01 * e)
     with pytest.warns(UserWarning, match="don't look like .* scatter .* texts mean nothing"):
-        warn_of_foreign_vectors(standardised, np.roll(e, 1, axis=1))
+        warn_of_foreign_vectors(standardized, np.roll(e, 1, axis=1))
     with pytest.warns(UserWarning, match="100 of 100 have other lengths .2 to 2; known are 1"):
-        warn_of_foreign_vectors(standardised, 2 * e)
+        warn_of_foreign_vectors(standardized, 2 * e)
 
 
-def test_lengths_are_known_of_embedders_that_do_not_normalise(model: Inverter) -> None:
-    raw = dataclasses.replace(model.embedder, config=dataclasses.replace(model.embedder.config, normalise=False))
+def test_lengths_are_known_of_embedders_that_do_not_normalize(model: InversionPipeline) -> None:
+    raw = dataclasses.replace(model.embedder, config=dataclasses.replace(model.embedder.config, normalize=False))
     trained = dataclasses.replace(model, embedder=raw, embedding_norm=(3.0, 0.1))
     e = 3 * model.embedder.embed(TEXTS)
     warn_of_foreign_vectors(trained, e)
@@ -130,17 +130,17 @@ def test_lengths_are_known_of_embedders_that_do_not_normalise(model: Inverter) -
     warn_of_foreign_vectors(dataclasses.replace(trained, embedding_norm=None), 1.5 * e)
 
 
-def test_one_vector_may_be_one_dimensional(model: Inverter, vectors: np.ndarray) -> None:
+def test_one_vector_may_be_one_dimensional(model: InversionPipeline, vectors: np.ndarray) -> None:
     assert recover(model, vectors[0], num_steps=0) == recover(model, vectors[:1], num_steps=0)
     assert len(recover(model, vectors[0].tolist(), num_steps=0)) == 1
 
 
-def test_upstream_mode_reports_the_last_step(model: Inverter, vectors: np.ndarray) -> None:
+def test_upstream_mode_reports_the_last_step(model: InversionPipeline, vectors: np.ndarray) -> None:
     for one in recover(model, vectors[:2], num_steps=2, mode="upstream"):
         assert one.step == 2
 
 
-def test_known_texts_come_with_their_reference(model: Inverter) -> None:
+def test_known_texts_come_with_their_reference(model: InversionPipeline) -> None:
     (one,) = recover_texts(model, ["The RED  Cats"], num_steps=0)
     assert one.reference == "the red cats"
     assert one.exact_match == (one.text == "the red cats")
@@ -150,7 +150,7 @@ def test_known_texts_come_with_their_reference(model: Inverter) -> None:
 @pytest.mark.parametrize(
     "text", ["the cat 🙂", "the\ncat\t", "cat [SEP] dog", "the cat é", "the 日本 cat", "the \0cat"]
 )
-def test_odd_texts_are_recovered_from_what_the_tokenizer_knows(model: Inverter, text: str) -> None:
+def test_odd_texts_are_recovered_from_what_the_tokenizer_knows(model: InversionPipeline, text: str) -> None:
     (one,) = recover_texts(model, [text], num_steps=0)
     assert one.reference and one.text is not None
 
@@ -166,7 +166,7 @@ def test_odd_texts_are_recovered_from_what_the_tokenizer_knows(model: Inverter, 
         (["cat", 3], "Text 2 of 2 is of type int; give a str"),
     ],
 )
-def test_texts_that_are_refused(model: Inverter, texts: list[str], message: str) -> None:
+def test_texts_that_are_refused(model: InversionPipeline, texts: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         v2t.invert_strings(model, texts)
     if "tokenizer" not in message:  # there texts are embedded as they are
@@ -174,7 +174,7 @@ def test_texts_that_are_refused(model: Inverter, texts: list[str], message: str)
             vec2text.invert_strings(texts, model, mode="upstream")
 
 
-def test_long_texts_are_cut(model: Inverter) -> None:
+def test_long_texts_are_cut(model: InversionPipeline) -> None:
     (one,) = recover_texts(model, ["the cat " * 9], num_steps=0)
     assert one.reference == ("the cat " * 9)[: 4 * (MAX_LENGTH - 1)].strip()
 
@@ -218,12 +218,12 @@ def test_vectors_that_are_refused(bad: object, message: str) -> None:
         ({"mode": "worst"}, "mode is 'worst'"),
     ],
 )
-def test_settings_that_are_refused(model: Inverter, vectors: np.ndarray, options: dict, message: str) -> None:
+def test_settings_that_are_refused(model: InversionPipeline, vectors: np.ndarray, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         recover(model, vectors[:1], **options)
 
 
-def test_a_model_without_corrector_takes_no_steps(folder: Path, model: Inverter, vectors: np.ndarray) -> None:
+def test_a_model_without_corrector_takes_no_steps(folder: Path, model: InversionPipeline, vectors: np.ndarray) -> None:
     alone = v2t.load(str(make_model(folder, ("inverter",), "alone")))
     with pytest.raises(InputError, match="has no corrector"):
         recover(alone, vectors[:1], num_steps=1)
@@ -266,7 +266,7 @@ def test_cosines_by_hand() -> None:
     np.testing.assert_allclose(found, [0.96, 0, -1])
 
 
-def test_embedding_by_folder(folder: Path, model: Inverter, vectors: np.ndarray) -> None:
+def test_embedding_by_folder(folder: Path, model: InversionPipeline, vectors: np.ndarray) -> None:
     for embedder in (str(folder / "embedder"), folder / "embedder", model.embedder):
         np.testing.assert_allclose(v2t.embed(TEXTS, embedder), vectors, atol=1e-6)
     with pytest.raises(InputError, match="of type function; give its name .*CallableEmbedder"):

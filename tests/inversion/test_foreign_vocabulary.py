@@ -19,7 +19,7 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import cosines
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models import corrector, inverter
 from v2t_jax.models.embedder import TextEmbedder, embed_texts
 
@@ -41,7 +41,7 @@ def make_tokenizer() -> Tokenizer:
 class LetterCounts:
     """An embedder that is no network of ours: words' letters and their places, counted."""
 
-    name, weights_sha256, width, normalised = "letter-counts", "", WIDTH, False
+    name, weights_sha256, width, normalized = "letter-counts", "", WIDTH, False
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def make_bridged(embedder: TextEmbedder) -> Inverter:
+def make_bridged(embedder: TextEmbedder) -> InversionPipeline:
     vocabulary = Vocabulary.full(make_tokenizer())
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_encoder_layers": 1, "num_decoder_layers": 1}
     config = ModelConfig(
@@ -75,23 +75,23 @@ def make_bridged(embedder: TextEmbedder) -> Inverter:
         stage: jax.tree.map(lambda leaf: 4 * leaf, networks[stage].init(config, jax.random.key(seed)))
         for seed, stage in enumerate(networks)
     }
-    return Inverter("own-tokenizer", config, params, embedder, vocabulary, bridged=True)
+    return InversionPipeline("own-tokenizer", config, params, embedder, vocabulary, bridged=True)
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Inverter:
+def model(folder: Path) -> InversionPipeline:
     return make_bridged(load_embedder(str(folder / "embedder")))
 
 
 @pytest.fixture(scope="module")
-def black_box() -> Inverter:
+def black_box() -> InversionPipeline:
     return make_bridged(LetterCounts())
 
 
 @pytest.mark.parametrize("which", ["model", "black_box"])
 def test_the_loop_sees_the_embeddings_of_the_texts(which: str, request: pytest.FixtureRequest) -> None:
     """Hypotheses go to the embedder as text: what the loop ranks by is what embedding their letters gives."""
-    one: Inverter = request.getfixturevalue(which)
+    one: InversionPipeline = request.getfixturevalue(which)
     e = one.embedder.embed(make_texts(6))
     found = one.correction_loop(2)(one.loop_params(), e, 3)
     for step in range(4):
@@ -111,7 +111,7 @@ def test_a_text_too_long_for_the_bridge_is_cut(folder: Path) -> None:
     np.testing.assert_allclose(found.cosine, cosines(embed_texts(one.embedder, texts), e), atol=2e-6)
 
 
-def test_a_saved_model_is_the_same_model(model: Inverter, folder: Path) -> None:
+def test_a_saved_model_is_the_same_model(model: InversionPipeline, folder: Path) -> None:
     model.save(folder / "saved", record={})
     record = json.loads((folder / "saved" / "config.json").read_text())
     assert "tokenizer.json" in record["files"] and record["embedder"]["max_length"] == 32
@@ -124,13 +124,13 @@ def test_a_saved_model_is_the_same_model(model: Inverter, folder: Path) -> None:
         v2t.load(str(folder / "saved"))
 
 
-def test_the_length_that_a_model_was_made_for_is_kept(model: Inverter, folder: Path) -> None:
+def test_the_length_that_a_model_was_made_for_is_kept(model: InversionPipeline, folder: Path) -> None:
     short = make_bridged(model.embedder.shortened(6))
     short.save(folder / "short", record={})
     assert v2t.load(str(folder / "short")).embedder.config.max_length == 6
 
 
-def test_an_embedder_that_moved(model: Inverter, folder: Path) -> None:
+def test_an_embedder_that_moved(model: InversionPipeline, folder: Path) -> None:
     model.save(folder / "moved", record={})
     file = folder / "moved" / "config.json"
     record = json.loads(file.read_text())
@@ -143,7 +143,7 @@ def test_an_embedder_that_moved(model: Inverter, folder: Path) -> None:
         v2t.load(str(folder / "moved"), str(folder / "other"))
 
 
-def test_a_black_box_from_end_to_end(black_box: Inverter, folder: Path) -> None:
+def test_a_black_box_from_end_to_end(black_box: InversionPipeline, folder: Path) -> None:
     black_box.save(folder / "box", record={})
     with pytest.raises(
         InputError, match="trained for letter-counts, of which no weights are known: give that embedder"
@@ -168,7 +168,7 @@ def test_embedders_that_do_not_fit(folder: Path) -> None:
         make_bridged(wide)
 
 
-def test_what_the_embedder_refuses_in_the_loop_arrives_as_it_is(black_box: Inverter) -> None:
+def test_what_the_embedder_refuses_in_the_loop_arrives_as_it_is(black_box: InversionPipeline) -> None:
     class Exhausted(LetterCounts):
         def embed(self, texts: list[str], batch_size: int = 64) -> np.ndarray:
             raise InputError("The budget is spent; raise it.")
@@ -179,7 +179,7 @@ def test_what_the_embedder_refuses_in_the_loop_arrives_as_it_is(black_box: Inver
 
 
 def test_an_endpoint_from_end_to_end(
-    black_box: Inverter,
+    black_box: InversionPipeline,
     folder: Path,
     endpoint: Endpoint,
     tmp_path: Path,

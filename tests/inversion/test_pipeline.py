@@ -17,11 +17,11 @@ from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.pipeline import CARD_HEAD, Inverter, load
+from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, load
 from v2t_jax.models import corrector, inverter
 
 T5 = T5Config(vocab_size=60, d_model=64, d_kv=32, d_ff=128, num_heads=2, num_encoder_layers=1, num_decoder_layers=1)
-MODEL = ModelConfig(t5=T5, embedding_width=16, num_pseudo_tokens=2, max_length=8, standardise=True, bag_of_words=True)
+MODEL = ModelConfig(t5=T5, embedding_width=16, num_pseudo_tokens=2, max_length=8, standardize=True, bag_of_words=True)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
         name: jax.jit(functools.partial(network.init, MODEL))(jax.random.key(i))
         for i, (name, network) in enumerate((("inverter", inverter), ("corrector", corrector)))
     }
-    return Inverter("test", MODEL, params, embedder, Vocabulary.full(embedder.tokenizer))
+    return InversionPipeline("test", MODEL, params, embedder, Vocabulary.full(embedder.tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_saved_model_is_the_same_model(model, saved):
     loaded = v2t_jax.load(str(saved))
     assert (loaded.name, loaded.config, loaded.has_corrector) == ("test", MODEL, True)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
-    np.testing.assert_array_equal(loaded.vocabulary.pieces, model.vocabulary.pieces)
+    np.testing.assert_array_equal(loaded.vocabulary.vocab_map, model.vocabulary.vocab_map)
     e = model.embedder.embed(make_texts(4))
     ours, theirs = (m.correction_loop(sequence_beam_width=2)(m.loop_params(), e, 2) for m in (model, loaded))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -84,8 +84,8 @@ def test_saving_again_replaces(model, folder):
     assert not loaded.has_corrector and list(loaded.params) == ["inverter"]
 
 
-def test_quantised(model, saved, tmp_path):
-    model.save(tmp_path / "small", record={}, quantise=True)
+def test_quantized(model, saved, tmp_path):
+    model.save(tmp_path / "small", record={}, quantize=True)
     loaded = load(str(tmp_path / "small"))
     for stage, params in model.params.items():
 
@@ -225,7 +225,7 @@ def test_a_config_that_lacks_a_field(folder, field):
     ("change", "message"),
     [
         ({"num_pseudo_tokens": 3}, "projection/output.* has shape .* config.json means"),
-        ({"standardise": False}, "holds the unknown parameter 'statistics/mean'"),
+        ({"standardize": False}, "holds the unknown parameter 'statistics/mean'"),
         ({"t5": {"tie_word_embeddings": False}}, "lacks the parameter 't5/lm_head'"),
     ],
 )

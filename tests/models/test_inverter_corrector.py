@@ -25,7 +25,7 @@ T5 = T5Config(
     dropout_rate=0.0,
 )
 PLAIN = ModelConfig(t5=T5, embedding_width=6, num_pseudo_tokens=3, max_length=5)
-OPTIONS = dataclasses.replace(PLAIN, standardise=True, bag_of_words=True)
+OPTIONS = dataclasses.replace(PLAIN, standardize=True, bag_of_words=True)
 B = 3
 each = pytest.mark.parametrize("network", [inverter, corrector], ids=["inverter", "corrector"])
 
@@ -90,8 +90,8 @@ def test_statistics_are_no_parameters(network: Any) -> None:
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-def test_a_standardised_inverter_sees_standardised_vectors() -> None:
-    config = dataclasses.replace(PLAIN, standardise=True)
+def test_a_standardized_inverter_sees_standardized_vectors() -> None:
+    config = dataclasses.replace(PLAIN, standardize=True)
     params, (e,), labels = make(inverter, config)
     mean, std = params["statistics"]["mean"], params["statistics"]["std"]
     plain = logits_of(inverter, PLAIN)(params, (e - mean[None]) / std[None], labels)

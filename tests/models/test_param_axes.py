@@ -18,7 +18,7 @@ BERT = bert.BertConfig(8, 8, 2, 2, 8, 4, pooler=True)
 MPNET = bert.BertConfig(8, 8, 2, 2, 8, 4, type_vocab_size=0, relative_buckets=32)
 GEMMA = llama.LlamaConfig(8, 8, 2, 1, 4, 8, (True, False), head_norms=True, gemma=True)
 MODEL = ModelConfig(t5=V1_1, embedding_width=4, num_pseudo_tokens=2, max_length=4)
-OPTIONS = dataclasses.replace(MODEL, standardise=True, bag_of_words=True)
+OPTIONS = dataclasses.replace(MODEL, standardize=True, bag_of_words=True)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tests.helpers.equivalence import Case
 
 
-def randomise(model: nn.Module, seed: int) -> None:
+def randomize(model: nn.Module, seed: int) -> None:
     """Weights large enough that outputs depend on everything: no scale is 1, no bias 0, and no logits are flat.
 
     They are numpy's, and the model computes in float64: torch's normal numbers and its rounding in float32 differ
@@ -112,7 +112,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 def make_encoder(name: str, seed: int) -> PreTrainedModel:
     config, model, sizes, _ = MODELS[name]
     made = getattr(transformers, model)(getattr(transformers, config)(**sizes))
-    randomise(made, seed)
+    randomize(made, seed)
     return made
 
 

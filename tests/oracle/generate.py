@@ -23,7 +23,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from tests.helpers.equivalence import ENCODERS, GOLDEN, Case
-from tests.oracle.encoders import encoder_case, make_inputs, randomise, to_numpy
+from tests.oracle.encoders import encoder_case, make_inputs, randomize, to_numpy
 
 LENGTH = 10  # generated tokens at most
 Inputs = dict[str, torch.Tensor]
@@ -72,7 +72,7 @@ def make_t5(seed: int, **sizes: Any) -> T5ForConditionalGeneration:
     model = T5ForConditionalGeneration(config)
     if not config.scale_decoder_outputs:  # v1.1. transformers 5 ties the head when it builds a model, all the same.
         model.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 
@@ -266,7 +266,7 @@ def network_case(network: type[Inverter] | type[Corrector], seed: int) -> Case:
 
     def make_network(seed: int) -> Inverter | Corrector:
         model = network(make_t5(seed, **SMALL))
-        randomise(model, seed)
+        randomize(model, seed)
         return model
 
     def make(seed: int) -> tuple[T5ForConditionalGeneration, Inputs]:

@@ -12,7 +12,7 @@ from tokenizers import processors
 from tests.helpers.equivalence import LAYERS, close, encode, one_less_cosine
 from tests.helpers.tiny_run import make_texts, make_tokenizer
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.models.embedder import quantise
+from v2t_jax.models.embedder import quantize
 
 pytestmark = [
     pytest.mark.oracle,
@@ -37,7 +37,7 @@ def test_a_folder_that_transformers_wrote(tmp_path: Path, name: str) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     texts = [text for text in TEXTS if "," not in text]  # unknown, so 1 again
     embedder = load_embedder(f"{MODELS[name][3]}@{tmp_path}")
-    ids, mask = embedder.tokenise(texts)
+    ids, mask = embedder.tokenize(texts)
     assert mask.min() == 0, "some text is padded"
     hidden, pooled = encoder_outputs(
         name, model, {"input_ids": torch.from_numpy(ids).long(), "attention_mask": torch.from_numpy(mask).long()}
@@ -53,7 +53,7 @@ def test_a_folder_that_transformers_wrote(tmp_path: Path, name: str) -> None:
 # What comes behind the encoder, as sentence-transformers' modules: (class, arguments).
 IDENTITY, TANH = "Identity", "Tanh"
 PIPELINES: dict[str, tuple[str, str, list[tuple[int, bool, str]], bool, dict[str, Any]]] = {
-    # name: (encoder, pooling, dense layers (width, bias, activation), normalise, prompts)
+    # name: (encoder, pooling, dense layers (width, bias, activation), normalize, prompts)
     "bert-cls": ("bert", "cls", [], True, {}),
     "bert-dense-tanh": ("bert", "mean", [(10, True, TANH)], True, {"passage": "the old "}),
     "distilbert-max": ("distilbert", "max", [], False, {}),
@@ -76,7 +76,7 @@ def make_pipeline(folder: Path, name: str) -> None:
 
     from tests.oracle.encoders import make_encoder
 
-    encoder, pooling, dense, normalise, prompts = PIPELINES[name]
+    encoder, pooling, dense, normalize, prompts = PIPELINES[name]
     body = folder.parent / "body"
     make_encoder(encoder, seed=6).save_pretrained(body)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -88,7 +88,7 @@ def make_pipeline(folder: Path, name: str) -> None:
     for out, bias, activation in dense:
         modules.append(Dense(width, out, bias=bias, activation_function=getattr(torch.nn, activation)()))
         width = out
-    modules += [Normalize()] * normalise
+    modules += [Normalize()] * normalize
     default = next(iter(prompts), None)
     model = SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name=default, device="cpu")
     model.save_pretrained(str(folder))
@@ -130,7 +130,7 @@ def test_a_pipeline_of_sentence_transformers(tmp_path: Path, name: str) -> None:
         assert one_less_cosine(ours, expected) < 1e-5
 
     shorter = load_embedder(str(folder), dimensions=7)
-    options = {"truncate_dim": 7, "normalize_embeddings": shorter.normalised}
+    options = {"truncate_dim": 7, "normalize_embeddings": shorter.normalized}
     close(shorter.embed(TEXTS), theirs.encode(TEXTS, convert_to_numpy=True, **options), LAYERS, "truncated")
 
 
@@ -143,16 +143,16 @@ def test_int8_and_binary_are_as_sentence_transformers_has_them(width: int) -> No
     sample[:, 3] = vectors[:, 3] = 0.25  # some embedders have constant dimensions
     vectors[0, 0] = 0.0
     ranges = np.stack([sample.min(axis=0), sample.max(axis=0)])
-    np.testing.assert_array_equal(quantise(sample, "int8"), quantize_embeddings(sample, "int8"))
-    np.testing.assert_array_equal(quantise(vectors, "int8", ranges), quantize_embeddings(vectors, "int8", ranges))
-    np.testing.assert_array_equal(quantise(vectors, "binary"), quantize_embeddings(vectors, "binary"))
+    np.testing.assert_array_equal(quantize(sample, "int8"), quantize_embeddings(sample, "int8"))
+    np.testing.assert_array_equal(quantize(vectors, "int8", ranges), quantize_embeddings(vectors, "int8", ranges))
+    np.testing.assert_array_equal(quantize(vectors, "binary"), quantize_embeddings(vectors, "binary"))
 
 
 def test_gtr_raw_and_gtr_of_sentence_transformers_are_not_confused(tmp_path: Path) -> None:
     folder = tmp_path / "gtr"
     make_pipeline(folder, "t5-dense")
     st, raw = load_embedder(f"gtr-base-st@{folder}"), load_embedder(f"gtr-base@{folder}")
-    assert (st.width, st.normalised, raw.width, raw.normalised) == (12, True, 16, False)
+    assert (st.width, st.normalized, raw.width, raw.normalized) == (12, True, 16, False)
     np.testing.assert_array_equal(st.embed(TEXTS), load_embedder(str(folder)).embed(TEXTS))
     np.testing.assert_array_equal(raw.embed(TEXTS), load_embedder(f"mean@{folder}").embed(TEXTS))
     shutil.rmtree(folder / "2_Dense")  # raw never looks at it

@@ -47,7 +47,7 @@ class Oracle:
         self.model = transformers.T5ForConditionalGeneration(config).eval()
         with self.torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.normal_(std=0.8)  # its own initialisation repeats one token for ever
+                parameter.normal_(std=0.8)  # its own initialization repeats one token for ever
             self.model.lm_head.weight[SPECIAL.eos] *= 3.0  # and seldom ends
         self.input_ids = self.torch.randint(2, VOCAB, (ITEMS, 6))
         self.hidden = self.model.encoder(input_ids=self.input_ids).last_hidden_state.detach()

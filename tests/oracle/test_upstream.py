@@ -64,7 +64,7 @@ def converted(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(converted: Path) -> pipeline.Inverter:
+def model(converted: Path) -> pipeline.InversionPipeline:
     return pipeline.load(str(converted))
 
 
@@ -92,7 +92,7 @@ def test_logits_of_a_fresh_pair(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_steps", "width"), SEARCHES)
-def test_every_step_of_a_fresh_pair(num_steps: int, width: int, root: Path, model: pipeline.Inverter) -> None:
+def test_every_step_of_a_fresh_pair(num_steps: int, width: int, root: Path, model: pipeline.InversionPipeline) -> None:
     upstream_pair.check_search(model, read_recorded(root / "fresh"), num_steps, width)
 
 

@@ -106,7 +106,7 @@ def make_bases(spec: dict[str, Any], texts: list[str]) -> None:
         vocab = make_tokenizer(Path(folder), 90, texts)
         gtr = transformers.T5Config(vocab_size=vocab, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
         encoder = transformers.T5EncoderModel(gtr)
-        randomise(encoder, spec["live"])
+        randomize(encoder, spec["live"])
         encoder.save_pretrained(folder)
         return
     vocab = make_word_pieces(Path("bert"), 90, texts)
@@ -119,7 +119,7 @@ def make_bases(spec: dict[str, Any], texts: list[str]) -> None:
         max_position_embeddings=64,
     )
     encoder = transformers.BertModel(bert)
-    randomise(encoder, spec["live"])
+    randomize(encoder, spec["live"])
     encoder.save_pretrained("bert")
     parts = [sentence_transformers.models.Transformer("bert"), sentence_transformers.models.Pooling(WIDTH, "mean")]
     whole = sentence_transformers.SentenceTransformer(modules=[*parts, sentence_transformers.models.Normalize()])
@@ -141,7 +141,7 @@ def make_word_pieces(folder: Path, size: int, texts: list[str]) -> int:
 
 
 @torch.no_grad()
-def randomise(encoder: torch.nn.Module, live: int) -> None:
+def randomize(encoder: torch.nn.Module, live: int) -> None:
     """Weights that make texts' vectors differ, and that float16 holds."""
     for name, p in encoder.named_parameters():
         if "relative" not in name:
@@ -324,7 +324,7 @@ def beams() -> None:
         return_dict_in_generate=True,
         output_scores=True,
     )
-    settings = {"max_length": 19, "num_beams": 4, "early_stopping": False, "hopeful": "any"}
+    settings = {"max_length": 19, "num_beams": 4, "early_stopping": False, "stop_rule": "any"}
     np.savez_compressed(
         "beams.npz",
         **state,

@@ -32,8 +32,8 @@ def shapes(network, **options):
 
 
 OPTIONS = [
-    {"feed_forward": kind, "tie": tie, "standardise": standardise, "bag_of_words": words}
-    for kind, tie, standardise, words in itertools.product(
+    {"feed_forward": kind, "tie": tie, "standardize": standardize, "bag_of_words": words}
+    for kind, tie, standardize, words in itertools.product(
         ("relu", "gated-gelu"), (True, False), (False, True), (False, True)
     )
 ]

@@ -46,7 +46,7 @@ def test_the_held_out_texts_are_its_own_cut_to_the_model(recipe):
     setup = prepare(recipe)
     stored = setup.stores
     texts = stored.held_out(max(recipe.evaluation.num_examples, loop.NORM_TEXTS))
-    assert setup.held_out == [t for t in setup.vocabulary.normalise(texts, recipe.model.max_length) if t]
+    assert setup.held_out == [t for t in setup.vocabulary.normalize(texts, recipe.model.max_length) if t]
     assert setup.hashes()["tokens"] == stored.sha256 and setup.model.t5.vocab_size == setup.vocabulary.size
 
 

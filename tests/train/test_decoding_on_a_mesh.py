@@ -9,8 +9,8 @@ from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.inversion.api import corrected, embed_anew
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.api import embed_anew, run_correction
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import decoding_on, decoding_rows, make_mesh
 from v2t_jax.train.setup import random_params
@@ -31,7 +31,7 @@ def cut(tmp_path_factory):
         program, _ = random_params(stage, MODEL, mesh)
         params[stage] = program(np.asarray(jax.random.key_data(jax.random.key(len(params)))))
     vocabulary = Vocabulary.full(embedder.tokenizer)
-    return Inverter("cut", MODEL, params, embedder, vocabulary, mesh=mesh, decode="model")
+    return InversionPipeline("cut", MODEL, params, embedder, vocabulary, mesh=mesh, decode="model")
 
 
 def test_no_weights_are_gathered(cut):
@@ -52,11 +52,11 @@ def test_no_weights_are_gathered(cut):
 def test_it_recovers_what_one_device_recovers(cut, stage):
     names = [name for name in NETWORKS if stage == "corrector" or name == "inverter"]
     params = {name: cut.params[name] for name in names}
-    there = Inverter("cut", MODEL, params, cut.embedder, cut.vocabulary, mesh=cut.mesh, decode="model")
-    here = Inverter("whole", MODEL, processes.fetch(params), cut.embedder, cut.vocabulary)
+    there = InversionPipeline("cut", MODEL, params, cut.embedder, cut.vocabulary, mesh=cut.mesh, decode="model")
+    here = InversionPipeline("whole", MODEL, processes.fetch(params), cut.embedder, cut.vocabulary)
     e = embed_anew(there, make_texts(5))
     steps = int(stage == "corrector")
-    found, expected = (corrected(model, e, steps, 1, "upstream") for model in (there, here))
+    found, expected = (run_correction(model, e, steps, 1, "upstream") for model in (there, here))
     np.testing.assert_array_equal(found.trace_ids, expected.trace_ids)
     np.testing.assert_allclose(found.cosine, expected.cosine, atol=1e-5)
     assert len(found.ids) == 5 and found.steps_run == steps

@@ -21,7 +21,7 @@ from v2t_jax.config import ApiConfig, Config, from_dict, to_dict
 from v2t_jax.data.blocks import StoredTexts
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.models.embedder import Embedder
+from v2t_jax.models.embedder import JaxEmbedder
 from v2t_jax.train.loop import train
 from v2t_jax.train.setup import prepare
 from v2t_jax.train.texts import make_batches
@@ -40,7 +40,7 @@ def get_config():
 class Served:
     """Answers with a real embedder's vectors while that may run: not beside the correction loop, which gets others."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: JaxEmbedder) -> None:
         self.embedder, self.may_run = embedder, True
         self.vectors: dict[str, list[float]] = {}
 

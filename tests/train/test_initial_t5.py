@@ -32,7 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
         embedder=f"mean@{upstream_pair.embedder_of(pair)}",
         initial_t5=str(pair / "t5-base"),
         data=dataclasses.replace(made.data, bucket_lengths=()),
-        model=dataclasses.replace(made.model, standardise=False, max_length=24),
+        model=dataclasses.replace(made.model, standardize=False, max_length=24),
     )
 
 

@@ -22,7 +22,7 @@ from v2t_jax.data.blocks import StoredTexts
 from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.parallel.rendezvous import Share
 from v2t_jax.train import precompute
 from v2t_jax.train.precompute import embed_column, hypothesis_columns
@@ -52,7 +52,7 @@ def stored(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store
 
 
 @pytest.fixture(scope="module")
-def model(root: Path) -> Inverter:
+def model(root: Path) -> InversionPipeline:
     return load(str(root / "tiny"))
 
 
@@ -70,7 +70,7 @@ def files(stored: StoredTexts) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model: Inverter) -> None:
+def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model: InversionPipeline) -> None:
     assert len(stored.manifest["shards"]) > 2 and len(stored.block_rows) > len(stored.manifest["shards"])
     settings = {"max_length": 6, "batch_size": 100}
     assert embed_column(stored, "by-ids", model.embedder, **settings)
@@ -89,7 +89,7 @@ def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model
 
 
 @pytest.mark.parametrize("embeddings", [None, "mine"])
-def test_guesses_out_of_fold(stored: StoredTexts, root: Path, model: Inverter, embeddings: str | None) -> None:
+def test_guesses_out_of_fold(stored: StoredTexts, root: Path, model: InversionPipeline, embeddings: str | None) -> None:
     if embeddings:
         embed_column(stored, "mine", model.embedder, max_length=MAX_LENGTH)
     models = [str(root / f"fold{fold}") for fold in range(2)]
@@ -193,7 +193,7 @@ def test_kills_at_random_moments_lose_and_double_nothing(stored: StoredTexts, ro
     assert sorted(files(stored)) == sorted(files(whole))
 
 
-def test_what_does_not_go_together(stored: StoredTexts, root: Path, model: Inverter, tmp_path: Path) -> None:
+def test_what_does_not_go_together(stored: StoredTexts, root: Path, model: InversionPipeline, tmp_path: Path) -> None:
     folds = [str(root / f"fold{fold}") for fold in range(2)]
     embed_column(stored, "short", model.embedder, max_length=4)
     refused = functools.partial(pytest.raises, InputError)

@@ -41,7 +41,7 @@ def compiled():
     return dict(map(json.loads, done.stdout.splitlines())), said, control
 
 
-def test_nothing_is_rematerialised_against_our_will(compiled):
+def test_nothing_is_rematerialized_against_our_will(compiled):
     gathers, said, control = compiled
     assert len(gathers) == len(CASES)
     assert WARNING in control  # it would be seen

@@ -14,7 +14,7 @@ from tests.helpers.equivalence import Case, load
 from v2t_jax import vec2text
 from v2t_jax.embedders.load import KNOWN, load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.vec2text import convert
 from v2t_jax.vec2text.embedders import COMPUTED, default_name
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corrector(folder: Path) -> Inverter:
+def corrector(folder: Path) -> InversionPipeline:
     return vec2text.load_corrector(
         folder / "inverter",
         str(folder / "corrector"),
@@ -39,7 +39,7 @@ def corrector(folder: Path) -> Inverter:
     )
 
 
-def test_texts_are_the_originals(corrector: Inverter, record: Case) -> None:
+def test_texts_are_the_originals(corrector: InversionPipeline, record: Case) -> None:
     e = record["e"]
     greedy = record["search/0/0/texts"].tolist()
     assert vec2text.invert_embeddings(e, corrector, mode="upstream") == greedy
@@ -47,7 +47,7 @@ def test_texts_are_the_originals(corrector: Inverter, record: Case) -> None:
     assert vec2text.invert_embeddings(e, corrector, 3, mode="upstream") == record["search/3/0/texts"].tolist()
 
 
-def test_hypotheses_are_those_of_every_text_and_step(corrector: Inverter, record: Case) -> None:
+def test_hypotheses_are_those_of_every_text_and_step(corrector: InversionPipeline, record: Case) -> None:
     texts, found = vec2text.invert_embeddings_and_return_hypotheses(record["e"], corrector, 3, mode="upstream")
     assert len(texts) == 4 and {len(step) for step in texts} == {len(record["e"])}
     assert texts[-1] == record["search/3/0/texts"].tolist() == [one.text for one in found]
@@ -57,15 +57,15 @@ def test_hypotheses_are_those_of_every_text_and_step(corrector: Inverter, record
     assert (np.diff(cosines, axis=1) >= 0).all() and len(best) == 4
 
 
-def test_strings(corrector: Inverter) -> None:
+def test_strings(corrector: InversionPipeline) -> None:
     texts = ["the old dog", "a cat and a bird"]
     recovered = vec2text.invert_strings(texts, corrector)
     assert len(recovered) == 2
-    references = corrector.vocabulary.normalise(texts, corrector.config.max_length)
+    references = corrector.vocabulary.normalize(texts, corrector.config.max_length)
     assert recovered == vec2text.invert_embeddings(corrector.embedder.embed(references), corrector)
 
 
-def test_strings_as_the_original_embeds_them(corrector: Inverter, folder: Path) -> None:
+def test_strings_as_the_original_embeds_them(corrector: InversionPipeline, folder: Path) -> None:
     """Whole, where the model's own texts, and with them its hypotheses, are shorter."""
     text = "the old dog and a cat and a bird and the old dog and a cat and a bird"
     embedder = load_embedder(str(upstream_pair.embedder_of(folder)))
@@ -81,7 +81,7 @@ def test_strings_as_the_original_embeds_them(corrector: Inverter, folder: Path) 
             vec2text.invert_strings(texts, corrector, mode="upstream")
 
 
-def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: Inverter, tmp_path: Path) -> None:
+def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: InversionPipeline, tmp_path: Path) -> None:
     pair = shutil.copytree(folder, tmp_path / "pair")
     loading = functools.partial(vec2text.load_corrector, str(pair / "inverter"), str(pair / "corrector"))
     with pytest.MonkeyPatch.context() as patch:
@@ -108,7 +108,7 @@ def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: Inverter,
             loading()
 
 
-def test_what_is_refused(corrector: Inverter, folder: Path, record: Case) -> None:
+def test_what_is_refused(corrector: InversionPipeline, folder: Path, record: Case) -> None:
     with pytest.raises(InputError, match="sequence_beam_width needs num_steps"):
         vec2text.invert_embeddings(record["e"], corrector, sequence_beam_width=2)
     with pytest.raises(InputError, match="the embeddings come first, then the model"):

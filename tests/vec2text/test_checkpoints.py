@@ -23,7 +23,7 @@ from v2t_jax.cli import main as cli
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import warn_of_foreign_vectors
-from v2t_jax.inversion.pipeline import Inverter, load
+from v2t_jax.inversion.pipeline import InversionPipeline, load
 from v2t_jax.models import corrector
 from v2t_jax.vec2text import convert
 from v2t_jax.vec2text.checkpoints import check_embedder, read_base
@@ -64,7 +64,7 @@ def convert_arguments(folder: Path, out: Path) -> tuple[Path, str, str, str, str
 
 
 @pytest.fixture(scope="module")
-def model(converted: Path) -> Inverter:
+def model(converted: Path) -> InversionPipeline:
     return load(str(converted))
 
 
@@ -80,7 +80,9 @@ def test_logits_are_the_originals(name: str, goldens: dict[str, Case], folders: 
 
 
 @pytest.mark.parametrize(("num_steps", "width"), [(3, 1), (3, 4)])
-def test_every_step_is_the_originals(num_steps: int, width: int, goldens: dict[str, Case], model: Inverter) -> None:
+def test_every_step_is_the_originals(
+    num_steps: int, width: int, goldens: dict[str, Case], model: InversionPipeline
+) -> None:
     """Here of one pair; 0 steps below, as a command; `make oracle` compares all searches of a fresh pair."""
     upstream_pair.check_search(model, record_of(goldens[GTR]), num_steps, width)
 
@@ -90,7 +92,7 @@ def test_beam_search_of_the_transformers_that_it_runs_on() -> None:
     case = load_golden(upstream_pair.BEAMS)
     check_t5_decoding(case)
     settings = json.loads(str(case["decode/0/settings"]))
-    assert settings.pop("hopeful") == "any"
+    assert settings.pop("stop_rule") == "any"
     with pytest.raises(AssertionError, match="Mismatched elements"):
         check_t5_decoding(case | {"decode/0/settings": np.array(json.dumps(settings))})
 
@@ -188,7 +190,7 @@ def test_old_key_names(pair: Path) -> None:
     assert "input_norm" not in corrector and not found.config.input_norm
 
 
-def test_an_old_corrector_without_layer_normalisation_runs_and_is_kept(
+def test_an_old_corrector_without_layer_normalization_runs_and_is_kept(
     pair: Path, tmp_path: Path, goldens: dict[str, Case]
 ) -> None:
     edit(pair / "corrector", lambda state: [state.pop(f"layernorm.{name}") for name in ("weight", "bias")])
@@ -198,7 +200,7 @@ def test_an_old_corrector_without_layer_normalisation_runs_and_is_kept(
     inputs = [record[name] for name in ("e", "hypothesis", "e_hat", "labels")]
     logits = jax.jit(functools.partial(corrector.logits, model.config))(model.params["corrector"], *inputs)
     assert np.abs(logits - record["corrector_logits"]).max() > 0.01  # it isn't applied, with whatever weights
-    with pytest.raises(InputError, match="no layer normalisation of its input, and the original's always has"):
+    with pytest.raises(InputError, match="no layer normalization of its input, and the original's always has"):
         to_vec2text(str(tmp_path / "out"), tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -401,7 +403,7 @@ def test_an_embedder_that_lacks_something(pair: Path) -> None:
         check_embedder(pair / "inverter", embedder_of(pair), "the name")
 
 
-def test_old_names_of_layer_normalisation(pair: Path) -> None:
+def test_old_names_of_layer_normalization(pair: Path) -> None:
     def rename(state: Case) -> None:
         for new, old in (("weight", "gamma"), ("bias", "beta")):
             for key in [key for key in state if key.endswith(f"LayerNorm.{new}")]:
@@ -425,12 +427,12 @@ def test_what_is_behind_the_encoder_is_compared(folders: dict[str, Path], tmp_pa
     (pipeline / "2_Dense" / "config.json").write_text(json.dumps(layer))
     save_file({"linear.weight": np.eye(768, dtype=np.float32)}, pipeline / "2_Dense" / "model.safetensors")
     arguments = convert_arguments(folders[GTR], tmp_path / "out")[:-1]
-    meant = "for gtr_base .pooling mean, dense layers 0, not normalised., but .* is pooling"
-    with pytest.raises(InputError, match=f"{meant} mean, dense layers 1, normalised: give .* gtr-base@DIR"):
+    meant = "for gtr_base .pooling mean, dense layers 0, not normalized., but .* is pooling"
+    with pytest.raises(InputError, match=f"{meant} mean, dense layers 1, normalized: give .* gtr-base@DIR"):
         from_vec2text(*arguments, str(pipeline))
-    with pytest.raises(InputError, match=f"{meant} max, dense layers 0, not normalised: "):
+    with pytest.raises(InputError, match=f"{meant} max, dense layers 0, not normalized: "):
         from_vec2text(*arguments, f"max@{plain}")
-    with pytest.raises(InputError, match=f"{meant} mean, dense layers 0, not normalised, prefix 'query: ': "):
+    with pytest.raises(InputError, match=f"{meant} mean, dense layers 0, not normalized, prefix 'query: ': "):
         from_vec2text(*arguments, load_embedder(str(plain), prefix="query: "))
     theirs = load_embedder(str(pipeline))
     check_computation("gtr_base_st", theirs)
@@ -443,7 +445,7 @@ def test_what_is_behind_the_encoder_is_compared(folders: dict[str, Path], tmp_pa
 
 
 @pytest.mark.filterwarnings("error")
-def test_vectors_of_the_wrong_normalisation_are_noticed(model: Inverter, goldens: dict[str, Case]) -> None:
+def test_vectors_of_the_wrong_normalization_are_noticed(model: InversionPipeline, goldens: dict[str, Case]) -> None:
     e = record_of(goldens[GTR])["e"]
     warn_of_foreign_vectors(model, e)
     with pytest.warns(UserWarning, match="7 of 7 have other lengths"):
@@ -487,10 +489,10 @@ def test_the_embedder_is_by_default_the_one_that_the_inverter_names(
 
 
 @pytest.mark.parametrize("stage", ["inverter", "corrector"])
-def test_quantised_projections_are_refused(stage: str, pair: Path) -> None:
+def test_quantized_projections_are_refused(stage: str, pair: Path) -> None:
     key = {"inverter": "embedding_transform.0.bias", "corrector": "layernorm.weight"}[stage]
     edit(pair / stage, lambda state: state.update({key: state[key].astype(np.int8)}))
-    with pytest.raises(InputError, match=f"'{key}' is of dtype int8; quantised weights aren't read"):
+    with pytest.raises(InputError, match=f"'{key}' is of dtype int8; quantized weights aren't read"):
         read_pair(pair)
 
 

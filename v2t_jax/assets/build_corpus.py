@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from v2t_jax.data.sources import Protected, is_held_out, normalise_for_split, read_texts, unique
+from v2t_jax.data.sources import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.errors import InputError
 
 WORDNET_FOLDER = Path("/usr/share/wordnet")
@@ -139,23 +139,25 @@ def _is_text(text: str) -> bool:
 def build_wordnet() -> list[str]:
     """The packaged corpus: held-out lines, and the training lines that give none of them away."""
     lines = unique(wordnet_lines())
-    held_out = [normalised for normalised in lines if is_held_out(normalised)]
-    rest = [normalised for normalised in lines if not is_held_out(normalised)]
-    bad = {normalised for normalised, found in zip(rest, Protected(held_out).given_away_by(rest), strict=True) if found}
+    held_out = [normalized for normalized in lines if is_held_out(normalized)]
+    rest = [normalized for normalized in lines if not is_held_out(normalized)]
+    bad = {
+        normalized for normalized, found in zip(rest, HeldOutFilter(held_out).given_away_by(rest), strict=True) if found
+    }
     print(f"wordnet: {len(lines)} lines, {len(held_out)} held out, {len(bad)} dropped for overlap with those")
-    return [text for normalised, text in lines.items() if normalised not in bad]
+    return [text for normalized, text in lines.items() if normalized not in bad]
 
 
 def build_extra(sources: Iterable[str]) -> list[str]:
     """Lines of the given sources that are neither in the packaged corpus nor give away its held-out lines."""
-    held_out = [normalise_for_split(text) for text in read_texts("wordnet", "held_out")]
-    known = {normalise_for_split(text) for text in read_texts("wordnet", "train")}
+    held_out = [normalize_for_split(text) for text in read_texts("wordnet", "held_out")]
+    known = {normalize_for_split(text) for text in read_texts("wordnet", "train")}
     kept: dict[str, str] = {}
     for source in sources:
         lines = unique(_tidy(EXTRA[source]()))
-        new = [normalised for normalised in lines if normalised not in known and normalised not in kept]
-        bad = Protected(held_out).given_away_by(new)
-        kept |= {normalised: lines[normalised] for normalised, found in zip(new, bad, strict=True) if not found}
+        new = [normalized for normalized in lines if normalized not in known and normalized not in kept]
+        bad = HeldOutFilter(held_out).given_away_by(new)
+        kept |= {normalized: lines[normalized] for normalized, found in zip(new, bad, strict=True) if not found}
         print(f"{source}: {len(lines)} lines, {len(new)} of them new, {int(bad.sum())} dropped for overlap")
     print(f"together {len(kept)} lines")
     return list(kept.values())

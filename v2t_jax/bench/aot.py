@@ -28,11 +28,11 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import read_json
 from v2t_jax.interop.hf_encoders import encoder_config
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.proposals import guesser, proposer, shared_embedder
+from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections, shared_embedder
 from v2t_jax.models import embedder as embedders
 from v2t_jax.models import inverter, t5
 from v2t_jax.models.bert import BertConfig
-from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, PieceMap
+from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, TokenMap
 from v2t_jax.parallel.mesh import (
     AXES,
     DECODING_RULES,
@@ -49,7 +49,7 @@ from v2t_jax.train.setup import check_batches, column_names
 from v2t_jax.train.step import (
     NETWORKS,
     Batch,
-    Frozen,
+    FrozenParams,
     TrainState,
     frozen_shardings,
     greedy_hypotheses,
@@ -102,12 +102,12 @@ def compile_recipe(
         yield recipe.correct(beam)
 
 
-def embedder_sizes(config: Config) -> tuple[EmbedderConfig, PieceMap]:
+def embedder_sizes(config: Config) -> tuple[EmbedderConfig, TokenMap]:
     """The embedder without its weights: by name, or by the config.json in its folder."""
     name, _, dimensions = config.embedder.partition(":")
     if name in ENCODERS:
         encoder, known = ENCODERS[name], KNOWN[name]
-        width, dense, normalise = known.width, known.dense, known.normalise
+        width, dense, normalize = known.width, known.dense, known.normalize
     else:
         try:
             folder = locate(config.embedder)
@@ -118,13 +118,13 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, PieceMap]:
             ) from error
         encoder = encoder_config(read_json(folder / "config.json", "an embedder's folder"))
         width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
-        dense, normalise = 0, True
+        dense, normalize = 0, True
     encoder = dataclasses.replace(encoder, dtype=config.embedder_dtype)
     if isinstance(encoder, T5Config):
         encoder = dataclasses.replace(encoder, dropout_rate=0.0)
     layers: tuple[Activation, ...] = tuple("identity" for _ in range(dense))
-    sizes = EmbedderConfig(encoder, dense=layers, normalise=normalise, width=int(dimensions or width))
-    return sizes, PieceMap(() if isinstance(encoder, T5Config) else (0,), 1)
+    sizes = EmbedderConfig(encoder, dense=layers, normalize=normalize, width=int(dimensions or width))
+    return sizes, TokenMap(() if isinstance(encoder, T5Config) else (0,), 1)
 
 
 def _shapes(tree: Any, shardings: Any) -> Any:
@@ -142,7 +142,7 @@ class _Recipe:
     config: Config
     model: ModelConfig
     embedder: EmbedderConfig | None  # None: behind an endpoint
-    piece_map: PieceMap | None
+    piece_map: TokenMap | None
     mesh: Mesh
     topology: Topology
 
@@ -167,9 +167,9 @@ class _Recipe:
         dtype = jnp.dtype(self.config.embedder_dtype)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), params)
 
-    def _frozen(self, with_inverter: bool) -> Frozen:
+    def _frozen(self, with_inverter: bool) -> FrozenParams:
         pieces: Any = jax.ShapeDtypeStruct((self.model.t5.vocab_size,), jnp.int32)
-        return Frozen(self._embedder(), pieces, self._network("inverter") if with_inverter else None)
+        return FrozenParams(self._embedder(), pieces, self._network("inverter") if with_inverter else None)
 
     def _shards(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
@@ -232,11 +232,11 @@ class _Recipe:
         between = 2 * (n - 1) / n * memory["params"] / (self.mesh.shape["data"] // n)
         return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, between)
 
-    def _kept(self, stage: Stage, params: Any, frozen: Frozen, rows: int) -> int:
+    def _kept(self, stage: Stage, params: Any, frozen: FrozenParams, rows: int) -> int:
         """Bytes that the forward pass of `rows` texts leaves for the backward pass: arrays that have those rows."""
         loss = make_loss(stage, self.model, self.embedder, self.piece_map)
 
-        def kept(params: Any, frozen: Frozen, batch: Batch, key: jax.Array) -> Any:
+        def kept(params: Any, frozen: FrozenParams, batch: Batch, key: jax.Array) -> Any:
             return jax.tree.leaves(jax.vjp(lambda p: loss(p, frozen, batch, key)[0], params)[1])
 
         # Rows that no other axis has, so that they can be told apart; then scaled.
@@ -266,9 +266,9 @@ class _Recipe:
         settings, layout = CorrectionSettings(sequence_beam_width=beam, scan_chunk=1), self.config.mesh.decode
         assert self.embedder is not None and self.piece_map is not None
         embed = shared_embedder(self.embedder, self.piece_map)
-        loop = CorrectionLoop(guesser(self.model), proposer(self.model, "best"), embed, settings)
+        loop = CorrectionLoop(initial_hypotheses(self.model), propose_corrections(self.model, "best"), embed, settings)
         frozen = self._frozen(False)
-        others = {"embedder": frozen.embedder, "pieces": frozen.pieces}
+        others = {"embedder": frozen.embedder, "pieces": frozen.vocab_map}
         here = _shapes(others, jax.tree.map(lambda _: replicated(self.mesh), others))
         here |= {"inverter": self._decoding("inverter"), "corrector": self._decoding("corrector")}
         local = jax.ShapeDtypeStruct((ROWS_A_CHIP, self.model.embedding_width), jnp.float32)
@@ -283,7 +283,7 @@ class _Recipe:
         return self._report(f"correct, beam {beam}", program, arguments, e.shape[0], memory, counted)
 
     def _decoding(self, stage: Stage) -> Any:
-        """A network as a correction loop takes it: see `Inverter.loop_params`."""
+        """A network as a correction loop takes it: see `InversionPipeline.loop_params`."""
         params = self._network(stage)
         params = {**params, "t5": jax.eval_shape(functools.partial(t5.rounded, self.model.t5), params["t5"])}
         specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.config.mesh.decode])

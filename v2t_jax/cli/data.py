@@ -15,7 +15,7 @@ from v2t_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Build:
-    """Tokenise texts once, into a folder that recipes name as data.sources; run again, it goes on or checks every byte.
+    """Tokenize texts once, into a folder that recipes name as data.sources; run again, it goes on or checks every byte.
 
     Sources are files (.txt, .jsonl, .tsv, each also .gz, and .parquet), folders or globs of such, tfds:NAME:FIELD, or
     wordnet: MSMARCO's collection.tsv, DPR's psgs_w100.tsv and BEIR's corpus.jsonl are read as they are."""

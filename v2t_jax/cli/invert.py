@@ -65,9 +65,9 @@ class Invert:
         from v2t_jax.inversion.api import (
             check_vectors,
             invert_embeddings,
+            invert_on_all_hosts,
             invert_strings,
             read_vectors,
-            recover_together,
         )
         from v2t_jax.inversion.pipeline import load
         from v2t_jax.parallel.processes import is_main
@@ -84,10 +84,10 @@ class Invert:
             "batch_size": self.batch_size,
         }
         if vectors is None:
-            found = recover_together(functools.partial(invert_strings, inverter, **options), list(self.text))
+            found = invert_on_all_hosts(functools.partial(invert_strings, inverter, **options), list(self.text))
         else:
             vectors = check_vectors(vectors, inverter.config.embedding_width)
-            found = recover_together(functools.partial(invert_embeddings, inverter, **options), vectors)
+            found = invert_on_all_hosts(functools.partial(invert_embeddings, inverter, **options), vectors)
         if not is_main():
             return
         if self.json:
@@ -121,7 +121,7 @@ class Embed:
         import numpy as np
 
         from v2t_jax.embedders.load import load_embedder
-        from v2t_jax.models.embedder import quantise
+        from v2t_jax.models.embedder import quantize
 
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; give at least 1.")
@@ -158,7 +158,7 @@ class Embed:
                         progress.note(
                             f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
                         )
-                vectors = quantise(embedder.embed(lines, self.batch_size), self.precision)
+                vectors = quantize(embedder.embed(lines, self.batch_size), self.precision)
                 if self.precision == "int8" and len(lines) < 100:
                     progress.note(f"int8 cuts the range of each dimension; {len(lines)} texts say little about it")
                 np.save(file, vectors)  # to a file, not a path: that would get .npy appended

@@ -19,7 +19,7 @@ from v2t_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Embedders:
-    """List the embedders known by name: pooling, normalisation, prefix, licence, width and maximum length."""
+    """List the embedders known by name: pooling, normalization, prefix, licence, width and maximum length."""
 
     json: bool = False
     """print one JSON document and nothing else"""
@@ -45,7 +45,7 @@ class Embedders:
         for name, known in KNOWN.items():
             prefixes = " / ".join(escape(repr(p)) if p else "-" for p in (known.document_prefix, known.query_prefix))
             sizes = (str(known.width), str(known.max_length))
-            unit = "yes" if known.normalise else "no"
+            unit = "yes" if known.normalize else "no"
             table.add_row(name, known.hub, *sizes, known.pooling, unit, known.licence, prefixes)
         # Wider than most terminals, whose lines then wrap: names and prefixes that are cut short would be of no use.
         Console(width=max(Console().width, 180)).print(table)

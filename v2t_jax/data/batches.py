@@ -22,7 +22,7 @@ WHOLE = slice(None)  # all rows of a batch
 
 
 class TokenStore(NamedTuple):
-    """Tokenised texts, end to end."""
+    """Tokenized texts, end to end."""
 
     tokens: np.ndarray  # int32 [T], model ids without end-of-sequence
     offsets: np.ndarray  # int64 [M + 1], text i is tokens[offsets[i]:offsets[i + 1]]
@@ -35,7 +35,7 @@ class TokenStore(NamedTuple):
 
 
 def tokenize(texts: Sequence[str], vocabulary: Vocabulary, chunk: int = 20_000) -> TokenStore:
-    """Tokenises texts; drops (and counts) those that are empty or have pieces outside the vocabulary."""
+    """Tokenizes texts; drops (and counts) those that are empty or have pieces outside the vocabulary."""
     kept: list[np.ndarray] = []
     for i in range(0, len(texts), chunk):
         kept += [ids for ids in vocabulary.encode(texts[i : i + chunk]) if len(ids) and ids.min() >= 0]

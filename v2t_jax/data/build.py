@@ -1,12 +1,12 @@
-"""Sources of any size into a built data set (`blocks`): tokenised once, shuffled, without duplicates and leaks.
+"""Sources of any size into a built data set (`blocks`): tokenized once, shuffled, without duplicates and leaks.
 
 Everything goes by a text's hash, the one that decides the split (`sources.split_hash`): a random number that depends
 on nothing but the text. The hashes' range is cut into as many parts as there will be shards.
 
-1. *Chunks*: the sources are read from beginning to end; every few megabytes go to a worker, which tokenises them and
+1. *Chunks*: the sources are read from beginning to end; every few megabytes go to a worker, which tokenizes them and
    writes chunk-N.arrow to DIR's folder `work`, its texts sorted into parts by their hashes.
 2. *Shards*: a worker collects a part from all chunks and sorts it by hash. That shuffles it and puts equal texts side
-   by side, of which the first stays; those that give a held-out text away are dropped (`sources.Protected`).
+   by side, of which the first stays; those that give a held-out text away are dropped (`sources.HeldOutFilter`).
 3. The held-out texts (the lowest hashes) and the manifest, which makes the folder count.
 
 What a chunk or a shard holds depends on the sources and the settings alone, and its file appears whole or not at all.
@@ -64,7 +64,7 @@ class BuildSettings:
     vocabulary_size: int = 0  # commonest pieces to keep; 0 keeps all
     held_out_share: float = HELD_OUT_SHARE
     max_tokens: int = 512  # of a text; what is behind them is cut off
-    chunk_bytes: int = 8 << 20  # of text that are tokenised at once
+    chunk_bytes: int = 8 << 20  # of text that are tokenized at once
     shard_bytes: int = 128 << 20  # of text in a shard, more or less
 
     def __post_init__(self) -> None:
@@ -144,12 +144,12 @@ def _build(
             )
         vocabulary = job.every_piece
         if settings.vocabulary_size:
-            by_token_id = np.zeros(1 + vocabulary.pieces.max(), np.int64)
-            by_token_id[vocabulary.pieces] = pieces
+            by_token_id = np.zeros(1 + vocabulary.vocab_map.max(), np.int64)
+            by_token_id[vocabulary.vocab_map] = pieces
             kept = commonest_pieces(by_token_id, tokenizer, settings.vocabulary_size)
             vocabulary = Vocabulary.of_pieces(tokenizer, kept)
         buffer = io.BytesIO()
-        np.save(buffer, vocabulary.pieces)
+        np.save(buffer, vocabulary.vocab_map)
         entries = {"pieces.npy": write_file(folder / "pieces.npy", buffer.getvalue())}
         entries["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.tokenizer.to_str().encode())
         token_dtype = "uint16" if vocabulary.size <= 2**16 else "int32"
@@ -299,7 +299,7 @@ def _make_chunks(job: Job, sources: Sequence[Source], chunk_bytes: int, workers:
             if workers.share.has(index) and not job.chunk(index).is_file():
                 yield index, shards.hand_over(job, index, chunk)
 
-    with progress.bar(total // 1024, "tokenising", unit="KB") as update:
+    with progress.bar(total // 1024, "tokenizing", unit="KB") as update:
         for _ in run(shards.write_chunk, missing()):
             update(min(read, total) // 1024, texts=texts)
     _wait([job.chunk(i) for i in range(count)], workers, workers.share.host_of, job.folder / "manifest.json")

@@ -1,4 +1,4 @@
-"""The two kinds of work that `build` hands out: a chunk of texts is tokenised, and a shard is made from all chunks.
+"""The two kinds of work that `build` hands out: a chunk of texts is tokenized, and a shard is made from all chunks.
 
 A chunk's file holds its texts in parts, by their hashes: part 0 those that are held out, part 1 + s those of shard s.
 Functions here run in worker processes; `start` tells them the job.
@@ -16,7 +16,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from v2t_jax.data.blocks import LENGTH_DTYPE, ROWS, as_json, write_file, write_records
-from v2t_jax.data.sources import Protected, normalise_for_split, split_hash
+from v2t_jax.data.sources import HeldOutFilter, normalize_for_split, split_hash
 from v2t_jax.data.vocabulary import Vocabulary
 
 _SCHEMA = pa.schema([("hash", pa.uint64()), ("text", pa.string()), ("ids", pa.large_list(pa.int32()))])
@@ -67,11 +67,11 @@ def hand_over(job: Job, index: int, texts: Sequence[str]) -> Path:
 
 
 def write_chunk(index: int, handed_over: Path) -> None:
-    """Tokenises the texts of a file, writes them to the chunk's and deletes the first."""
+    """Tokenizes the texts of a file, writes them to the chunk's and deletes the first."""
     texts = json.loads(handed_over.read_text(encoding="utf-8"))
-    normalised = [normalise_for_split(text) for text in texts]
-    kept = [i for i, text in enumerate(normalised) if text]
-    hashes = [split_hash(normalised[i]) for i in kept]
+    normalized = [normalize_for_split(text) for text in texts]
+    kept = [i for i, text in enumerate(normalized) if text]
+    hashes = [split_hash(normalized[i]) for i in kept]
     held_out = np.array([h < _job.held_out_share * 2**64 for h in hashes], bool)
     part = np.where(held_out, 0, [1 + (h * _job.num_shards >> 64) for h in hashes])
     rows = _job.every_piece.encode([texts[i] for i in kept])
@@ -85,7 +85,7 @@ def write_chunk(index: int, handed_over: Path) -> None:
     with pa.ipc.new_file(sink, schema) as file:
         for p in range(1 + _job.num_shards):
             mine = np.flatnonzero(part == p)
-            of = texts if p == 0 else normalised  # nobody will read a training text again but `Protected`
+            of = texts if p == 0 else normalized  # nobody will read a training text again but `HeldOutFilter`
             offsets = np.cumsum([0, *(len(rows[i]) for i in mine)])
             flat = np.concatenate([np.zeros(0, np.int32), *(rows[i] for i in mine)])
             columns = [
@@ -123,9 +123,9 @@ def read_part(job: Job, chunks: int, part: int) -> tuple[pa.Table, int]:
 
 
 @functools.lru_cache(maxsize=1)
-def _protected(chunks: int) -> Protected:
+def _protected(chunks: int) -> HeldOutFilter:
     texts, _ = read_part(_job, chunks, 0)
-    return Protected([normalise_for_split(text) for text in texts["text"].to_pylist()])
+    return HeldOutFilter([normalize_for_split(text) for text in texts["text"].to_pylist()])
 
 
 def write_shard(index: int, chunks: int, token_dtype: str) -> None:
@@ -134,7 +134,7 @@ def write_shard(index: int, chunks: int, token_dtype: str) -> None:
     given_away = _protected(chunks).given_away_by(table["text"].to_pylist())
     pieces = np.load(_job.folder / "pieces.npy", allow_pickle=False)
     vocabulary = Vocabulary(Tokenizer.from_str(_job.tokenizer), pieces)
-    model_id = np.append(vocabulary.model_ids(_job.every_piece.pieces), -1)  # -1, no piece, stays that
+    model_id = np.append(vocabulary.model_ids(_job.every_piece.vocab_map), -1)  # -1, no piece, stays that
     lists = table["ids"].combine_chunks()
     offsets = lists.offsets.to_numpy()
     tokens = model_id[lists.values.to_numpy()]

@@ -1,6 +1,6 @@
 """Texts of the packaged corpus, of files and of TFDS (`readers`), with a split that never leaks.
 
-Whether a text is held out depends on nothing but its *normalised* form (lower case, no punctuation), so
+Whether a text is held out depends on nothing but its *normalized* form (lower case, no punctuation), so
 adding, removing or reordering lines moves no other line across the split. Training texts that share a long
 word n-gram with a held-out text, contain one or are contained in one, are dropped.
 """
@@ -26,28 +26,28 @@ SHORTEST_CONTAINED = 3
 _NOT_WORD = re.compile(r"[\W_]+")
 
 
-def normalise_for_split(text: str) -> str:
+def normalize_for_split(text: str) -> str:
     """Lower-cased words, single spaces, no punctuation: the form that decides equality and the split."""
     return _NOT_WORD.sub(" ", text.lower()).strip()
 
 
-def split_hash(normalised: str) -> int:
-    """A normalised text's place in [0, 2**64): the held-out texts are those below the share."""
-    return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "big")
+def split_hash(normalized: str) -> int:
+    """A normalized text's place in [0, 2**64): the held-out texts are those below the share."""
+    return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest(), "big")
 
 
-def is_held_out(normalised: str, share: float = HELD_OUT_SHARE) -> bool:
-    """Whether a normalised text falls in the held-out `share` (0..1) by its own hash."""
-    return split_hash(normalised) < share * 2**64
+def is_held_out(normalized: str, share: float = HELD_OUT_SHARE) -> bool:
+    """Whether a normalized text falls in the held-out `share` (0..1) by its own hash."""
+    return split_hash(normalized) < share * 2**64
 
 
 def unique(texts: Iterable[str]) -> dict[str, str]:
-    """Normalised form -> first text with that form; texts without a single letter or digit are left out."""
+    """Normalized form -> first text with that form; texts without a single letter or digit are left out."""
     found: dict[str, str] = {}
     for text in texts:
-        normalised = normalise_for_split(text)
-        if normalised:
-            found.setdefault(normalised, text)
+        normalized = normalize_for_split(text)
+        if normalized:
+            found.setdefault(normalized, text)
     return found
 
 
@@ -73,14 +73,14 @@ class _Words:
         return value, owner[start]
 
 
-class Protected:
+class HeldOutFilter:
     """Held-out texts, made ready to say of any number of other texts which of them give one away.
 
     A text does if it equals a held-out one, shares `OVERLAP_WORDS` words in a row with one, or contains one
     or is contained in one as whole words (of at least `SHORTEST_CONTAINED` words: "of the" betrays nothing).
 
     Args:
-        held_out: texts to protect, each through `normalise_for_split`.
+        held_out: texts to protect, each through `normalize_for_split`.
     """
 
     def __init__(self, held_out: Sequence[str]):
@@ -96,13 +96,13 @@ class Protected:
             short = every if n == OVERLAP_WORDS else theirs.lengths == n
             self._grams[n] = np.unique(theirs.grams(n, short)[0]), np.unique(theirs.grams(n, every)[0])
 
-    def given_away_by(self, normalised: Sequence[str]) -> np.ndarray:
-        """Which of the texts [M], normalised likewise, give a held-out text away: bool [M]."""
-        found = np.array([text in self._texts for text in normalised], bool)
-        if not self._texts or not len(normalised):
+    def given_away_by(self, normalized: Sequence[str]) -> np.ndarray:
+        """Which of the texts [M], normalized likewise, give a held-out text away: bool [M]."""
+        found = np.array([text in self._texts for text in normalized], bool)
+        if not self._texts or not len(normalized):
             return found
-        ours = _Words([text.split() for text in normalised], self._numbers)
-        every = np.ones(len(normalised), bool)
+        ours = _Words([text.split() for text in normalized], self._numbers)
+        every = np.ones(len(normalized), bool)
         for n, (short_theirs, all_theirs) in self._grams.items():
             for theirs, chosen in ((short_theirs, every), (all_theirs, ours.lengths == n)):
                 mine, owner = ours.grams(n, chosen)
@@ -119,7 +119,7 @@ def read_texts(
     avoid: Sequence[str] = (),
     limit: int | None = None,
 ) -> list[str]:
-    """Texts of one split of a source, deduplicated on their normalised form, in the source's order.
+    """Texts of one split of a source, deduplicated on their normalized form, in the source's order.
 
     Args:
         source: whatever `readers.open_source` takes; "wordnet" has a fixed split.
@@ -140,14 +140,14 @@ def read_texts(
     found = unique(open_source(source).read(lambda _: None))
     if not found:
         raise InputError(f"{source} holds no text: give a source with at least one text of letters or digits.")
-    held = {normalised: text for normalised, text in found.items() if is_held_out(normalised, share)}
+    held = {normalized: text for normalized, text in found.items() if is_held_out(normalized, share)}
     if split == "held_out":
         chosen = list(held.values())
     else:
-        rest = [normalised for normalised in found if normalised not in held]
+        rest = [normalized for normalized in found if normalized not in held]
         # The packaged file was cleaned against its own held-out texts when it was built (a test checks it).
-        protected = ([] if packaged else list(held)) + [normalise_for_split(text) for text in avoid]
-        given_away = Protected(protected).given_away_by(rest)
+        protected = ([] if packaged else list(held)) + [normalize_for_split(text) for text in avoid]
+        given_away = HeldOutFilter(protected).given_away_by(rest)
         chosen = [found[text] for text, bad in zip(rest, given_away, strict=True) if not bad]
     if not chosen:
         raise InputError(

@@ -46,16 +46,16 @@ class Vocabulary:
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.pieces = np.asarray(pieces, np.int32)
-        self.size = len(self.pieces)
+        self.vocab_map = np.asarray(pieces, np.int32)
+        self.size = len(self.vocab_map)
         pad, end = _pad_and_end(tokenizer)
         total = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-        if self.pieces.ndim != 1 or tuple(self.pieces[:2]) != (pad, end):
+        if self.vocab_map.ndim != 1 or tuple(self.vocab_map[:2]) != (pad, end):
             raise InputError(f"A vocabulary must begin with the tokenizer's pad and end pieces ({pad}, {end}).")
-        if self.pieces.min() < 0 or self.pieces.max() >= total or len(np.unique(self.pieces)) != self.size:
+        if self.vocab_map.min() < 0 or self.vocab_map.max() >= total or len(np.unique(self.vocab_map)) != self.size:
             raise InputError(f"A vocabulary's pieces must be distinct and below {total}, the tokenizer's size.")
         self._model_id = np.full(total, -1, np.int32)
-        self._model_id[self.pieces] = np.arange(self.size, dtype=np.int32)
+        self._model_id[self.vocab_map] = np.arange(self.size, dtype=np.int32)
         # Special pieces and "unknown" inside a text can't be turned back into that text.
         self._model_id[sorted(_special_ids(tokenizer))] = -1
 
@@ -98,10 +98,10 @@ class Vocabulary:
         ids = np.asarray(ids)
         rows = ids.reshape(-1, ids.shape[-1])
         keep = (np.cumsum(rows == EOS, -1) == 0) & (rows != PAD) & (rows >= 0) & (rows < self.size)
-        pieces = self.pieces[np.where(keep, rows, PAD)]
+        pieces = self.vocab_map[np.where(keep, rows, PAD)]
         return self.tokenizer.decode_batch([row[kept].tolist() for row, kept in zip(pieces, keep, strict=True)])
 
-    def normalise(self, texts: Sequence[str], max_length: int) -> list[str]:
+    def normalize(self, texts: Sequence[str], max_length: int) -> list[str]:
         """The form under which "exact match" is meant: text -> first `max_length - 1` pieces -> text.
 
         Uses the whole tokenizer, whatever pieces the vocabulary holds.

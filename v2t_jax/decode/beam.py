@@ -51,7 +51,7 @@ def beam_search(
     early_stopping: EarlyStopping = False,
     min_length: int = 0,
     no_repeat_ngram: int = 0,
-    hopeful: Literal["running", "any"] = "running",
+    stop_rule: Literal["running", "any"] = "running",
 ) -> tuple[Decoded, jax.Array]:
     """The `num_return` best hypotheses of each item.
 
@@ -71,7 +71,7 @@ def beam_search(
             ending at `max_length` with no further loss (for a positive penalty; otherwise as False).
         min_length: tokens before an end of sequence is allowed.
         no_repeat_ngram: size of n-grams that must not repeat, or 0.
-        hopeful: whose best log p `early_stopping` False and "never" judge by: that of the hypotheses which run on, or
+        stop_rule: whose best log p `early_stopping` False and "never" judge by: that of the hypotheses which run on, or
             of any that the step made, those that just ended too (transformers before 4.50, on which the original runs).
 
     Returns:
@@ -86,8 +86,8 @@ def beam_search(
         raise InputError(f"{num_return} results were asked of {num_beams} beams; ask for 1 to {num_beams} of them.")
     if early_stopping not in (True, False, "never"):
         raise InputError(f'early_stopping is {early_stopping!r}; choose True, False or "never".')
-    if hopeful not in ("running", "any"):
-        raise InputError(f'hopeful is {hopeful!r}; choose "running" or "any".')
+    if stop_rule not in ("running", "any"):
+        raise InputError(f'stop_rule is {stop_rule!r}; choose "running" or "any".')
     rows = batch_size * num_beams
     check_arguments(cache, rows=rows, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
     # In float64 first: a float32 power would differ from `generate`'s in the last bit, enough to turn a near
@@ -153,7 +153,7 @@ def beam_search(
         # slot.
         horizon = penalties[-1] if early_stopping == "never" and length_penalty > 0 else penalty
         worst = jnp.where(jnp.all(done, axis=1), done_scores[:, -1], DEAD)
-        best = running_log_probs[:, 0] if hopeful == "running" else grown_log_probs[:, 0]
+        best = running_log_probs[:, 0] if stop_rule == "running" else grown_log_probs[:, 0]
         return _Loop(
             position=loop.position + 1,
             tokens=_take(grown_tokens, running),

@@ -3,7 +3,7 @@ sampling.
 
 `tokens` [rows, 1 + L] is the history: the start id, the `index` tokens generated so far, then padding. The
 step chooses the token that goes to column `index + 1`. A banned token's score is -inf; nothing is
-renormalised, so bans never change the log p of the tokens that remain (as in Hugging Face's beam search).
+renormalized, so bans never change the log p of the tokens that remain (as in Hugging Face's beam search).
 """
 
 import jax

@@ -37,11 +37,11 @@ class BlackBox(ABC):
         weights_sha256: empty: nobody sees the weights.
     """
 
-    def __init__(self, name: str, width: int | None, normalised: bool | None) -> None:
+    def __init__(self, name: str, width: int | None, normalized: bool | None) -> None:
         if width is not None:
             check_whole(f"The width of {name}", width, 1)
         self.name, self.weights_sha256 = name, ""
-        self._width, self._normalised = width, normalised
+        self._width, self._normalized = width, normalized
         self._learning = threading.Lock()
 
     @property
@@ -53,12 +53,12 @@ class BlackBox(ABC):
         return self._width
 
     @property
-    def normalised(self) -> bool:
+    def normalized(self) -> bool:
         """Whether its vectors have length 1; learnt as the width is, unless it was given."""
-        if self._normalised is None:
+        if self._normalized is None:
             self.embed([PROBE])
-            assert self._normalised is not None
-        return self._normalised
+            assert self._normalized is not None
+        return self._normalized
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings [len(texts), E] float32; equal texts are asked for once.
@@ -102,13 +102,13 @@ class BlackBox(ABC):
                     "make sure that it is the same embedder throughout."
                 )
             unit = bool((np.abs(lengths - 1) <= UNIT_TOLERANCE).all())
-            if self._normalised and not unit:
+            if self._normalized and not unit:
                 raise InputError(
-                    f"{self.name} is taken for normalised, but answered with a vector that isn't of length 1; "
-                    "use one setting of it, or say that it is not normalised."
+                    f"{self.name} is taken for normalized, but answered with a vector that isn't of length 1; "
+                    "use one setting of it, or say that it is not normalized."
                 )
             self._width = vectors.shape[1]
-            self._normalised = unit if self._normalised is None else self._normalised
+            self._normalized = unit if self._normalized is None else self._normalized
         return vectors
 
 
@@ -120,7 +120,7 @@ class CallableEmbedder(BlackBox):
             texts. To be used in the correction loop it must not run JAX: the device waits for it there.
         name: by default the function's own.
         width: E; by default learnt from the first answer.
-        normalised: whether its vectors have length 1; by default learnt from the first answer.
+        normalized: whether its vectors have length 1; by default learnt from the first answer.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class CallableEmbedder(BlackBox):
         fn: Callable[[list[str]], Any],
         name: str | None = None,
         width: int | None = None,
-        normalised: bool | None = None,
+        normalized: bool | None = None,
     ) -> None:
         if not callable(fn):
             raise InputError(f"An embedder must be a function of a list of texts, not {type(fn).__name__}.")
-        super().__init__(name or str(getattr(fn, "__name__", type(fn).__name__)), width, normalised)
+        super().__init__(name or str(getattr(fn, "__name__", type(fn).__name__)), width, normalized)
         self._fn = fn
 
     def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
@@ -174,17 +174,17 @@ class HttpEmbedder(BlackBox):
     Args:
         base_url: such as https://api.openai.com/v1
         config: the model, limits and manners.
-        width, normalised: as for `CallableEmbedder`.
+        width, normalized: as for `CallableEmbedder`.
 
     Raises:
         InputError: the URL, the key or the model's name can't be used.
     """
 
     def __init__(
-        self, base_url: str, config: ApiConfig, width: int | None = None, normalised: bool | None = None
+        self, base_url: str, config: ApiConfig, width: int | None = None, normalized: bool | None = None
     ) -> None:
         self._endpoint = Endpoint(base_url, config)
-        super().__init__(self._endpoint.name, width or config.dimensions, normalised)
+        super().__init__(self._endpoint.name, width or config.dimensions, normalized)
         self.config = config
         self.budget = self._endpoint.budget
         folder = Path(config.cache) if config.cache else user_cache_dir() / "embeddings"

@@ -1,6 +1,6 @@
 """The embedders known by name: where their weights are, and what a vector store's owner did with them.
 
-What a folder's own modules.json says goes before this table's pooling, width and normalisation; the document prefix is
+What a folder's own modules.json says goes before this table's pooling, width and normalization; the document prefix is
 always the table's. GTR is here twice, because two embeddings go by that name: the original vec2text's (`gtr-base`: the
 encoder and the masked mean) and sentence-transformers' (`gtr-base-st`: with a dense layer and L2).
 """
@@ -19,14 +19,14 @@ class KnownEmbedder:
     max_length: int
     """tokens that are read of a text, where the folder doesn't say: its own limits go before this"""
     pooling: Pooling
-    normalise: bool
+    normalize: bool
     licence: str
     document_prefix: str = ""
     """put before texts that are stored; this is what we embed with"""
     query_prefix: str = ""
     """put before searches; where a task is to be described, that of web search"""
     raw: bool = False
-    """the folder's modules.json is not used: encoder, pooling and normalisation of this table"""
+    """the folder's modules.json is not used: encoder, pooling and normalization of this table"""
     dense: int = 0
     """dense layers behind the pooling"""
     sha256: str = ""

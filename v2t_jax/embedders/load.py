@@ -35,7 +35,7 @@ from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.interop.weights import Tensor
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.clip_text import ClipTextConfig
-from v2t_jax.models.embedder import Activation, Embedder, EmbedderConfig, EncoderConfig, Pooling
+from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, JaxEmbedder, Pooling
 from v2t_jax.models.layers import Params
 from v2t_jax.models.llama import LlamaConfig
 
@@ -107,7 +107,7 @@ def locate(name: str) -> Path:
 
 def load_embedder(
     name: str | Path, dtype: Dtype = "float32", *, dimensions: int | None = None, prefix: str | None = None
-) -> Embedder:
+) -> JaxEmbedder:
     """An embedder by name (see the module's docstring), its weights checked against the known sha256.
 
     Args:
@@ -145,7 +145,7 @@ def load_embedder(
         config = dataclasses.replace(config, width=parsed.dimensions)
     if prefix is not None:
         config = dataclasses.replace(config, prefix=prefix)
-    return Embedder(name, config, params, tokenizer, sha256)
+    return JaxEmbedder(name, config, params, tokenizer, sha256)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -192,7 +192,7 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         )
     if name.pooling is not None or (known is not None and known.raw) or not modules:
         pooling = name.pooling or (known.pooling if known else _default_pooling(body, encoder_json, encoder, tensors))
-        pipeline, prompts = _Pipeline(pooling, normalise=known is not None and known.normalise), {}
+        pipeline, prompts = _Pipeline(pooling, normalize=known is not None and known.normalize), {}
     else:
         pipeline = _read_modules(folder, modules, encoder)
         prompts = _optional_json(folder / "config_sentence_transformers.json")
@@ -229,7 +229,7 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         encoder=encoder,
         pooling=pipeline.pooling,
         dense=tuple(activation for activation, _ in pipeline.dense),
-        normalise=pipeline.normalise,
+        normalize=pipeline.normalize,
         prefix=prefix,
         max_length=_max_length(body, known, longest_text(encoder, encoder_json)),
         width=min(width, prompts.get("truncate_dim") or width),
@@ -264,7 +264,7 @@ class _Pipeline:
     """What comes behind an encoder."""
 
     pooling: Pooling
-    normalise: bool = False
+    normalize: bool = False
     prompt_excluded: bool = False
     dense: list[tuple[Activation, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)
     files: list[Path] = dataclasses.field(default_factory=list)
@@ -299,7 +299,7 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderC
             pipeline.dense.append(_read_dense(path, settings))
             pipeline.files += weight_files(path)
         elif kind == "Normalize":
-            pipeline.normalise = True
+            pipeline.normalize = True
     return pipeline
 
 

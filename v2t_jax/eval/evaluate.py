@@ -16,13 +16,13 @@ from v2t_jax import progress
 from v2t_jax.data.sources import read_texts
 from v2t_jax.errors import InputError
 from v2t_jax.eval.metrics import score, text_scores
-from v2t_jax.inversion.api import BATCH_SIZE, Recovered, invert_strings, recover_together
+from v2t_jax.inversion.api import BATCH_SIZE, InversionResult, invert_on_all_hosts, invert_strings
 from v2t_jax.inversion.correction import check_num_steps
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 
 
 def evaluation_texts(
-    inverter: Inverter, split: str = "held_out", limit: int | None = None, source: str = "wordnet"
+    inverter: InversionPipeline, split: str = "held_out", limit: int | None = None, source: str = "wordnet"
 ) -> list[str]:
     """Texts of a split that are short enough for the model, in the source's order, in the tokenizer's normal form."""
     if split not in ("held_out", "train"):
@@ -35,7 +35,7 @@ def evaluation_texts(
         lengths = map(len, inverter.vocabulary.encode(texts))
         short = [text for text, length in zip(texts, lengths, strict=True) if 0 < length < longest]
         # A text may consist of nothing that the tokenizer knows.
-        found = [text for text in inverter.vocabulary.normalise(short, longest) if text.strip()][:limit]
+        found = [text for text in inverter.vocabulary.normalize(short, longest) if text.strip()][:limit]
     if not found:
         raise InputError(
             f"No {split} text of {source} fits in the {longest - 1} word-pieces the model takes; give shorter ones."
@@ -60,7 +60,7 @@ def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int]) -> 
 
 
 def evaluate(
-    inverter: Inverter,
+    inverter: InversionPipeline,
     texts: list[str],
     num_steps: Sequence[int] = (0, 1, 8),
     sequence_beam_width: Sequence[int] = (1, 4),
@@ -84,12 +84,12 @@ def evaluate(
     most = max(num_steps)
     for width in sorted(set(sequence_beam_width)):
 
-        def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[Recovered], float]:
+        def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[InversionResult], float]:
             started = time.perf_counter()
             options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
-            recover: Callable[[Any], list[Recovered]] = functools.partial(invert_strings, inverter, **options)
+            recover: Callable[[Any], list[InversionResult]] = functools.partial(invert_strings, inverter, **options)
             # On a mesh all processes recover the same texts together, elsewhere each a share.
-            found = recover_together(recover, texts) if inverter.mesh is None else recover(texts)
+            found = invert_on_all_hosts(recover, texts) if inverter.mesh is None else recover(texts)
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
         first = texts[: BATCH_SIZE * jax.device_count()]
@@ -102,7 +102,11 @@ def evaluate(
 
 
 def report(
-    inverter: Inverter, found: list[Recovered], num_steps: Iterable[int], sequence_beam_width: int, split: str
+    inverter: InversionPipeline,
+    found: list[InversionResult],
+    num_steps: Iterable[int],
+    sequence_beam_width: int,
+    split: str,
 ) -> dict[str, Any]:
     """Scores of recovered texts after each of `num_steps`, from their traces.
 
@@ -114,7 +118,7 @@ def report(
     return {"model": inverter.name, "split": split, "n": len(found), "rows": rows}
 
 
-def _row(found: list[Recovered], step: int, width: int) -> dict[str, Any]:
+def _row(found: list[InversionResult], step: int, width: int) -> dict[str, Any]:
     scores = text_scores([f.trace[step].text for f in found], [str(f.reference) for f in found])
     scores["cosine"] = score([f.trace[step].cosine for f in found])
     row: dict[str, Any] = {"num_steps": step, "sequence_beam_width": width}

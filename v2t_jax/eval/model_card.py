@@ -3,7 +3,7 @@
     python -m v2t_jax.eval.model_card --model runs/minilm_wordnet/model --output v2t_jax/assets/models/minilm-wordnet \\
         --trained "35 minutes on 2 CPU cores" --plot docs/minilm-wordnet.png --trace docs/minilm-wordnet-trace.svg
 
-The card's figures come from the packaged weights themselves, loaded again after quantisation.
+The card's figures come from the packaged weights themselves, loaded again after quantization.
 """
 
 import json
@@ -47,7 +47,7 @@ class Card:
         trained = load(self.model)
         record = json.loads((Path(self.model) / "config.json").read_text())["record"] | {"trained": self.trained}
         output = Path(self.output)
-        trained.save(output, record, quantise=True)
+        trained.save(output, record, quantize=True)
         packaged = load(self.output)
         texts = evaluation_texts(packaged, limit=self.limit)
         report = evaluate(packaged, texts, self.num_steps, self.sequence_beam_width)
@@ -56,7 +56,7 @@ class Card:
         longest = max(shown, key=lambda found: (found.exact_match, found.step > 0, len(found.text)))
         Path(self.trace).write_text(draw_trace(longest, f"{packaged.name}, held-out text"), encoding="utf-8")
         card = model_card(record["recipe"], report, self.trained, "int8 weights with float32 scales")
-        trained.save(output, record | {"evaluation": report}, quantise=True, card=card)
+        trained.save(output, record | {"evaluation": report}, quantize=True, card=card)
         print(score_table(report))
 
 

@@ -147,7 +147,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dpr": Architecture(hf_configs.bert, _BERT, ("question_encoder.bert_model.", "ctx_encoder.bert_model.")),
     "t5": Architecture(hf_configs.t5_encoder, {}, ignored=r"decoder\..*|lm_head\.weight|encoder\.embed_tokens\.weight"),
     "nomic_bert": Architecture(hf_configs.nomic, _NOMIC),
-    # Its embeddings are normalised already: the first layer has no norm in front.
+    # Its embeddings are normalized already: the first layer has no norm in front.
     "modernbert": Architecture(hf_configs.modernbert, _MODERNBERT, ("model.",), absent=("layers.0.attn_norm.weight",)),
     "llama": Architecture(hf_configs.llama, _LLAMA, ("model.",), ignored=_HEADS),
     "mistral": Architecture(hf_configs.mistral, _LLAMA, ("model.",), ignored=_HEADS),

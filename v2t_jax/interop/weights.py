@@ -98,11 +98,11 @@ def real_numbers(values: np.ndarray, where: str) -> np.ndarray:
     """The values themselves.
 
     Raises:
-        InputError: they are quantised.
+        InputError: they are quantized.
     """
     if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
         raise InputError(
-            f"{where} is of dtype {values.dtype}; quantised weights aren't read: give those of float32, float16 or "
+            f"{where} is of dtype {values.dtype}; quantized weights aren't read: give those of float32, float16 or "
             "bfloat16."
         )
     return values

@@ -1,4 +1,4 @@
-"""Vectors or texts in, texts out: the public functions around a loaded `Inverter`."""
+"""Vectors or texts in, texts out: the public functions around a loaded `InversionPipeline`."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ from v2t_jax.config import MeshConfig
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.inversion.correction import Correction, Mode, check_num_steps, correct_in_batches
 from v2t_jax.inversion.host_callback import host_errors
-from v2t_jax.inversion.pipeline import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models.embedder import TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh, replicated
@@ -45,7 +45,7 @@ class TraceStep:
 
 
 @dataclass(frozen=True)
-class Recovered:
+class InversionResult:
     """A recovered text. `cosine` is of the text embedded anew by the embedder, from its letters."""
 
     text: str
@@ -103,14 +103,14 @@ def check_vectors(vectors: Any, width: int) -> np.ndarray:
     return array
 
 
-def warn_of_foreign_vectors(inverter: Inverter, e: np.ndarray) -> None:
+def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
     """Warns of vectors [n, E] that hardly come from the model's embedder: by their lengths, and by their coordinates.
 
-    Another embedder of the same width, another pooling, prefix or normalisation: none of it can be seen in a shape, and
+    Another embedder of the same width, another pooling, prefix or normalization: none of it can be seen in a shape, and
     all of it makes the recovered texts meaningless.
     """
     norms, reasons = np.linalg.norm(e, axis=1), []
-    expected = (1.0, 0.0) if inverter.embedder.normalised else inverter.embedding_norm
+    expected = (1.0, 0.0) if inverter.embedder.normalized else inverter.embedding_norm
     if expected is not None:
         mean, deviation = expected
         foreign = np.abs(norms - mean) > 6 * deviation + 0.02 * mean
@@ -120,14 +120,14 @@ def warn_of_foreign_vectors(inverter: Inverter, e: np.ndarray) -> None:
             reasons.append(f"{foreign.sum()} of {len(e)} have other lengths ({found}; known are {known})")
     statistics = inverter.params["inverter"].get("statistics")
     if statistics is not None:
-        rescaled = e / norms[:, None] if inverter.embedder.normalised else e
+        rescaled = e / norms[:, None] if inverter.embedder.normalized else e
         spread = float(np.mean(((rescaled - np.asarray(statistics["mean"])) / np.asarray(statistics["std"])) ** 2))
         if not spread < MOST_SPREAD:
             reasons.append(f"they scatter {spread:.1f} times as far around the mean as those of the training")
     if reasons:
         warnings.warn(
             f"The vectors don't look like {inverter.embedder.name}'s: {' and '.join(reasons)}. If they come from "
-            "another embedder, pooling, prefix or normalisation, the recovered texts mean nothing.",
+            "another embedder, pooling, prefix or normalization, the recovered texts mean nothing.",
             stacklevel=3,
         )
 
@@ -170,7 +170,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def invert_embeddings(
-    inverter: Inverter,
+    inverter: InversionPipeline,
     vectors: Any,
     *,
     num_steps: int = 8,
@@ -178,7 +178,7 @@ def invert_embeddings(
     mode: Mode = "best",
     patience: int = 0,
     batch_size: int | None = None,
-) -> list[Recovered]:
+) -> list[InversionResult]:
     """Recovers the texts of embeddings.
 
     Args:
@@ -201,9 +201,9 @@ def invert_embeddings(
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
     warn_of_foreign_vectors(inverter, e)
-    if inverter.embedder.normalised:
+    if inverter.embedder.normalized:
         e = (e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
-    found = corrected(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size)
+    found = run_correction(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size)
     # What is reported is embedded anew from its text, by the victim's own tokenizer: a sequence of pieces that the
     # tokenizer would never make of the text can't flatter.
     n, steps = found.trace_ids.shape[:2]
@@ -213,14 +213,14 @@ def invert_embeddings(
     return [_recovered(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
 
 
-def embed_anew(inverter: Inverter, texts: Sequence[str]) -> np.ndarray:
+def embed_anew(inverter: InversionPipeline, texts: Sequence[str]) -> np.ndarray:
     """The embeddings [n, E] of texts, blank ones too; of a model on a mesh, each process makes its share."""
     embed = functools.partial(embed_texts, inverter.embedder)
     return embed(texts) if inverter.mesh is None else processes.shared(texts, embed)
 
 
-def corrected(
-    inverter: Inverter,
+def run_correction(
+    inverter: InversionPipeline,
     e: np.ndarray,
     num_steps: int,
     sequence_beam_width: int,
@@ -268,17 +268,17 @@ def corrected(
     return Correction._make([*(array[: len(e)] for array in arrays), steps_run])
 
 
-def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> Recovered:
+def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> InversionResult:
     best, trace = 0, []
     for step in range(len(texts)):
         # Rounding in the last place of a cosine is no improvement.
         if mode == "upstream" or values[step] > values[best] + 1e-6:
             best = step
         trace.append(TraceStep(step, texts[best], float(values[best])))
-    return Recovered(texts[best], float(values[best]), best, tuple(trace))
+    return InversionResult(texts[best], float(values[best]), best, tuple(trace))
 
 
-def recover_together(recover: Callable[[Any], list[Recovered]], items: Any) -> list[Recovered]:
+def invert_on_all_hosts(recover: Callable[[Any], list[InversionResult]], items: Any) -> list[InversionResult]:
     """`recover(items)`, each process of a run doing its share on its own devices; all get all of it.
 
     Args:
@@ -289,7 +289,7 @@ def recover_together(recover: Callable[[Any], list[Recovered]], items: Any) -> l
     count = jax.process_count()
     if count == 1:
         return recover(items)
-    found: list[Recovered] = []
+    found: list[InversionResult] = []
     fault = ""
     given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
     try:
@@ -305,10 +305,10 @@ def recover_together(recover: Callable[[Any], list[Recovered]], items: Any) -> l
         if part["given"] != parts[0]["given"]:
             raise InputError("The processes have read different texts or vectors: give all hosts the same files.")
     records = [parts[i % count]["found"][i // count] for i in range(len(items))]
-    return [Recovered(**one | {"trace": tuple(TraceStep(**step) for step in one["trace"])}) for one in records]
+    return [InversionResult(**one | {"trace": tuple(TraceStep(**step) for step in one["trace"])}) for one in records]
 
 
-def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> list[Recovered]:
+def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options: Any) -> list[InversionResult]:
     """Embeds texts and recovers them from their embeddings; options as `invert_embeddings`.
 
     Texts are cut to what the model recovers at most, and compared in the tokenizer's normal form (word-pieces lose case
@@ -321,17 +321,17 @@ def invert_strings(inverter: Inverter, texts: Sequence[str], **options: Any) -> 
     if len(texts) == 0:
         raise InputError("There are no texts to recover; give at least one.")
     longest = inverter.config.max_length
-    references = inverter.vocabulary.normalise(texts, longest)
+    references = inverter.vocabulary.normalize(texts, longest)
     for i, (text, reference) in enumerate(zip(texts, references, strict=True)):
         if not reference.strip():
             raise InputError(
                 f"Text {i + 1} of {len(texts)} holds nothing that the embedder's tokenizer knows; give it a word."
             )
-        if inverter.vocabulary.normalise([text], len(text.encode()) + 2)[0] != reference:
+        if inverter.vocabulary.normalize([text], len(text.encode()) + 2)[0] != reference:
             progress.note(f"Text {i + 1} is cut to the {longest - 1} word-pieces that the model takes: {reference!r}")
     found = invert_embeddings(inverter, embed_anew(inverter, references), **options)
     return [
-        Recovered(f.text, f.cosine, f.step, f.trace, reference, f.text == reference)
+        InversionResult(f.text, f.cosine, f.step, f.trace, reference, f.text == reference)
         for f, reference in zip(found, references, strict=True)
     ]
 

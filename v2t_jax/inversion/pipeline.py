@@ -35,9 +35,9 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
-from v2t_jax.inversion.proposals import guesser, hypothesis_embedder, proposer
+from v2t_jax.inversion.proposals import embed_hypotheses, initial_hypotheses, propose_corrections
 from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, named_or_embedder
+from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, TokenMap, named_or_embedder
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
@@ -51,7 +51,7 @@ CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n-
 
 
 @dataclasses.dataclass
-class Inverter:
+class InversionPipeline:
     """Networks, embedder and vocabulary that belong together: what `v2t_jax.load` returns.
 
     Attributes:
@@ -87,7 +87,7 @@ class Inverter:
     @property
     def host_bound(self) -> bool:
         """Whether the correction loop leaves the device to embed its hypotheses."""
-        return self.bridged or not isinstance(self.embedder, Embedder)
+        return self.bridged or not isinstance(self.embedder, JaxEmbedder)
 
     def loop_params(self) -> dict[str, Any]:
         """The weights that a correction loop's programs take as arguments; on a mesh laid out for decoding."""
@@ -98,8 +98,8 @@ class Inverter:
                 specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
                 params = processes.put(params, state_shardings(self.mesh, params, specs))
             networks[stage] = {**params, "t5": t5.unstack_decoder(params["t5"])}
-        embedder = self.embedder.params if isinstance(self.embedder, Embedder) else {}
-        others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.pieces)}
+        embedder = self.embedder.params if isinstance(self.embedder, JaxEmbedder) else {}
+        others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.vocab_map)}
         return networks | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
 
     def correction_loop(
@@ -129,14 +129,14 @@ class Inverter:
         )
         if settings not in self._loops:
             self._loops[settings] = CorrectionLoop(
-                guesser(config),
-                proposer(config, mode),
-                hypothesis_embedder(config, self.embedder, self.vocabulary, self.bridged),
+                initial_hypotheses(config),
+                propose_corrections(config, mode),
+                embed_hypotheses(config, self.embedder, self.vocabulary, self.bridged),
                 settings,
             )
         return self._loops[settings]
 
-    def save(self, folder: Path, record: dict[str, Any], quantise: bool = False, card: str = "") -> None:
+    def save(self, folder: Path, record: dict[str, Any], quantize: bool = False, card: str = "") -> None:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
 
         Raises:
@@ -146,8 +146,8 @@ class Inverter:
             raise InputError(f"{folder} holds files that aren't a model's and would be lost; give another folder.")
         with whole_folder(folder, replace=True) as building:
             for stage, params in self.params.items():
-                save_file(_flatten(params, quantise), building / f"{stage}.safetensors")
-            save_file({"pieces": self.vocabulary.pieces}, building / "pieces.safetensors")
+                save_file(_flatten(params, quantize), building / f"{stage}.safetensors")
+            save_file({"pieces": self.vocabulary.vocab_map}, building / "pieces.safetensors")
             if self.bridged:
                 (building / TOKENIZER).write_text(self.vocabulary.tokenizer.to_str(), encoding="utf-8")
             files = {file.name: sha256_of([file]) for file in sorted(building.iterdir())}
@@ -162,6 +162,9 @@ class Inverter:
             }
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (building / "README.md").write_text(CARD_HEAD + (card or f"# {self.name}\n\nNot evaluated yet.\n"))
+
+
+Inverter = InversionPipeline  # its name in version 0.1; to be removed in 0.3
 
 
 def locate_model(name: str) -> Path:
@@ -195,7 +198,7 @@ class StoredModel(NamedTuple):
     name: str
     config: ModelConfig
     params: dict[Stage, Params]
-    pieces: np.ndarray
+    vocab_map: np.ndarray
     tokenizer: Tokenizer | None
     """the model's own; None: it writes its embedder's word-pieces"""
     embedder: dict[str, Any]
@@ -290,7 +293,7 @@ def load(
     embedder: str | Path | TextEmbedder | None = None,
     *,
     put: Callable[[np.ndarray], Any] = jnp.asarray,
-) -> Inverter:
+) -> InversionPipeline:
     """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), with its embedder.
 
     Args:
@@ -315,14 +318,14 @@ def load(
             embedder = embedder.shortened(stored.embedder["max_length"])
         prefix = stored.embedder.get("prefix", embedder.config.prefix)
         embedder = dataclasses.replace(embedder, config=dataclasses.replace(embedder.config, prefix=prefix))
-    same_width = embedder.width == stored.config.embedding_width  # another one has a sentence of its own, in Inverter
+    same_width = embedder.width == stored.config.embedding_width
     if same_width and recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
         raise InputError(
             f"The model {stored.name} was trained on other weights of {embedder.name} than those installed."
         )
     tokenizer = stored.tokenizer
     if tokenizer is None:
-        if not isinstance(embedder, Embedder):
+        if not isinstance(embedder, JaxEmbedder):
             raise InputError(
                 f"The model {stored.name} shares its embedder's word-pieces, so it can't use {embedder.name}, which "
                 "takes text only; leave the embedder out, or train a model with a tokenizer of its own."
@@ -335,40 +338,40 @@ def load(
             "embedder can't be checked.",
             stacklevel=2,
         )
-    return Inverter(
+    return InversionPipeline(
         stored.name,
         stored.config,
         stored.params,
         embedder,
-        Vocabulary(tokenizer, stored.pieces),
+        Vocabulary(tokenizer, stored.vocab_map),
         bridged=stored.tokenizer is not None,
         embedding_norm=stored.embedding_norm,
     )
 
 
 def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of the lengths of `vectors` [n, E]: an Inverter's `embedding_norm`."""
+    """Mean and standard deviation of the lengths of `vectors` [n, E]: a pipeline's `embedding_norm`."""
     lengths = np.linalg.norm(vectors, axis=1)
     return float(lengths.mean()), float(lengths.std())
 
 
-def check_length(max_length: int, embedder: Embedder) -> None:
+def check_length(max_length: int, embedder: JaxEmbedder) -> None:
     """Refuses a model of longer texts than its embedder reads.
 
     Raises:
         InputError: model.max_length is too large.
     """
-    room = embedder.config.max_length - len(PieceMap.of(embedder).before)
+    room = embedder.config.max_length - len(TokenMap.of(embedder).before)
     if max_length > room:
         raise InputError(f"model.max_length is {max_length}, but {embedder.name} reads texts of {room} at most.")
 
 
-def _flatten(params: Params, quantise: bool) -> dict[str, np.ndarray]:
-    """Nested parameters -> flat names. Quantised matrices are int8, one scale per output column (rows of tables)."""
+def _flatten(params: Params, quantize: bool) -> dict[str, np.ndarray]:
+    """Nested parameters -> flat names. Quantized matrices are int8, one scale per output column (rows of tables)."""
     flat: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, array = "/".join(str(key.key) for key in path), np.asarray(leaf, np.float32)
-        if not quantise or array.ndim < 2 or array.size < 4096:
+        if not quantize or array.ndim < 2 or array.size < 4096:
             flat[name] = array
             continue
         axis = -1 if name.endswith("token_embedding") else -2
@@ -410,7 +413,7 @@ def _recorded_norm(config: dict[str, Any]) -> tuple[float, float] | None:
 
 def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
     record: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
-    if isinstance(embedder, Embedder):
+    if isinstance(embedder, JaxEmbedder):
         # The prefix always: by the name alone it may be the table's, the folder's, or one that was asked for.
         record |= {"max_length": embedder.config.max_length, "prefix": embedder.config.prefix}
     return record

@@ -16,24 +16,32 @@ from v2t_jax.decode.state import Decoded, Special
 from v2t_jax.inversion.correction import Embed, Hypothesize, Mode, Propose
 from v2t_jax.inversion.host_callback import host_bridge, host_embedder
 from v2t_jax.models import corrector, inverter
-from v2t_jax.models.embedder import Embedder, EmbedderConfig, PieceMap, TextEmbedder, embed, embed_pieces, embed_texts
+from v2t_jax.models.embedder import (
+    EmbedderConfig,
+    JaxEmbedder,
+    TextEmbedder,
+    TokenMap,
+    embed,
+    embed_model_ids,
+    embed_texts,
+)
 
 SPECIAL = Special(start=0, eos=1, pad=0)
 
 
-def guesser(config: ModelConfig) -> Hypothesize:
+def initial_hypotheses(config: ModelConfig) -> Hypothesize:
     """First guesses: the inverter's."""
     return functools.partial(_hypothesize, config)
 
 
-def proposer(config: ModelConfig, mode: Mode) -> Propose:
+def propose_corrections(config: ModelConfig, mode: Mode) -> Propose:
     """Candidates: the corrector's."""
     return functools.partial(_propose, config, mode)
 
 
-def hypothesis_embedder(config: ModelConfig, embedder: TextEmbedder, vocabulary: Vocabulary, bridged: bool) -> Embed:
+def embed_hypotheses(config: ModelConfig, embedder: TextEmbedder, vocabulary: Vocabulary, bridged: bool) -> Embed:
     """From model ids to embeddings: on the device where the word-pieces are the embedder's own, else as text."""
-    if not isinstance(embedder, Embedder):
+    if not isinstance(embedder, JaxEmbedder):
         return functools.partial(_embed_texts, host_embedder(_to_vectors(vocabulary, embedder), embedder.width))
     if bridged:
         # Other tokenizers may need more tokens for the same text; what needs twice as many is cut.
@@ -41,10 +49,10 @@ def hypothesis_embedder(config: ModelConfig, embedder: TextEmbedder, vocabulary:
         length = min(embedder.config.max_length, 2 * config.max_length + around)
         bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
         return functools.partial(_embed_bridged, embedder.config, bridge)
-    return shared_embedder(embedder.config, PieceMap.of(embedder))
+    return shared_embedder(embedder.config, TokenMap.of(embedder))
 
 
-def shared_embedder(config: EmbedderConfig, piece_map: PieceMap) -> Embed:
+def shared_embedder(config: EmbedderConfig, piece_map: TokenMap) -> Embed:
     """The same on the device."""
     return functools.partial(_embed_shared, config, piece_map)
 
@@ -65,7 +73,7 @@ def _decode(
             num_return=k,
             max_length=config.max_length,
             special=SPECIAL,
-            hopeful="any" if mode == "upstream" else "running",
+            stop_rule="any" if mode == "upstream" else "running",
         )
     lengths = jnp.maximum(jnp.sum(found.ids != SPECIAL.pad, axis=-1), 1)
     return found.ids, found.log_probs / lengths
@@ -83,8 +91,8 @@ def _propose(
     return _decode(tokens_to_logits, cache, config, e.shape[0], k, mode)
 
 
-def _embed_shared(config: EmbedderConfig, piece_map: PieceMap, params: Any, ids: jax.Array) -> jax.Array:
-    return embed_pieces(config, piece_map, params["embedder"], params["pieces"], ids)
+def _embed_shared(config: EmbedderConfig, piece_map: TokenMap, params: Any, ids: jax.Array) -> jax.Array:
+    return embed_model_ids(config, piece_map, params["embedder"], params["pieces"], ids)
 
 
 def _embed_bridged(config: EmbedderConfig, bridge: Callable, params: Any, ids: jax.Array) -> jax.Array:
@@ -95,12 +103,12 @@ def _embed_texts(on_host: Callable[[jax.Array], jax.Array], params: Any, ids: ja
     return on_host(ids)
 
 
-def _to_tokens(vocabulary: Vocabulary, embedder: Embedder, length: int) -> Callable[[np.ndarray], Any]:
+def _to_tokens(vocabulary: Vocabulary, embedder: JaxEmbedder, length: int) -> Callable[[np.ndarray], Any]:
     """Model ids [rows, L] -> the embedder's ids and mask [rows, length] of their texts."""
     embedder = embedder.shortened(length)
 
     def to_tokens(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tokens, mask = embedder.tokenise(vocabulary.decode(ids))
+        tokens, mask = embedder.tokenize(vocabulary.decode(ids))
         missing = ((0, 0), (0, max(length - tokens.shape[1], 0)))
         return np.pad(tokens, missing)[:, :length], np.pad(mask, missing)[:, :length]
 

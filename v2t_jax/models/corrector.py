@@ -26,7 +26,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     }
     if config.input_norm:
         params["input_norm"] = init_norm(config.t5.d_model)
-    if config.standardise:
+    if config.standardize:
         params["statistics"] = inverter.init_statistics(config)
     if config.bag_of_words:
         zeros = jnp.zeros((config.embedding_width, config.t5.d_model), jnp.float32)
@@ -45,15 +45,15 @@ def encode(
     """Embedding, hypothesis ids and their embedding -> T5 encoder output, mask, offset.
 
     The encoder reads [</s>, target, </s>, hypothesis embedding, </s>, difference, </s>, start id, hypothesis], all
-    layer-normalised: X = 5 + 3R + S positions. The start id is the original's quirk: masked, but it shifts positions.
+    layer-normalized: X = 5 + 3R + S positions. The start id is the original's quirk: masked, but it shifts positions.
     """
     difference = e - hypothesis_embedding
     target = e
-    if config.standardise:
+    if config.standardize:
         std = jax.lax.stop_gradient(params["statistics"]["std"])
         difference = difference / std[None]
-        target = inverter.standardise(params, e)
-        hypothesis_embedding = inverter.standardise(params, hypothesis_embedding)
+        target = inverter.standardize(params, e)
+        hypothesis_embedding = inverter.standardize(params, hypothesis_embedding)
     batch = e.shape[0]
     hypothesis = jnp.pad(hypothesis, ((0, 0), (1, 0)), constant_values=PAD_ID)
     separator = t5.embed_tokens(config.t5, params["t5"], jnp.full((batch, 1), EOS_ID))

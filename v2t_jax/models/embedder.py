@@ -49,7 +49,7 @@ class EmbedderConfig:
     pooling: Pooling = "mean"
     dense: tuple[Activation, ...] = ()
     """the activation of each dense layer behind pooling"""
-    normalise: bool = True
+    normalize: bool = True
     prefix: str = ""
     """put before every text"""
     max_length: int = 256
@@ -84,12 +84,12 @@ def embed(
         pooled = dense(layer, pooled)
         pooled = jnp.tanh(pooled) if activation == "tanh" else pooled
     pooled = pooled[:, : config.width]
-    if config.normalise:
+    if config.normalize:
         pooled = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
     return pooled
 
 
-def quantise(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
+def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
     """Embeddings as vector stores keep them; any embedder's, and as sentence-transformers' `quantize_embeddings` does.
 
     Args:
@@ -131,7 +131,7 @@ class TextEmbedder(Protocol):
         """E"""
 
     @property
-    def normalised(self) -> bool:
+    def normalized(self) -> bool:
         """Whether its vectors have length 1."""
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
@@ -164,7 +164,7 @@ def embed_texts(embedder: TextEmbedder, texts: Sequence[str], batch_size: int = 
 
 
 @dataclass
-class Embedder:
+class JaxEmbedder:
     """An embedder whose network runs in JAX, with its weights and tokenizer."""
 
     name: str
@@ -182,16 +182,16 @@ class Embedder:
         return self.config.width
 
     @property
-    def normalised(self) -> bool:
-        return self.config.normalise
+    def normalized(self) -> bool:
+        return self.config.normalize
 
-    def shortened(self, max_length: int) -> "Embedder":
+    def shortened(self, max_length: int) -> "JaxEmbedder":
         """The same embedder, cutting texts to so many tokens."""
         config = dataclasses.replace(self.config, max_length=max_length)
         # Truncation is a state of the tokenizer: this one gets a copy.
         return dataclasses.replace(self, config=config, tokenizer=Tokenizer.from_str(self.tokenizer.to_str()))
 
-    def tokenise(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16.
 
         Raises:
@@ -228,7 +228,7 @@ class Embedder:
         with progress.bar(len(texts), "embedding", unit="texts") as update:
             for start in range(0, len(texts), batch_size):
                 chosen = order[start : start + batch_size]
-                ids, mask = self.tokenise([texts[i] for i in chosen])
+                ids, mask = self.tokenize([texts[i] for i in chosen])
                 pad = batch_size - len(chosen)
                 ids, mask = (np.pad(a, ((0, pad), (0, 0)), mode="edge") for a in (ids, mask))
                 result[chosen] = np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
@@ -242,7 +242,7 @@ class Embedder:
 
 
 @dataclass(frozen=True)
-class PieceMap:
+class TokenMap:
     """How a model's token ids become the embedder's, when they share word-pieces.
 
     `before` and `after` are the embedder ids that surround a text: [CLS] (and a prefix's pieces), and [SEP].
@@ -252,7 +252,7 @@ class PieceMap:
     after: int
 
     @classmethod
-    def of(cls, embedder: Embedder) -> "PieceMap":
+    def of(cls, embedder: JaxEmbedder) -> "TokenMap":
         """Raises: InputError: the tokenizer doesn't put exactly one token behind a text."""
         # The space behind a prefix belongs to the text's first piece where it belongs to any.
         around = embedder.tokenizer.encode(embedder.config.prefix.rstrip()).ids
@@ -265,8 +265,8 @@ class PieceMap:
         return cls(tuple(around[:-1]), around[-1])
 
 
-def embed_pieces(
-    config: EmbedderConfig, piece_map: PieceMap, params: Params, pieces: Int[Array, " V"], ids: Int[Array, "B L"]
+def embed_model_ids(
+    config: EmbedderConfig, piece_map: TokenMap, params: Params, pieces: Int[Array, " V"], ids: Int[Array, "B L"]
 ) -> Float[Array, "B E"]:
     """Model ids -> embeddings, without leaving the device.
 

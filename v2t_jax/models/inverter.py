@@ -48,7 +48,7 @@ def init_statistics(config: ModelConfig) -> Params:
     return {"mean": jnp.zeros((width,), jnp.float32), "std": jnp.ones((width,), jnp.float32)}
 
 
-def standardise(params: Params, e: Float[Array, "B E"]) -> Float[Array, "B E"]:
+def standardize(params: Params, e: Float[Array, "B E"]) -> Float[Array, "B E"]:
     """(e - mean) / std with the statistics of the training texts."""
     statistics = jax.lax.stop_gradient(params["statistics"])
     return (e - statistics["mean"][None]) / statistics["std"][None]
@@ -64,7 +64,7 @@ def bag_of_words(config: ModelConfig, kernel: Float[Array, "E D"], x: Float[Arra
 def init(config: ModelConfig, key: jax.Array) -> Params:
     k_t5, k_projection = jax.random.split(key)
     params: Params = {"t5": t5.init(config.t5, k_t5), "projection": init_projection(config, k_projection)}
-    if config.standardise:
+    if config.standardize:
         params["statistics"] = init_statistics(config)
     if config.bag_of_words:
         params["bag_of_words"] = jnp.zeros((config.embedding_width, config.t5.d_model), jnp.float32)
@@ -76,7 +76,7 @@ def encode(
 ) -> tuple[Float[Array, "B R D"], Int[Array, "B R"], Float[Array, "B D"] | None]:
     """Embeddings -> T5 encoder output, mask, and the bag-of-words offset or None."""
     k_projection, k_t5 = split_key(dropout_key, 2)
-    x = standardise(params, e) if config.standardise else e
+    x = standardize(params, e) if config.standardize else e
     embeds = project(config, params["projection"], x, config.projection_dropout, k_projection)
     mask = jnp.ones(embeds.shape[:2], jnp.int32)
     offset = None

@@ -1,7 +1,7 @@
-"""Layers shared by the transformer stacks: normalisation, dropout, attention with an explicit cache, projections.
+"""Layers shared by the transformer stacks: normalization, dropout, attention with an explicit cache, projections.
 
 Modules are thin Flax linen; what is stacked, scanned or cached is decided by the stacks that call them.
-Parameters are float32; `dtype` is the dtype of the arithmetic. Softmax and normalisation statistics are
+Parameters are float32; `dtype` is the dtype of the arithmetic. Softmax and normalization statistics are
 float32 whatever `dtype` is.
 """
 
@@ -76,7 +76,7 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """x [..., in] @ kernel [in, out] with operands and result in `dtype`, summed in float32."""
-    # By this name rematerialisation knows what to keep: it doesn't see products inside a custom gradient.
+    # By this name rematerialization knows what to keep: it doesn't see products inside a custom gradient.
     return checkpoint_name(matmul_float32(x, kernel, dtype).astype(dtype), PRODUCT)
 
 
@@ -256,7 +256,7 @@ class AttentionProjections(nn.Module):
 
     def setup(self) -> None:
         inner = self.num_heads * self.d_kv
-        # T5's initialisation folds the missing 1/sqrt(K) of the scores into q.
+        # T5's initialization folds the missing 1/sqrt(K) of the scores into q.
         self.q_kernel = self.param(
             "q", nn.initializers.normal((self.d_model * self.d_kv) ** -0.5), (self.d_model, inner)
         )

@@ -52,7 +52,7 @@ class LlamaConfig:
     """of local layers"""
     rms_norm_epsilon: float = 1e-6
     head_norms: bool = False
-    """each head's queries and keys are normalised (Qwen3, Gemma 3)"""
+    """each head's queries and keys are normalized (Qwen3, Gemma 3)"""
     gemma: bool = False
     """norms behind attention and feed-forward too, scales stored less 1, scaled embeddings, tanh-GELU (Gemma 3)"""
     attention_scale: float | None = None

@@ -35,7 +35,7 @@ from v2t_jax.models.layers import (
 
 # Parameter path, joined by "/" -> logical axis names. Strict both ways: see sharding.py.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # The table is sharded over the vocabulary only: sharding its width too makes XLA rematerialise the lookup.
+    # The table is sharded over the vocabulary only: sharding its width too makes XLA rematerialize the lookup.
     (r"token_embedding", ("vocab", None)),
     (r"lm_head", ("embed", "vocab")),
     (r"(encoder|decoder)/relative_bias", (None, "heads")),
@@ -225,7 +225,7 @@ def _layer_of(stack: Params, index: int) -> Params:
     return jax.tree.map(lambda p: p[index], stack["layers"])
 
 
-def _rematerialised(config: T5Config, layer: Callable) -> Callable:
+def _rematerialized(config: T5Config, layer: Callable) -> Callable:
     if config.remat == "none":
         return layer
     policies = {
@@ -239,7 +239,7 @@ def _scan_layers(
     config: T5Config, apply: Callable, stack: Params, num_layers: int, x: jax.Array, key: jax.Array | None
 ) -> jax.Array:
     """Runs `apply(layer_params, x, layer_key)` over the stacked layers."""
-    layer = _rematerialised(config, apply)
+    layer = _rematerialized(config, apply)
     if key is None:
         return jax.lax.scan(lambda x, p: (layer(p, x, None), None), x, stack["layers"], unroll=config.scan_unroll)[0]
     keys = jax.random.split(key, num_layers)

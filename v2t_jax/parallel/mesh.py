@@ -135,7 +135,7 @@ def param_specs(
 def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
     """Shardings of a whole training state: what mirrors the parameters is cut like them, the rest is replicated.
 
-    Optimisers keep trees of the parameters' own paths (Adam's moments) among others; so a leaf is recognised by the
+    Optimisers keep trees of the parameters' own paths (Adam's moments) among others; so a leaf is recognized by the
     end of its path and its shape having as many axes.
 
     Raises:

@@ -31,9 +31,9 @@ from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.eval.model_card import model_card
-from v2t_jax.inversion.api import corrected, embed_anew, invert_strings, recover_together
-from v2t_jax.inversion.pipeline import CARD_HEAD, Inverter, norm_statistics
-from v2t_jax.models.embedder import PieceMap
+from v2t_jax.inversion.api import embed_anew, invert_on_all_hosts, invert_strings, run_correction
+from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, norm_statistics
+from v2t_jax.models.embedder import TokenMap
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -41,7 +41,7 @@ from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import (
     NORM_TEXTS,
-    Setup,
+    TrainContext,
     check_batches,
     column_names,
     initial_params,
@@ -51,7 +51,7 @@ from v2t_jax.train.setup import (
 from v2t_jax.train.step import (
     NETWORKS,
     Batch,
-    Frozen,
+    FrozenParams,
     Metrics,
     TrainState,
     frozen_shardings,
@@ -131,7 +131,7 @@ def _train(config: Config, workdir: Path) -> Path:
     return folder
 
 
-def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, Any]:
+def score_model(setup: TrainContext, inverter: InversionPipeline, workdir: Path) -> dict[str, Any]:
     """The final evaluation, as numbers and as a plot."""
     settings = setup.config.evaluation
     num_steps = settings.num_steps if inverter.has_corrector else (0,)
@@ -143,7 +143,9 @@ def score_model(setup: Setup, inverter: Inverter, workdir: Path) -> dict[str, An
     return report
 
 
-def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, Params], stopped: "StopFlag") -> Params:
+def train_stage(
+    setup: TrainContext, stage: Stage, folder: Path, trained: dict[Stage, Params], stopped: "StopFlag"
+) -> Params:
     """Trains one network to its recipe's number of steps and returns its parameters."""
     config, model = setup.config, setup.model
     settings: StageConfig = getattr(config, stage)
@@ -154,7 +156,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
     embedder = setup.in_step
-    sizes, piece_map = (embedder.config, PieceMap.of(embedder)) if embedder else (None, None)
+    sizes, piece_map = (embedder.config, TokenMap.of(embedder)) if embedder else (None, None)
     loss_fn = make_loss(stage, model, sizes, piece_map, config.partial_hypotheses, config.mesh.decode)
     may_skip = settings.optimizer.skip_bad_updates
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed, may_skip > 0)
@@ -179,7 +181,7 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
         progress.note(f"{stage}: going on from step {int(state.step)}")
     guesses = stage == "corrector" and not config.data.hypotheses
     weights = embedder.params if embedder else None
-    frozen = Frozen(weights, setup.pieces, trained.get("inverter") if guesses else None)
+    frozen = FrozenParams(weights, setup.vocab_map, trained.get("inverter") if guesses else None)
     frozen = processes.put(frozen, frozen_shardings(mesh, frozen))
     cut = batch_sharding(mesh)
     rows = processes.local_rows(cut, settings.batch_size)
@@ -275,16 +277,16 @@ def train_stage(setup: Setup, stage: Stage, folder: Path, trained: dict[Stage, P
     return state.params
 
 
-def evaluate_stage(setup: Setup, inverter: Inverter, samples: Log, step: int) -> dict[str, float]:
+def evaluate_stage(setup: TrainContext, inverter: InversionPipeline, samples: Log, step: int) -> dict[str, float]:
     """Recovers held-out texts with the parameters as they are: greedily, with one correction step for the corrector."""
     references = setup.held_out[: setup.config.evaluation.num_examples]
     num_steps = int(inverter.has_corrector)
     if inverter.mesh is None:  # an endpoint embeds: each process asks it for a share
         recover = functools.partial(invert_strings, inverter, num_steps=num_steps, sequence_beam_width=1)
-        predictions = [one.text for one in recover_together(recover, references)]
+        predictions = [one.text for one in invert_on_all_hosts(recover, references)]
     else:
         e = embed_anew(inverter, references)
-        ids = corrected(inverter, e, num_steps, sequence_beam_width=1, mode="upstream").ids
+        ids = run_correction(inverter, e, num_steps, sequence_beam_width=1, mode="upstream").ids
         predictions = setup.vocabulary.decode(ids)
     scores = text_scores(predictions, references)
     for prediction, reference in list(zip(predictions, references, strict=True))[:10]:

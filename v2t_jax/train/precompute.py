@@ -29,8 +29,8 @@ from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, toke
 from v2t_jax.data.vocabulary import PAD
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of
-from v2t_jax.inversion.pipeline import Inverter, check_length, load, locate_model, read_model
-from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, embed_pieces, embed_texts
+from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_model
+from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, TokenMap, embed_model_ids, embed_texts
 from v2t_jax.parallel.rendezvous import Share
 from v2t_jax.train.step import greedy_hypotheses
 
@@ -72,16 +72,16 @@ def embed_column(
     made_by = {"kind": "embeddings", "embedder": _embedder_key(embedder), "max_length": max_length}
     specs: Specs = {name: ("float16", (embedder.width,))}
     vocabulary = stored.vocabulary()
-    if isinstance(embedder, Embedder) and tokenizer_sha256(embedder.tokenizer) == tokenizer_sha256(
+    if isinstance(embedder, JaxEmbedder) and tokenizer_sha256(embedder.tokenizer) == tokenizer_sha256(
         vocabulary.tokenizer
     ):
         check_length(max_length, embedder)
-        piece_map = PieceMap.of(embedder)
+        piece_map = TokenMap.of(embedder)
 
         def program(weights: Any, ids: jax.Array) -> tuple[jax.Array]:
-            return (embed_pieces(embedder.config, piece_map, weights["embedder"], weights["pieces"], ids),)
+            return (embed_model_ids(embedder.config, piece_map, weights["embedder"], weights["pieces"], ids),)
 
-        run = OnAllDevices(program, {"embedder": embedder.params, "pieces": vocabulary.pieces}, batch_size)
+        run = OnAllDevices(program, {"embedder": embedder.params, "pieces": vocabulary.vocab_map}, batch_size)
 
         def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
             (vectors,) = run(padded(texts, max_length))
@@ -125,15 +125,15 @@ def hypothesis_columns(
     for other in loaded[1:]:
         if (other.config, _embedder_key(other.embedder)) != (first.config, _embedder_key(first.embedder)):
             raise InputError(f"{models[0]} and {other.name} have other sizes or embedders: give models of one recipe.")
-    stored_pieces = stored.vocabulary(first.vocabulary.tokenizer).pieces
-    if not np.array_equal(stored_pieces, first.vocabulary.pieces):
+    stored_pieces = stored.vocabulary(first.vocabulary.tokenizer).vocab_map
+    if not np.array_equal(stored_pieces, first.vocabulary.vocab_map):
         raise InputError(
             f"The ids of {stored.folder} are of another vocabulary than {first.name}'s: give a model that was trained "
             "on this data set."
         )
     length = first.config.max_length
     column = None if embeddings is None else stored.column(embeddings)
-    victim, shared = first.embedder, isinstance(first.embedder, Embedder) and not first.bridged
+    victim, shared = first.embedder, isinstance(first.embedder, JaxEmbedder) and not first.bridged
     if column is None and not shared:
         raise InputError(
             f"{first.name} takes its texts' embeddings from {victim.name} by way of the text: make them first with "
@@ -220,11 +220,11 @@ def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: 
 def _embedder_key(embedder: TextEmbedder) -> dict[str, Any]:
     """All that determines an embedder's vectors, as far as it can be seen."""
     key: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
-    if isinstance(embedder, Embedder):
+    if isinstance(embedder, JaxEmbedder):
         key["name"] = Path(embedder.name).name  # wherever its folder lies
         c = embedder.config
         key |= {"dtype": c.encoder.dtype, "prefix": c.prefix, "max_length": c.max_length}
-        key |= {"pooling": c.pooling, "normalise": c.normalise, "width": c.width}
+        key |= {"pooling": c.pooling, "normalize": c.normalize, "width": c.width}
     return key
 
 
@@ -234,20 +234,20 @@ def padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
     return fill(np.concatenate(texts), np.cumsum(lengths) - lengths, np.minimum(lengths, length - 1), length)
 
 
-def _guessing(model: Inverter, on_the_fly: bool, batch_size: int) -> "OnAllDevices":
+def _guessing(model: InversionPipeline, on_the_fly: bool, batch_size: int) -> "OnAllDevices":
     """Texts' ids (on the fly) or embeddings -> guesses [n, L], and their embeddings where the embedder shares ids."""
     guess = functools.partial(greedy_hypotheses, model.config)
     embedder = model.embedder
-    if model.bridged or not isinstance(embedder, Embedder):
+    if model.bridged or not isinstance(embedder, JaxEmbedder):
         return OnAllDevices(lambda weights, e: (guess(weights, e),), model.params["inverter"], batch_size)
-    embed = functools.partial(embed_pieces, embedder.config, PieceMap.of(embedder))
+    embed = functools.partial(embed_model_ids, embedder.config, TokenMap.of(embedder))
 
     def program(weights: Any, given: jax.Array) -> tuple[jax.Array, ...]:
         e = embed(weights["embedder"], weights["pieces"], given) if on_the_fly else given
         guesses = guess(weights["inverter"], e)
         return guesses, embed(weights["embedder"], weights["pieces"], guesses)
 
-    weights = {"inverter": model.params["inverter"], "embedder": embedder.params, "pieces": model.vocabulary.pieces}
+    weights = {"inverter": model.params["inverter"], "embedder": embedder.params, "pieces": model.vocabulary.vocab_map}
     return OnAllDevices(program, weights, batch_size)
 
 

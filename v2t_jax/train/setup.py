@@ -22,9 +22,9 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
-from v2t_jax.inversion.pipeline import Inverter, check_length, load, locate_model
+from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model
 from v2t_jax.models import inverter
-from v2t_jax.models.embedder import Embedder, PieceMap, TextEmbedder, embed_pieces
+from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, TokenMap, embed_model_ids
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
@@ -37,7 +37,7 @@ NORM_TEXTS = 256  # texts whose vectors' lengths are recorded in the model: by t
 
 
 @dataclasses.dataclass
-class Setup:
+class TrainContext:
     """What both stages work with."""
 
     config: Config
@@ -46,21 +46,21 @@ class Setup:
     vocabulary: Vocabulary
     stores: Stores
     columns: dict[str, Column]  # of the data set, by name: what the stages read instead of making it
-    held_out: list[str]  # normalised, short enough for the model
+    held_out: list[str]  # normalized, short enough for the model
 
     @property
-    def in_step(self) -> Embedder | None:
+    def in_step(self) -> JaxEmbedder | None:
         """The embedder where it runs inside the training step; None: it is behind an endpoint, which isn't asked there,
         and the model's tokenizer is its own."""
-        return self.embedder if isinstance(self.embedder, Embedder) else None
+        return self.embedder if isinstance(self.embedder, JaxEmbedder) else None
 
     @property
-    def pieces(self) -> jax.Array:
-        return jnp.asarray(self.vocabulary.pieces)
+    def vocab_map(self) -> jax.Array:
+        return jnp.asarray(self.vocabulary.vocab_map)
 
-    def inverter(self, params: dict[Stage, Params]) -> Inverter:
+    def inverter(self, params: dict[Stage, Params]) -> InversionPipeline:
         """The model of these networks: it decodes over the recipe's mesh, or where an endpoint embeds, host by host."""
-        model = Inverter(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary)
+        model = InversionPipeline(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary)
         if self.in_step is None:
             return dataclasses.replace(model, bridged=True)
         return dataclasses.replace(model, mesh=make_mesh(self.config.mesh), decode=self.config.mesh.decode)
@@ -73,7 +73,7 @@ class Setup:
         """Of all that the config names but doesn't hold."""
         return {
             "embedder": self.embedder.weights_sha256 or self.embedder.name,
-            "pieces": hashlib.sha256(self.vocabulary.pieces.tobytes()).hexdigest(),
+            "pieces": hashlib.sha256(self.vocabulary.vocab_map.tobytes()).hexdigest(),
             "tokens": tokens_sha256(self.stores),
             **{
                 f"column {name}": hashlib.sha256(json.dumps(column.made_by).encode()).hexdigest()
@@ -95,10 +95,10 @@ class Setup:
         """Ids [n, L] -> embeddings [n, E] by the path that training uses, where it makes them itself."""
         embedder = self.in_step
         assert embedder is not None
-        embed = jax.jit(embed_pieces, static_argnums=(0, 1))
-        piece_map = PieceMap.of(embedder)
+        embed = jax.jit(embed_model_ids, static_argnums=(0, 1))
+        piece_map = TokenMap.of(embedder)
         parts = [
-            embed(embedder.config, piece_map, embedder.params, self.pieces, ids[i : i + 256])
+            embed(embedder.config, piece_map, embedder.params, self.vocab_map, ids[i : i + 256])
             for i in range(0, len(ids), 256)
         ]
         return np.concatenate([np.asarray(part) for part in parts])
@@ -120,8 +120,8 @@ def check_batches(config: Config, mesh: Mesh) -> None:
             )
 
 
-def prepare(config: Config) -> Setup:
-    """Loads the embedder, reads and tokenises the text, opens columns, settles vocabulary and widths."""
+def prepare(config: Config) -> TrainContext:
+    """Loads the embedder, reads and tokenizes the text, opens columns, settles vocabulary and widths."""
     local = None if is_endpoint(config.embedder) else load_embedder(config.embedder, config.embedder_dtype)
     if local is not None:
         check_length(config.model.max_length, local)
@@ -143,7 +143,7 @@ def prepare(config: Config) -> Setup:
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
     if local is None:  # asked for now: a key or a limit that won't do shows before training, and the answers are kept
         embedder.embed(held_out)
-    return Setup(config, model, embedder, vocabulary, stores, columns, held_out)
+    return TrainContext(config, model, embedder, vocabulary, stores, columns, held_out)
 
 
 def column_names(config: Config, stage: Stage) -> dict[str, str]:
@@ -164,7 +164,7 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     """
     loaded, _ = load_t5(config.initial_t5, put=lambda _: None)
     tokenizer = read_tokenizer(folder_of(config.initial_t5) / "tokenizer.json")
-    in_order = np.array_equal(vocabulary.pieces, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
+    in_order = np.array_equal(vocabulary.vocab_map, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
     if not in_order or tokenizer.get_vocab() != vocabulary.tokenizer.get_vocab():
         if is_endpoint(config.embedder):
             whose, advice = config.data.sources[0], "build the data set with T5's (v2t data build --embedder gtr-base)"
@@ -177,7 +177,7 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     return dataclasses.replace(loaded, **kept)
 
 
-def trained_inverter(setup: Setup, mesh: Mesh) -> Params:
+def trained_inverter(setup: TrainContext, mesh: Mesh) -> Params:
     """The inverter of the model that the recipe names, cut over the mesh: from each host's memory to its places.
 
     Raises:
@@ -188,7 +188,7 @@ def trained_inverter(setup: Setup, mesh: Mesh) -> Params:
     params = found.params["inverter"]
     expected = jax.eval_shape(functools.partial(inverter.init, setup.model), jax.random.key(0))
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
-    pieces = [(v.tokenizer.to_str(), v.pieces.tolist()) for v in (found.vocabulary, setup.vocabulary)]
+    pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, setup.vocabulary)]
     if found.bridged != (setup.in_step is None) or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
         raise InputError(
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
@@ -213,7 +213,7 @@ def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, An
     return jax.jit(program, out_shardings=shardings), shardings
 
 
-def input_statistics(setup: Setup, batches: Batches | StoredBatches) -> Params:
+def input_statistics(setup: TrainContext, batches: Batches | StoredBatches) -> Params:
     """Mean and deviation [E] of the first training texts' embeddings, as training takes them: process 0's, for all to
     have the same to the bit."""
     mean, std = np.zeros((2, setup.embedder.width), np.float32)
@@ -235,7 +235,7 @@ def input_statistics(setup: Setup, batches: Batches | StoredBatches) -> Params:
 
 
 def initial_params(
-    setup: Setup, stage: Stage, trained: dict[Stage, Params], batches: Batches | StoredBatches, mesh: Mesh
+    setup: TrainContext, stage: Stage, trained: dict[Stage, Params], batches: Batches | StoredBatches, mesh: Mesh
 ) -> Params:
     """Random parameters, with the recipe's options laid over them; cut over the mesh, and nowhere whole."""
     config, model = setup.config, setup.model
@@ -246,7 +246,7 @@ def initial_params(
         places = iter(jax.tree.leaves(shardings["t5"]))  # in whose order the arrays are read, one at a time
         _, params["t5"] = load_t5(config.initial_t5, put=lambda array: processes.put(array, next(places)))
     if config.initial_embedding == "embedder" and setup.in_step is not None:
-        words = setup.in_step.params["encoder"]["word_embedding"][setup.pieces]
+        words = setup.in_step.params["encoder"]["word_embedding"][setup.vocab_map]
         if words.shape[1] != model.t5.d_model:
             raise InputError(
                 f"initial_embedding=embedder needs model.t5.d_model={words.shape[1]}, the embedder's width; "
@@ -256,7 +256,7 @@ def initial_params(
         params["t5"]["token_embedding"] = words * (config.initial_embedding_std / words.std())
         # Small embeddings under a tied head scaled by 1/sqrt(D) would start with logits near zero.
         params["t5"]["decoder"]["final_norm"]["scale"] *= model.t5.d_model**0.5
-    if model.standardise:
+    if model.standardize:
         params["statistics"] = input_statistics(setup, batches)
     if stage == "corrector" and config.corrector_from_inverter:
         source = trained["inverter"]

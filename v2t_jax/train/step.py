@@ -19,7 +19,7 @@ from v2t_jax.decode.logits import first_argmax
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
 from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import EmbedderConfig, PieceMap, embed_pieces
+from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed_model_ids
 from v2t_jax.models.layers import Params, split_key
 from v2t_jax.parallel.mesh import (
     OnMesh,
@@ -53,11 +53,11 @@ class Batch(NamedTuple):
     hypothesis_embedding: Any = None  # [B, E]
 
 
-class Frozen(NamedTuple):
+class FrozenParams(NamedTuple):
     """Weights that training reads but doesn't change."""
 
     embedder: Params | None  # None: it isn't here, and batches bring all that comes of it
-    pieces: jax.Array  # [V] int32, model id -> embedder id
+    vocab_map: jax.Array  # [V] int32, model id -> embedder id
     inverter: Params | None  # makes the corrector's hypotheses
 
 
@@ -140,31 +140,31 @@ def make_loss(
     stage: Stage,
     model: ModelConfig,
     embedder: EmbedderConfig | None,
-    piece_map: PieceMap | None,
+    piece_map: TokenMap | None,
     partial_hypotheses: bool = False,
     decode: DecodeLayout = "batch",
-) -> Callable[[Params, Frozen, Batch, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+) -> Callable[[Params, FrozenParams, Batch, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
     """`loss(params, frozen, batch, dropout_key) -> (summed loss, (correct tokens, tokens))`
 
     Args:
         embedder, piece_map: None where it can't run inside the step: batches must bring what comes of it.
     """
 
-    def embed(frozen: Frozen, ids: jax.Array) -> jax.Array:
+    def embed(frozen: FrozenParams, ids: jax.Array) -> jax.Array:
         if embedder is None or piece_map is None or frozen.embedder is None:
             raise ValueError("without an embedder, batches must bring the embeddings")
-        embed = functools.partial(embed_pieces, embedder, piece_map, frozen.embedder, frozen.pieces)
+        embed = functools.partial(embed_model_ids, embedder, piece_map, frozen.embedder, frozen.vocab_map)
         return jax.lax.stop_gradient(spread_rows(embed, "batch", ids))
 
-    def target(frozen: Frozen, batch: Batch) -> jax.Array:
+    def target(frozen: FrozenParams, batch: Batch) -> jax.Array:
         return embed(frozen, batch.ids) if batch.embedding is None else batch.embedding.astype(jnp.float32)
 
-    def inverter_loss(params: Params, frozen: Frozen, batch: Batch, key: jax.Array | None) -> Any:
+    def inverter_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
         logits = inverter.logits(model, params, target(frozen, batch), batch.ids, key)
         loss, correct, tokens = cross_entropy(logits, batch.ids)
         return loss, (correct, tokens)
 
-    def corrector_loss(params: Params, frozen: Frozen, batch: Batch, key: jax.Array | None) -> Any:
+    def corrector_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
         e = target(frozen, batch)
         partial_key, key = split_key(key, 2)
         if batch.hypothesis is not None and batch.hypothesis_embedding is not None:
@@ -188,7 +188,7 @@ def make_step(
     accumulate_steps: int,
     seed: int,
     skip_bad: bool = False,
-) -> Callable[[TrainState, Frozen, Any], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, FrozenParams, Any], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches.
 
     A batch is whatever the loss takes, a tree of arrays [B, ...].
@@ -196,11 +196,11 @@ def make_step(
     With `skip_bad`, an update whose loss or gradient isn't finite leaves parameters and optimiser as they were.
     """
 
-    def gradients(params: Params, frozen: Frozen, batch: Any, key: jax.Array) -> Any:
+    def gradients(params: Params, frozen: FrozenParams, batch: Any, key: jax.Array) -> Any:
         (loss, (correct, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, key)
         return grads, (loss, correct, tokens)
 
-    def step(state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: FrozenParams, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulate_steps == 1:
             grads, sums = gradients(state.params, frozen, batch, key)
@@ -256,11 +256,11 @@ def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[On
     return OnMesh(jitted, mesh), shardings
 
 
-def frozen_shardings(mesh: Mesh, frozen: Frozen) -> Any:
+def frozen_shardings(mesh: Mesh, frozen: FrozenParams) -> Any:
     """The inverter is cut as when it was trained. The embedder is whole on every device: it is read in each step, and
     small beside a training state."""
     whole: Any = replicated(mesh)
     cut = None
     if frozen.inverter is not None:
         cut = state_shardings(mesh, frozen.inverter, param_specs(frozen.inverter, inverter.PARAM_AXES))
-    return Frozen(jax.tree.map(lambda _: whole, frozen.embedder), whole, cut)
+    return FrozenParams(jax.tree.map(lambda _: whole, frozen.embedder), whole, cut)

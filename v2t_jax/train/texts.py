@@ -19,7 +19,7 @@ Stores = list[TokenStore] | StoredTexts  # texts in memory, or a built data set
 
 
 def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -> tuple[Vocabulary, Stores, list[str]]:
-    """The vocabulary, the training texts and the held-out texts, normalised and short enough for the model.
+    """The vocabulary, the training texts and the held-out texts, normalized and short enough for the model.
 
     Args:
         tokenizer: the embedder's; None takes that of a built data set.
@@ -38,7 +38,7 @@ def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -
     else:
         vocabulary, stores, held_out = _read_sources(config, tokenizer)
     # A text of unknown pieces alone comes back empty.
-    held_out = [text for text in vocabulary.normalise(held_out, config.model.max_length) if text.strip()]
+    held_out = [text for text in vocabulary.normalize(held_out, config.model.max_length) if text.strip()]
     if not held_out:
         raise InputError(
             f"No held-out text of {data.held_out} has fewer than model.max_length={config.model.max_length} "
@@ -80,10 +80,10 @@ def _read_sources(config: Config, tokenizer: Tokenizer) -> tuple[Vocabulary, Sto
     with progress.stage("reading the text"):
         held_out = read_texts(config.data.held_out, "held_out")
         texts = [read_texts(source, "train", avoid=held_out) for source in config.data.sources]
-    with progress.stage("tokenising the text"):
+    with progress.stage("tokenizing the text"):
         vocabulary = Vocabulary.full(tokenizer)
         if config.data.vocabulary_size:
-            ids = (vocabulary.pieces[row[row >= 0]] for part in texts for row in vocabulary.encode(part))
+            ids = (vocabulary.vocab_map[row[row >= 0]] for part in texts for row in vocabulary.encode(part))
             vocabulary = Vocabulary.of_pieces(tokenizer, frequent_pieces(ids, tokenizer, config.data.vocabulary_size))
         stores = [tokenize(part, vocabulary) for part in texts]
         fits = [len(row) < config.model.max_length for row in vocabulary.encode(held_out)]

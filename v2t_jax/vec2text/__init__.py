@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from v2t_jax.errors import InputError, check_texts
-from v2t_jax.inversion.api import Recovered
+from v2t_jax.inversion.api import InversionResult
 from v2t_jax.inversion.api import invert_embeddings as invert
 from v2t_jax.inversion.api import invert_strings as invert_texts
-from v2t_jax.inversion.pipeline import Inverter
-from v2t_jax.models.embedder import Embedder, TextEmbedder, named_or_embedder
+from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, named_or_embedder
 from v2t_jax.vec2text.convert import build
 
 UPSTREAM_TOKENS = 128  # that the original embeds of a text to be inverted
@@ -43,7 +43,7 @@ PUBLISHED = {
 }
 
 
-def load_pretrained_corrector(embedder: str, victim: TextEmbedder | None = None) -> Inverter:
+def load_pretrained_corrector(embedder: str, victim: TextEmbedder | None = None) -> InversionPipeline:
     """A published pair by the name of its embedder, fetched from the hub and converted.
 
     Args:
@@ -71,7 +71,7 @@ def load_corrector(
     *,
     embedder: str | Path | TextEmbedder | None = None,
     t5: str | Path | None = None,
-) -> Inverter:
+) -> InversionPipeline:
     """A pair of the original's checkpoints, converted in memory.
 
     Args:
@@ -90,7 +90,7 @@ def load_corrector(
 
 def invert_embeddings(
     embeddings: Any,
-    corrector: Inverter,
+    corrector: InversionPipeline,
     num_steps: int | None = None,
     sequence_beam_width: int = 0,
     mode: Literal["best", "upstream"] = "best",
@@ -105,7 +105,7 @@ def invert_embeddings(
     Raises:
         InputError: see `v2t_jax.invert_embeddings`; or a beam without steps.
     """
-    if isinstance(embeddings, Inverter):  # as `v2t_jax.invert_embeddings` takes them
+    if isinstance(embeddings, InversionPipeline):  # as `v2t_jax.invert_embeddings` takes them
         raise InputError("Here the embeddings come first, then the model: invert_embeddings(embeddings, corrector).")
     options = _options(num_steps, sequence_beam_width, mode)
     return [found.text for found in invert(corrector, embeddings, **options)]
@@ -113,7 +113,7 @@ def invert_embeddings(
 
 def invert_strings(
     strings: Sequence[str],
-    corrector: Inverter,
+    corrector: InversionPipeline,
     num_steps: int | None = None,
     sequence_beam_width: int = 0,
     mode: Literal["best", "upstream"] = "best",
@@ -136,7 +136,7 @@ def _embed(strings: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
     check_texts(strings)
     if len(strings) == 0:
         raise InputError("There are no texts to recover; give at least one.")
-    if isinstance(embedder, Embedder):  # cut, for hypotheses, to the length of the training texts
+    if isinstance(embedder, JaxEmbedder):  # cut, for hypotheses, to the length of the training texts
         positions = getattr(embedder.config.encoder, "max_positions", UPSTREAM_TOKENS)
         embedder = embedder.shortened(min(UPSTREAM_TOKENS, positions))
     return embedder.embed(strings)
@@ -144,11 +144,11 @@ def _embed(strings: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
 
 def invert_embeddings_and_return_hypotheses(
     embeddings: Any,
-    corrector: Inverter,
+    corrector: InversionPipeline,
     num_steps: int | None = None,
     sequence_beam_width: int = 0,
     mode: Literal["best", "upstream"] = "best",
-) -> tuple[list[list[str]], list[Recovered]]:
+) -> tuple[list[list[str]], list[InversionResult]]:
     """As `invert_embeddings`, with the way there.
 
     Returns:

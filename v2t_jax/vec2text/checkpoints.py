@@ -333,11 +333,11 @@ def write_vec2text(
 
 
 def _check_expressible(config: ModelConfig, params: Mapping[Stage, Params], settings: Mapping[Stage, Settings]) -> None:
-    for option in ("standardise", "bag_of_words"):
+    for option in ("standardize", "bag_of_words"):
         if getattr(config, option):
             raise InputError(f"The model was trained with model.{option}, which the original doesn't have.")
     if "corrector" in params and not config.input_norm:
-        raise InputError("The corrector has no layer normalisation of its input, and the original's always has.")
+        raise InputError("The corrector has no layer normalization of its input, and the original's always has.")
     for stage in params:
         for name in ("model_name_or_path", "embedder_model_name"):
             if not settings[stage].get(name):

@@ -9,8 +9,8 @@ from v2t_jax.embedders.load import load_embedder, locate
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import check_new
 from v2t_jax.interop.hub import folder_of, is_hub_name
-from v2t_jax.inversion.pipeline import Inverter, norm_statistics, read_model
-from v2t_jax.models.embedder import Embedder, TextEmbedder
+from v2t_jax.inversion.pipeline import InversionPipeline, norm_statistics, read_model
+from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder
 from v2t_jax.vec2text.checkpoints import check_embedder, read_base, read_settings, read_vec2text, write_vec2text
 from v2t_jax.vec2text.embedders import check_computation, default_name
 
@@ -20,7 +20,7 @@ NORM_TEXTS = 128  # lines whose embeddings' lengths are recorded
 
 def build(
     inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
-) -> tuple[Inverter, dict]:
+) -> tuple[InversionPipeline, dict]:
     """A model from checkpoints of the original, and what their config.json files say, by stage.
 
     Args:
@@ -47,14 +47,14 @@ def build(
     base = read_base(t5 or settings["inverter"]["model_name_or_path"])
     pair = read_vec2text(folders, settings, base.config)
     victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
-    if isinstance(victim, Embedder):
+    if isinstance(victim, JaxEmbedder):
         if isinstance(embedder, str):
             check_embedder(folders["inverter"], locate(embedder), embedder)
         if not api:  # beside an API the name means nothing
             check_computation(theirs, victim)
         # The original embeds hypotheses cut to the length of its training texts.
         victim = victim.shortened(min(pair.config.max_length, victim.config.max_length))
-    model = Inverter(
+    model = InversionPipeline(
         name=inverter if is_hub_name(inverter) else folders["inverter"].resolve().name,
         config=pair.config,
         params=pair.params,
@@ -66,15 +66,15 @@ def build(
     return model, settings
 
 
-def _embedding_norm(model: Inverter) -> tuple[float, float] | None:
+def _embedding_norm(model: InversionPipeline) -> tuple[float, float] | None:
     """Mean and deviation of the lengths of the embedder's vectors, for the warning of foreign ones.
 
     The texts of the original's training are not at hand; WordNet's, cut as those were, stand for them.
     """
-    if not isinstance(model.embedder, Embedder) or model.embedder.normalised:
+    if not isinstance(model.embedder, JaxEmbedder) or model.embedder.normalized:
         return None  # known, or every text costs a request
     texts = read_texts("wordnet", "held_out", limit=NORM_TEXTS)
-    readable = [text for text in model.vocabulary.normalise(texts, model.config.max_length) if text.strip()]
+    readable = [text for text in model.vocabulary.normalize(texts, model.config.max_length) if text.strip()]
     if not readable:
         return None
     return norm_statistics(model.embedder.embed(readable))

@@ -9,7 +9,7 @@ from typing import NamedTuple, get_args
 
 from v2t_jax import progress
 from v2t_jax.errors import InputError
-from v2t_jax.models.embedder import Embedder, Pooling
+from v2t_jax.models.embedder import JaxEmbedder, Pooling
 
 
 class Computed(NamedTuple):
@@ -17,7 +17,7 @@ class Computed(NamedTuple):
 
     pooling: Pooling
     num_dense: int
-    normalise: bool
+    normalize: bool
     name: str | None
     """None: only a folder can be given"""
 
@@ -56,14 +56,14 @@ COMPUTED = {
 PIPELINES = "sentence-transformers/"  # other names that begin so are read by their modules.json
 
 
-def check_computation(theirs: str, embedder: Embedder) -> None:
+def check_computation(theirs: str, embedder: JaxEmbedder) -> None:
     """Holds what is behind the embedder's encoder against what the original has there; weights can't show it.
 
     Args:
         theirs: the checkpoint's `embedder_model_name`.
 
     Raises:
-        InputError: pooling, dense layers, normalisation or prefix differ.
+        InputError: pooling, dense layers, normalization or prefix differ.
     """
     config, expected = embedder.config, COMPUTED.get(theirs)
     if expected is None:
@@ -74,16 +74,16 @@ def check_computation(theirs: str, embedder: Embedder) -> None:
             )
         progress.note(f"The inverter was trained for {theirs}; whether {embedder.name} pools as that can't be checked.")
         return
-    if (config.pooling, len(config.dense), config.normalise, config.prefix) != (*expected[:3], ""):
+    if (config.pooling, len(config.dense), config.normalize, config.prefix) != (*expected[:3], ""):
         raise InputError(
             f"The inverter was trained for {theirs} ({_described(*expected[:3], '')}), but {embedder.name} is "
-            f"{_described(config.pooling, len(config.dense), config.normalise, config.prefix)}: "
+            f"{_described(config.pooling, len(config.dense), config.normalize, config.prefix)}: "
             f"give the embedder as {expected.advice}."
         )
 
 
-def _described(pooling: str, num_dense: int, normalise: bool, prefix: str) -> str:
-    parts = [f"pooling {pooling}", f"dense layers {num_dense}", "normalised" if normalise else "not normalised"]
+def _described(pooling: str, num_dense: int, normalize: bool, prefix: str) -> str:
+    parts = [f"pooling {pooling}", f"dense layers {num_dense}", "normalized" if normalize else "not normalized"]
     return ", ".join([*parts, *([f"prefix {prefix!r}"] if prefix else [])])
 
 
