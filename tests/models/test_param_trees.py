@@ -1,0 +1,74 @@
+"""Parameter names, shapes and dtypes of every network are frozen: saved models and checkpoints depend on them.
+
+`python -m tests.models.test_param_trees` prints the file. Where it differs, old files no longer load.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from v2t_jax.config import ModelConfig, T5Config
+from v2t_jax.models import bert, clip_text, corrector, inverter, llama, modernbert, nomic_bert, t5, t5_encoder
+from v2t_jax.models.embedder import NETWORKS
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "param_trees.json"
+V1_0 = T5Config(vocab_size=10, d_model=8, d_kv=3, d_ff=12, num_heads=2, num_encoder_layers=2, num_decoder_layers=3)
+V1_1 = dataclasses.replace(V1_0, feed_forward="gated-gelu", tie_word_embeddings=False)
+MODEL = ModelConfig(t5=V1_0, embedding_width=6, num_pseudo_tokens=2, max_length=4)
+OPTIONS = dataclasses.replace(MODEL, t5=V1_1, standardize=True, bag_of_words=True)
+BERT = bert.BertConfig(10, 8, 2, 2, 12, 7)
+GEMMA = llama.LlamaConfig(10, 8, 4, 2, 3, 12, (True, False), head_norms=True, gemma=True)
+CASES: dict[str, tuple[Any, Any]] = {
+    "t5 v1.0": (t5, V1_0),
+    "t5 v1.1": (t5, V1_1),
+    "inverter": (inverter, MODEL),
+    "inverter, all options": (inverter, OPTIONS),
+    "corrector": (corrector, MODEL),
+    "corrector, all options": (corrector, OPTIONS),
+    "corrector without input norm": (corrector, dataclasses.replace(MODEL, input_norm=False)),
+    "bert": (bert, BERT),
+    "bert with pooler": (bert, dataclasses.replace(BERT, pooler=True)),
+    "distilbert": (bert, dataclasses.replace(BERT, type_vocab_size=0)),
+    "roberta": (bert, dataclasses.replace(BERT, type_vocab_size=1, pad_id=1)),
+    "mpnet": (bert, dataclasses.replace(BERT, type_vocab_size=0, pad_id=1, relative_buckets=8)),
+    "t5 v1.0 encoder": (t5_encoder, V1_0),
+    "t5 v1.1 encoder": (t5_encoder, V1_1),
+    "nomic-bert": (nomic_bert, nomic_bert.NomicBertConfig(10, 8, 2, 2, 12)),
+    "modernbert": (modernbert, modernbert.ModernBertConfig(10, 8, 2, 12, (False, True, True))),
+    "llama": (llama, llama.LlamaConfig(10, 8, 4, 2, 3, 12, (False, False))),
+    "qwen3": (llama, llama.LlamaConfig(10, 8, 4, 2, 3, 12, (False, False), head_norms=True)),
+    "gemma 3": (llama, GEMMA),
+    "clip text": (clip_text, clip_text.ClipTextConfig(10, 8, 2, 2, 12, 7)),
+}
+
+
+def tree(name: str) -> dict[str, list[Any]]:
+    network, config = CASES[name]
+    params = jax.eval_shape(functools.partial(network.init, config), jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [*leaf.shape, str(leaf.dtype)] for path, leaf in leaves
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_shapes_and_dtypes_are_frozen(name: str) -> None:
+    assert tree(name) == json.loads(GOLDEN.read_text())[name]
+
+
+def test_every_kind_of_encoder_is_frozen() -> None:
+    assert {type(config) for _, config in CASES.values()} >= set(NETWORKS)
+    assert set(json.loads(GOLDEN.read_text())) == set(CASES)
+
+
+if __name__ == "__main__":
+    text = json.dumps({name: dict(sorted(tree(name).items())) for name in CASES}, indent=1)
+    print(
+        re.sub(r"\[[^\]]+\]", lambda shape: re.sub(r"\s+", " ", shape[0]).replace("[ ", "[").replace(" ]", "]"), text)
+    )
