@@ -21,7 +21,7 @@ from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.data.sources import is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.data.vocabulary import EOS, Vocabulary
 from v2t_jax.errors import InputError
-from v2t_jax.parallel.rendezvous import Share
+from v2t_jax.parallel.processes import Share
 
 from .conftest import WORDS
 
@@ -110,7 +110,7 @@ import sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from v2t_jax.data.build import BuildSettings, Workers, build
-from v2t_jax.parallel.rendezvous import Share
+from v2t_jax.parallel.processes import Share
 if __name__ == "__main__":
     source, folder, tokenizer, index, count, processes = sys.argv[1:]
     settings = BuildSettings(held_out_share=0.1, max_tokens=12, chunk_bytes=4000, shard_bytes=20_000)

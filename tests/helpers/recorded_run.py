@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from v2t_jax.config import Config, DistributedConfig, MeshConfig, from_dict, to_dict
-from v2t_jax.parallel import processes, rendezvous
+from v2t_jax.parallel import processes
 from v2t_jax.parallel.compile_cache import enable_compilation_cache, user_cache_dir
 from v2t_jax.train import loop
 
@@ -71,7 +71,7 @@ def main() -> None:
     config = from_dict(Config, json.loads(options.config.read_text()))
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=options.fsdp))
     enable_compilation_cache(user_cache_dir() / "xla-tests")
-    rendezvous.start(DistributedConfig(timeout=120))
+    processes.start(DistributedConfig(timeout=120))
     steps, losses, batches = recorded(config, options.workdir, options.stop_at, jax.process_count() - 1)
     np.savez(f"{options.output}.{jax.process_index()}.npz", steps=steps, losses=losses, batches=batches)
 

@@ -23,7 +23,7 @@ from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.parallel.rendezvous import Share
+from v2t_jax.parallel.processes import Share
 from v2t_jax.train import precompute
 from v2t_jax.train.precompute import embed_column, hypothesis_columns
 from v2t_jax.train.step import greedy_hypotheses

@@ -27,7 +27,7 @@ from v2t_jax.bench.collectives import totals
 from v2t_jax.config import DistributedConfig, MeshConfig, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter
-from v2t_jax.parallel import processes, rendezvous
+from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import TrainState, cross_entropy, make_step, shard_step
@@ -153,5 +153,5 @@ def compare(options: Scaling, layouts: tuple[tuple[int, int], ...] = LAYOUTS) ->
 
 def worker(options: str) -> None:
     """A process of a layout."""
-    rendezvous.start(DistributedConfig())
+    processes.start(DistributedConfig())
     print(json.dumps(measure(Scaling(**json.loads(options)))))

@@ -47,7 +47,7 @@ class Build:
         from v2t_jax.data.build import BuildSettings, Workers, build
         from v2t_jax.data.vocabulary import read_tokenizer
         from v2t_jax.embedders.load import load_tokenizer
-        from v2t_jax.parallel.rendezvous import find_share
+        from v2t_jax.parallel.processes import find_share
 
         if (self.embedder is None) == (self.tokenizer is None):
             raise InputError("Give either --embedder NAME or --tokenizer FILE: it decides the pieces.")
@@ -97,7 +97,7 @@ class EmbedColumn:
     def run(self) -> None:
         from v2t_jax.data.blocks import StoredTexts
         from v2t_jax.embedders.load import load_embedder
-        from v2t_jax.parallel.rendezvous import find_share
+        from v2t_jax.parallel.processes import find_share
         from v2t_jax.train.precompute import embed_column
 
         stored, share = StoredTexts(Path(os.path.expanduser(self.folder))), find_share(self.distributed)
@@ -131,7 +131,7 @@ class Hypotheses:
 
     def run(self) -> None:
         from v2t_jax.data.blocks import StoredTexts
-        from v2t_jax.parallel.rendezvous import find_share
+        from v2t_jax.parallel.processes import find_share
         from v2t_jax.train.precompute import hypothesis_columns
 
         done = hypothesis_columns(

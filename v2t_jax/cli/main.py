@@ -77,27 +77,23 @@ def train(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def joined(options: DistributedConfig) -> Iterator[None]:
-    """Takes part in a run of several processes, if there are several; a failure ends this one at once."""
-    import jax
+    """Takes part in a run of several processes, if there are several; a failure then ends this one at once."""
+    from v2t_jax.parallel import processes
 
-    from v2t_jax.parallel import processes, rendezvous
-
-    rendezvous.start(options)
+    processes.start(options)
     if processes.is_several() and not processes.is_main():
         progress.disable()  # one bar is enough
     try:
         yield
-    except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
-        said = processes.explained(error) if isinstance(error, jax.errors.JaxRuntimeError) else error
-        if processes.is_several():
-            print(f"v2t: {said}", file=sys.stderr)
-            processes.leave(2)
-        raise
-    except Exception:
-        if processes.is_several():
+    except Exception as error:
+        if not processes.is_several():
+            raise
+        fault = error if isinstance(error, InputError | OSError) else processes.explained(error)
+        if fault is None:
             traceback.print_exc()
-            processes.leave(1)
-        raise
+        else:
+            print(f"v2t: {fault}", file=sys.stderr)
+        processes.leave(1 if fault is None else 2)
 
 
 def parsed(parse: Callable[[], Chosen]) -> Chosen:

@@ -52,7 +52,7 @@ from v2t_jax.data.shards import Job
 from v2t_jax.data.sources import HELD_OUT_SHARE
 from v2t_jax.data.vocabulary import Vocabulary, commonest_pieces
 from v2t_jax.errors import InputError
-from v2t_jax.parallel.rendezvous import Share
+from v2t_jax.parallel.processes import Share
 
 POLL_SECONDS = 0.2  # between two looks for another host's files
 

@@ -1,18 +1,22 @@
-"""Several processes as one run: how they wait for each other, agree and hand each other numbers.
+"""Multi-process helpers: start-up, barrier, broadcast, gather, global arrays.
 
-Every process of a run executes the same program on the same arguments. A process sees the devices of its own host as
-local ones and all devices as one mesh; arrays that are cut over hosts are "global". With one process everything here
-is immediate. How they meet: rendezvous.py.
+Every process of a run executes the same program with the same arguments. It sees the devices of its own host as local
+and all devices as one mesh. With one process, everything here returns at once.
 """
 
 import contextlib
+import glob
 import json
 import os
+import re
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,71 +25,185 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from v2t_jax import progress
+from v2t_jax.config import DistributedConfig
 from v2t_jax.errors import InputError
 
-BARRIER_SECONDS = 600.0  # between hosts that do the same work: far above a slow disk, far below a night
 LAST_WORDS_SECONDS = 2
-_HOSTS = "v2t/hosts"
-_barriers = 0
+# How a collective operation fails when a process is gone: by status code, or by the library's own words.
+_LOST = re.compile(
+    r"^(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b|\bGloo\b|\bNCCL\b|[Cc]onnection (reset|closed|refused)"
+    r"|[Cc]oordination service|heartbeat"
+)
+
+broadcast = multihost_utils.broadcast_one_to_all
 
 
-def _client() -> Any:
-    """JAX's connection to process 0. It has no public name; Orbax, too, takes it from here."""
-    from jax._src import distributed
+class Place(NamedTuple):
+    """A process's place in a run; empty where JAX reads it from Slurm, Open MPI, Kubernetes or the TPU."""
 
-    return distributed.global_state.client
+    coordinator: str | None = None  # HOST:PORT of process 0
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
-def introduce() -> None:
-    """Says this process's host to the others, once it has met them."""
-    if _client() is not None:
-        _client().key_value_set(f"{_HOSTS}/{jax.process_index()}", socket.gethostname())
-        progress.note(
-            f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
-            f"{jax.local_device_count()} of {jax.device_count()} devices"
+@dataclass(frozen=True)
+class Share:
+    """The part of a list of files that host `index` of `count` writes; the result is the same for any count."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise InputError(f"There is no host {self.index} of {self.count}; hosts are counted from 0.")
+
+    def host_of(self, number: int) -> int:
+        return number % self.count
+
+    def has(self, number: int) -> bool:
+        return self.host_of(number) == self.index
+
+
+def find_place(options: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Place | None:
+    """The place given by the command line or the environment; None for a run of one process.
+
+    Raises:
+        InputError: the settings are incomplete or contradict each other.
+    """
+    coordinator = options.coordinator or environ.get("V2T_COORDINATOR", "") or "auto"
+    if coordinator == "none":
+        return None
+    if coordinator == "auto" and not (options.num_processes or environ.get("V2T_NUM_PROCESSES")):
+        return Place() if _in_cluster(environ) else None
+    count, number = _numbers(options, environ)
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if port is None or int(port[1]) > 65535 or count is None or number is None or number >= count:
+        raise InputError(
+            f"The processes can't meet with coordinator {coordinator}, num_processes {count} and process_id {number}; "
+            "pass --distributed.coordinator HOST:PORT of process 0, .num-processes, and .process-id below that (or set "
+            "V2T_COORDINATOR, V2T_NUM_PROCESSES and V2T_PROCESS_ID)."
         )
+    return Place(coordinator, count, number) if count > 1 else None
+
+
+def find_share(options: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Share:
+    """This process's share of work for which the processes need not meet.
+
+    Raises:
+        InputError: only one of the two numbers is known, or they contradict each other.
+    """
+    explicit = options.num_processes or environ.get("V2T_NUM_PROCESSES")
+    if options.coordinator == "none" or not (explicit or _in_cluster(environ)):
+        return Share()
+    count, number = _numbers(options, environ)
+    if (count is None) != (number is None):
+        raise InputError("Pass both --distributed.num-processes and .process-id, or set both V2T_ variables.")
+    return Share() if count is None else Share(number or 0, count)
+
+
+def _numbers(options: DistributedConfig, environ: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """The number of processes and this one's own, as far as they are known."""
+
+    def known(given: int | None, *names: str) -> int | None:
+        name = next((name for name in names if given is None and environ.get(name)), None)
+        if name is None:
+            return given
+        if not environ[name].isdigit():
+            raise InputError(f"The environment variable {name} is {environ[name]!r}; it must be a whole number.")
+        return int(environ[name])
+
+    return (
+        known(options.num_processes, "V2T_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"),
+        known(options.process_id, "V2T_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX"),
+    )
+
+
+def _in_cluster(environ: Mapping[str, str]) -> bool:
+    """Whether this is one of several processes started together. JAX finds out which, but fails outside a cluster."""
+    for count, also in (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        if also in environ and environ.get(count, "1") not in ("", "1"):
+            return True
+    if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or environ.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1"):
+        return True
+    return _on_tpu_vm(environ) or ("JOB_COMPLETION_INDEX" in environ and find_spec("kubernetes") is not None)
+
+
+def _on_tpu_vm(environ: Mapping[str, str]) -> bool:
+    """Whether a TPU's metadata can be asked. Notebooks with a TPU have none, and say so in a variable."""
+    devices = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    allowed = "tpu" in environ.get("JAX_PLATFORMS", "tpu") and "TPU_SKIP_MDS_QUERY" not in environ
+    return bool(devices) and allowed and find_spec("libtpu") is not None
+
+
+def start(options: DistributedConfig) -> None:
+    """Joins this process to its run; call it before JAX touches a device.
+
+    Raises:
+        InputError: the settings are wrong, or the processes can't connect.
+    """
+    place = find_place(options)
+    if place is None:
+        return
+    where = f" at {place.coordinator}" if place.coordinator else ""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM outside the training loop
+    # At its own timeout JAX aborts the process with a stack trace; this comes first, with a sentence.
+    late = threading.Timer(options.timeout, _give_up, [options.timeout, where])
+    late.daemon = True
+    late.start()
+    try:
+        if place.coordinator and place.process_id == 0:  # jaxlib 0.10 may crash where the port is taken
+            socket.create_server(("", int(place.coordinator.rpartition(":")[2]))).close()
+        with progress.stage(f"waiting for the other processes{where}"):
+            jax.distributed.initialize(
+                *place,
+                # Under Slurm, JAX would otherwise give an explicitly placed process one GPU of its node.
+                cluster_detection_method="deactivate" if place.coordinator else None,
+                initialization_timeout=int(options.timeout) + 60,
+            )
+    except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
+        if place == Place() and "SLURM_NTASKS" not in os.environ and _on_tpu_vm(os.environ):
+            return  # a TPU VM without metadata works alone
+        raise InputError(
+            f"The processes can't connect{where} ({_gist(error)}); check that all are started, can reach process 0 and "
+            "that its port is free, or pass --distributed.coordinator HOST:PORT, .num-processes and .process-id."
+        ) from error
+    finally:
+        late.cancel()
+    progress.note(
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
+        f"{jax.local_device_count()} of {jax.device_count()} devices"
+    )
+
+
+def _give_up(seconds: float, where: str) -> NoReturn:
+    print(
+        f"v2t: Not all processes connected{where} within {seconds:g} s; check that all are started and can reach "
+        "process 0, then start all of them again.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)  # not `leave`, which asks the devices
 
 
 def is_main() -> bool:
-    """Whether this process is the one that logs and writes what all have in common."""
+    """Whether this process logs and writes what all processes share."""
     return jax.process_index() == 0
 
 
 def is_several() -> bool:
-    """Whether the run has other processes beside this one. Touches no device."""
+    """Whether the run has other processes. Touches no device."""
     return bool(jax.distributed.is_initialized()) and jax.process_count() > 1
 
 
-def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
-    """Waits for all processes.
-
-    Args:
-        what: what they are to have done, such as "written the model".
-    Raises:
-        InputError: some didn't come in time; it names their hosts.
-    """
-    global _barriers
-    if jax.process_count() == 1:
-        return
-    _barriers += 1  # all processes meet at the same barriers in the same order
-    client, name = _client(), f"v2t/barriers/{_barriers}"
-    client.key_value_set(f"{name}/{jax.process_index()}", "here")
-    try:
-        client.wait_at_barrier(name, int(seconds * 1000))
-    except jax.errors.JaxRuntimeError as error:
-        came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(f"{name}/")}
-        hosts = {int(key.rpartition("/")[2]): host for key, host in client.key_value_dir_get(f"{_HOSTS}/")}
-        missing = [i for i in range(jax.process_count()) if i not in came]
-        named = ", ".join(f"{i} ({hosts.get(i, 'unknown')})" for i in missing[:16]) or "one that failed meanwhile"
-        raise InputError(
-            f"Within {seconds:g} s not all processes have {what}; missing: {named}. See what became of it, then start "
-            "all processes again, to go on from the newest checkpoint."
-        ) from error
+def barrier(what: str) -> None:
+    """Waits until all processes have reached the barrier named `what`."""
+    multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
 def main_first(what: str) -> Iterator[bool]:
-    """Runs the block on process 0 with True; on the others, once that is done, with False."""
+    """Runs the block with True on process 0, then with False on the others."""
     if is_main():
         yield True
         barrier(what)
@@ -95,7 +213,7 @@ def main_first(what: str) -> Iterator[bool]:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, or global ones, laid out as `shardings` (a tree like it, or one for all).
+    """Lays out arrays (whole on every process, or global) as `shardings`: a tree like it, or one for all.
 
     Each process copies only what its own devices need.
     """
@@ -113,16 +231,16 @@ def put(tree: Any, shardings: Any) -> Any:
     placed = jax.tree.map(place, tree, shardings)
     if all(jax.tree.leaves(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, placed, shardings))):
         return placed
-    # In one program: several that exchange data at a time lock each other on CPU devices.
-    return jax.jit(_as_it_is, out_shardings=shardings)(placed)
+    # In one program: on CPU devices, several that exchange data at the same time deadlock.
+    return jax.jit(_identity, out_shardings=shardings)(placed)
 
 
-def _as_it_is(tree: Any) -> Any:
+def _identity(tree: Any) -> Any:
     return tree
 
 
 def fetch(tree: Any) -> Any:
-    """The same tree of numpy arrays, whole, on every process; all must call it."""
+    """The same tree of whole numpy arrays on every process; all must call it."""
 
     def whole(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -133,7 +251,7 @@ def fetch(tree: Any) -> Any:
 
 
 def fetch_to_main(tree: Any) -> Any:
-    """`fetch` for process 0; the others get a tree of None. One array at a time is whole elsewhere."""
+    """`fetch` on process 0, a tree of None elsewhere, where only one array at a time is held whole."""
 
     def whole(leaf: Any) -> np.ndarray | None:
         fetched = fetch(leaf)
@@ -142,30 +260,28 @@ def fetch_to_main(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def broadcast(value: Any) -> Any:
-    """Process 0's `value`, a tree of numpy arrays, on every process; all must call it with arrays of those shapes."""
-    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
-
-
 def shared(items: Sequence[Any], work: Callable[[list[Any]], np.ndarray]) -> np.ndarray:
-    """`work(items)` [n, ...], each process doing its share; all must call it with the same items, and get all of it."""
+    """`work(items)` [n, ...] on every process, each computing a share; all must call it with the same items."""
     count = jax.process_count()
     if count == 1:
         return work(list(items))
-    # Filled up, for all to have as many.
+    # Padded, so that all have the same number.
     mine = [items[i % len(items)] for i in range(jax.process_index(), -(-len(items) // count) * count, count)]
     parts = multihost_utils.process_allgather(work(mine))  # [processes, items of each, ...]
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[: len(items)]
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:
-    """The rows of a batch of `rows` that this process's devices hold: the smallest range around them."""
+    """The smallest range of a batch's rows that covers those of this process's devices."""
     held = [index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
     return slice(min(start for start, _ in held), max(stop for _, stop in held))
 
 
 def global_batch(sharding: NamedSharding, local: np.ndarray, rows: slice, batch_size: int) -> jax.Array:
-    """One array [batch_size, ...] over all devices from each process's own rows (`local_rows`)."""
+    """One array [batch_size, ...] over all devices from each process's own `local_rows`.
+
+    Not by `make_array_from_process_local_data`: on a TPU slice, a host's devices need not hold neighboring rows.
+    """
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index
@@ -176,22 +292,18 @@ def global_batch(sharding: NamedSharding, local: np.ndarray, rows: slice, batch_
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's `value`, JSON types, in their order; all must call it."""
-    if jax.process_count() == 1:
-        return [value]
+    """Every process's `value` (JSON types), in process order; all must call it."""
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.pad(data, (0, int(lengths.max()) - len(data)))
-    return [
-        json.loads(row[:n].tobytes().decode())
-        for row, n in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
-    ]
+    padded = multihost_utils.process_allgather(np.pad(data, (0, int(lengths.max()) - len(data))))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(padded, lengths, strict=True)]
 
 
 class Vote:
-    """A number that every process says at each step, and the largest of them, which all learn a step later.
+    """The largest number that any process cast one step earlier, the same on all.
 
-    Looked at in the step after, it never keeps the devices waiting: by then the step it was cast in has ended.
+    Read a step later, it never keeps the devices waiting. JAX's own `reached_preemption_sync_point` knows SIGTERM but
+    not Ctrl-C, and takes the signal away from Python for the rest of the process.
     """
 
     def __init__(self, sharding: NamedSharding, result: NamedSharding) -> None:
@@ -200,36 +312,40 @@ class Vote:
         self._cast: jax.Array | None = None
 
     def __call__(self, value: int) -> int:
-        """The largest of what all processes said in the call before; this call's own, where there is one process."""
+        """Casts `value`; returns the result of the previous call, or `value` where there is one process."""
         if jax.process_count() == 1:
             return value
         before = 0 if self._cast is None else int(self._cast)
         mine = np.full(self._devices, value, np.int32)
-        said = jax.make_array_from_callback(mine.shape, self._sharding, lambda index: mine[index])
-        self._cast = self._largest(said)
+        votes = jax.make_array_from_callback(mine.shape, self._sharding, lambda index: mine[index])
+        self._cast = self._largest(votes)
         return before
 
 
-def explained(error: jax.errors.JaxRuntimeError) -> InputError | None:
-    """What a person can do about an error of JAX's own; None where nothing is known of it."""
-    gist = (str(error).splitlines() or [""])[0]
+def explained(error: Exception) -> InputError | None:
+    """What a user can do about an error of JAX's runtime; None where nothing is known about it."""
+    gist = _gist(error)
     if "RESOURCE_EXHAUSTED" in gist:
         return InputError(
-            f"A device's memory is too small ({gist}): take smaller batches (in training, or more --STAGE.optimizer."
-            "accumulate-steps), or cut the weights over more devices (--mesh.fsdp)."
+            f"A device's memory is too small ({gist}); use smaller batches (in training, or more --STAGE.optimizer."
+            "accumulate-steps), or split the weights over more devices (--mesh.fsdp)."
         )
-    if is_several():
+    if is_several() and _LOST.search(gist):
         return InputError(
-            f"The processes of the run have lost each other ({gist}): see why one of them ended, then start all of "
-            "them again; training goes on from the newest checkpoint."
+            f"A collective operation failed ({gist}); another process probably exited: check its log, then start all "
+            "processes again to go on from the newest checkpoint."
         )
     return None
 
 
-def leave(status: int) -> NoReturn:
-    """Ends one of several processes at once: an ordinary exit would wait for those that it has left behind.
+def _gist(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
-    Process 0 gives the others time to say what ends them: without it, JAX ends them with a trace.
+
+def leave(status: int) -> NoReturn:
+    """Ends one of several processes at once: an ordinary exit would wait for the others.
+
+    Process 0 first gives the others time for their own message, because JAX aborts them once it is gone.
     """
     if is_several() and is_main():
         time.sleep(LAST_WORDS_SECONDS)

@@ -31,7 +31,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_model
 from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, TokenMap, embed_model_ids, embed_texts
-from v2t_jax.parallel.rendezvous import Share
+from v2t_jax.parallel.processes import Share
 from v2t_jax.train.step import greedy_hypotheses
 
 PIECE_BLOCKS = 16  # blocks that are computed, and kept, at a time
