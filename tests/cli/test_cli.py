@@ -24,9 +24,9 @@ from tests.helpers.tiny_model import WIDTH, make_model
 from tests.helpers.tiny_run import make_texts
 from v2t_jax.cli import invert
 from v2t_jax.cli import main as cli
+from v2t_jax.embedders.base import quantize
 from v2t_jax.errors import InputError
 from v2t_jax.inversion import pipeline
-from v2t_jax.models.embedder import quantize
 
 BEAM = ("--sequence-beam-width", "2", "--batch-size", "1")  # one shape, compiled once, for nearly all tests
 V2T = [sys.executable, "-c", "from v2t_jax.cli.main import main; main()"]

@@ -45,7 +45,7 @@ def test_a_default_prompt_stands_before_every_text(folder):
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name="query")
     prompted = load_embedder(str(folder))
     np.testing.assert_allclose(prompted.embed(["a bird"]), plain.embed(["the cat sees a bird"]), atol=1e-6)
-    assert TokenMap.of(prompted).before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
+    assert prompted.token_map().before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
     assert load_embedder(f"mean@{folder}").config.prefix == "", "an encoder alone has no prompts"
     change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=None)
     np.testing.assert_array_equal(load_embedder(str(folder)).embed(["a bird"]), plain.embed(["a bird"]))
@@ -167,7 +167,7 @@ def test_a_models_pieces_are_embedded_as_their_text_is(tmp_path, name):
     for row, pieces in zip(ids, vocabulary.encode(texts), strict=True):
         row[: len(pieces)], row[len(pieces)] = pieces, 1
     made = embed_model_ids(
-        embedder.config, TokenMap.of(embedder), embedder.params, jnp.asarray(vocabulary.vocab_map), jnp.asarray(ids)
+        embedder.config, embedder.token_map(), embedder.params, jnp.asarray(vocabulary.vocab_map), jnp.asarray(ids)
     )
     np.testing.assert_allclose(made, embedder.embed(texts), atol=2e-5)
 
@@ -202,12 +202,12 @@ def test_the_end_token_that_only_the_settings_ask_for(tmp_path):
     bare.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
     bare.save(str(llama / "tokenizer.json"))
     with pytest.raises(InputError, match="doesn't end a text with one token"):
-        TokenMap.of(load_embedder(f"last@{llama}"))
+        load_embedder(f"last@{llama}").token_map()
     ends = {"bos_token": "[CLS]", "eos_token": {"content": "[SEP]"}, "add_bos_token": True, "add_eos_token": True}
     change(llama / "tokenizer_config.json", **ends)
     embedder = load_embedder(f"last@{llama}")
     assert embedder.tokenize(["a"])[0][0, :4].tolist() == [2, 4, 3, 0]
-    assert TokenMap.of(embedder) == TokenMap((2,), 3)
+    assert embedder.token_map() == TokenMap((2,), 3)
     for missing in (None, "</s>"):
         change(llama / "tokenizer_config.json", eos_token=missing)
         with pytest.raises(InputError, match=f"asks for the end token {missing!r}, which its tokenizer.json lacks"):

@@ -16,12 +16,12 @@ from tests.helpers.tiny_run import WORDS, make_embedder, make_texts
 from v2t_jax.cli import main as cli
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.embedders.base import TextEmbedder, embed_texts
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import cosines
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models import corrector, inverter
-from v2t_jax.models.embedder import TextEmbedder, embed_texts
 
 WIDTH = 16
 OPTIONS = {"num_steps": 2, "sequence_beam_width": 2, "batch_size": 8}

@@ -11,8 +11,8 @@ from tokenizers import processors
 
 from tests.helpers.equivalence import LAYERS, close, encode, one_less_cosine
 from tests.helpers.tiny_run import make_texts, make_tokenizer
+from v2t_jax.embedders.base import quantize
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.models.embedder import quantize
 
 pytestmark = [
     pytest.mark.oracle,

@@ -19,9 +19,9 @@ from tests.helpers.tiny_run import BERT, make_recipe
 from v2t_jax.cli import main as cli
 from v2t_jax.config import ApiConfig, Config, from_dict, to_dict
 from v2t_jax.data.blocks import StoredTexts
+from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.models.embedder import JaxEmbedder
 from v2t_jax.train.loop import train
 from v2t_jax.train.setup import prepare
 from v2t_jax.train.texts import make_batches

@@ -14,7 +14,7 @@ from v2t_jax.config import MeshConfig, ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.models import corrector, inverter
-from v2t_jax.models.embedder import TokenMap, embed_model_ids
+from v2t_jax.models.embedder import embed_model_ids
 from v2t_jax.parallel.mesh import make_mesh, replicated
 from v2t_jax.train.step import (
     Batch,
@@ -74,7 +74,7 @@ def frozen(embedder, vocabulary):
 
 
 def loss_of(stage, embedder, model=MODEL):
-    return make_loss(stage, model, embedder.config, TokenMap.of(embedder))
+    return make_loss(stage, model, embedder.config, embedder.token_map())
 
 
 def new_state(stage, optimizer):
@@ -95,7 +95,7 @@ def test_on_device_embeddings_are_the_embedders(embedder, vocabulary, prefix):
         row[len(kept)] = 1
     got = embed_model_ids(
         prefixed.config,
-        TokenMap.of(prefixed),
+        prefixed.token_map(),
         prefixed.params,
         jnp.asarray(vocabulary.vocab_map),
         jnp.asarray(garbage),
@@ -179,7 +179,7 @@ def test_eight_devices_do_what_one_does(stage, embedder, ids, frozen):
 
 
 def test_mixed_hypotheses_hold_the_truth_and_what_the_inverter_takes_for_likeliest(frozen, embedder, ids):
-    e = embed_model_ids(embedder.config, TokenMap.of(embedder), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
+    e = embed_model_ids(embedder.config, embedder.token_map(), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
     guess = np.argmax(inverter.logits(MODEL, frozen.inverter, e, jnp.asarray(ids)), axis=-1)
     seen = set()
     for seed in range(4):
@@ -195,7 +195,7 @@ def test_mixed_hypotheses_hold_the_truth_and_what_the_inverter_takes_for_likelie
 
 
 def test_every_other_training_hypothesis_is_partial_where_asked(frozen, embedder, ids):
-    e = embed_model_ids(embedder.config, TokenMap.of(embedder), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
+    e = embed_model_ids(embedder.config, embedder.token_map(), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
     short, key = jnp.asarray(ids[:, :7]), jax.random.key(0)  # a bucket shorter than max_length
     greedy = greedy_hypotheses(MODEL, frozen.inverter, e)
     np.testing.assert_array_equal(training_hypotheses(MODEL, frozen.inverter, e, short, None), greedy)

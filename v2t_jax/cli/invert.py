@@ -120,8 +120,8 @@ class Embed:
     def run(self) -> None:
         import numpy as np
 
+        from v2t_jax.embedders.base import quantize
         from v2t_jax.embedders.load import load_embedder
-        from v2t_jax.models.embedder import quantize
 
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; give at least 1.")

@@ -1,6 +1,6 @@
 """Embedders that can only be asked: any Python callable, any OpenAI-compatible endpoint.
 
-Both are `TextEmbedder`s (models/embedder.py). Nothing here calls jax, so both may be asked from inside the compiled
+Both are `TextEmbedder`s (embedders/base.py). Nothing here calls jax, so both may be asked from inside the compiled
 correction loop (bridge.py). Every answer is checked before it is used.
 """
 

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, normalizers, processors
 from v2t_jax import progress
 from v2t_jax.config import Dtype, T5Config
 from v2t_jax.data.vocabulary import read_tokenizer
+from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.known import KNOWN, KnownEmbedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import open_checkpoint, open_weights, read_json, sha256_of, weight_files
@@ -35,7 +36,7 @@ from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.interop.weights import Tensor
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.clip_text import ClipTextConfig
-from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, JaxEmbedder, Pooling
+from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, Pooling
 from v2t_jax.models.layers import Params
 from v2t_jax.models.llama import LlamaConfig
 

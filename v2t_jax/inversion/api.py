@@ -17,11 +17,11 @@ import numpy as np
 
 from v2t_jax import progress
 from v2t_jax.config import MeshConfig
+from v2t_jax.embedders.base import TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.inversion.correction import Correction, Mode, check_num_steps, correct_in_batches
 from v2t_jax.inversion.host_callback import host_errors
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.models.embedder import TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh, replicated
 

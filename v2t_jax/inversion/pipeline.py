@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from v2t_jax import progress
 from v2t_jax.config import DecodeLayout, ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, named_or_embedder
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import read_json, sha256_of, whole_folder
@@ -37,7 +38,6 @@ from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.inversion.proposals import embed_hypotheses, initial_hypotheses, propose_corrections
 from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, TokenMap, named_or_embedder
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
@@ -361,7 +361,7 @@ def check_length(max_length: int, embedder: JaxEmbedder) -> None:
     Raises:
         InputError: model.max_length is too large.
     """
-    room = embedder.config.max_length - len(TokenMap.of(embedder).before)
+    room = embedder.config.max_length - len(embedder.token_map().before)
     if max_length > room:
         raise InputError(f"model.max_length is {max_length}, but {embedder.name} reads texts of {room} at most.")
 

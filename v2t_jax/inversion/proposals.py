@@ -13,18 +13,11 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Decoded, Special
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts
 from v2t_jax.inversion.correction import Embed, Hypothesize, Mode, Propose
 from v2t_jax.inversion.host_callback import host_bridge, host_embedder
 from v2t_jax.models import corrector, inverter
-from v2t_jax.models.embedder import (
-    EmbedderConfig,
-    JaxEmbedder,
-    TextEmbedder,
-    TokenMap,
-    embed,
-    embed_model_ids,
-    embed_texts,
-)
+from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed, embed_model_ids
 
 SPECIAL = Special(start=0, eos=1, pad=0)
 
@@ -49,7 +42,7 @@ def embed_hypotheses(config: ModelConfig, embedder: TextEmbedder, vocabulary: Vo
         length = min(embedder.config.max_length, 2 * config.max_length + around)
         bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
         return functools.partial(_embed_bridged, embedder.config, bridge)
-    return shared_embedder(embedder.config, TokenMap.of(embedder))
+    return shared_embedder(embedder.config, embedder.token_map())
 
 
 def shared_embedder(config: EmbedderConfig, piece_map: TokenMap) -> Embed:

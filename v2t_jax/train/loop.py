@@ -33,7 +33,6 @@ from v2t_jax.eval.metrics import text_scores
 from v2t_jax.eval.model_card import model_card
 from v2t_jax.inversion.api import embed_anew, invert_on_all_hosts, invert_strings, run_correction
 from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, norm_statistics
-from v2t_jax.models.embedder import TokenMap
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -156,7 +155,7 @@ def train_stage(
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(settings.optimizer, settings.num_steps)
     embedder = setup.in_step
-    sizes, piece_map = (embedder.config, TokenMap.of(embedder)) if embedder else (None, None)
+    sizes, piece_map = (embedder.config, embedder.token_map()) if embedder else (None, None)
     loss_fn = make_loss(stage, model, sizes, piece_map, config.partial_hypotheses, config.mesh.decode)
     may_skip = settings.optimizer.skip_bad_updates
     step_fn = make_step(loss_fn, optimizer, settings.optimizer.accumulate_steps, config.seed, may_skip > 0)

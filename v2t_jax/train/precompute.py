@@ -27,10 +27,11 @@ from v2t_jax import progress
 from v2t_jax.data.batches import fill
 from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, tokenizer_sha256, write_file
 from v2t_jax.data.vocabulary import PAD
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_model
-from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, TokenMap, embed_model_ids, embed_texts
+from v2t_jax.models.embedder import embed_model_ids
 from v2t_jax.parallel.processes import Share
 from v2t_jax.train.step import greedy_hypotheses
 
@@ -76,7 +77,7 @@ def embed_column(
         vocabulary.tokenizer
     ):
         check_length(max_length, embedder)
-        piece_map = TokenMap.of(embedder)
+        piece_map = embedder.token_map()
 
         def program(weights: Any, ids: jax.Array) -> tuple[jax.Array]:
             return (embed_model_ids(embedder.config, piece_map, weights["embedder"], weights["pieces"], ids),)
@@ -240,7 +241,7 @@ def _guessing(model: InversionPipeline, on_the_fly: bool, batch_size: int) -> "O
     embedder = model.embedder
     if model.bridged or not isinstance(embedder, JaxEmbedder):
         return OnAllDevices(lambda weights, e: (guess(weights, e),), model.params["inverter"], batch_size)
-    embed = functools.partial(embed_model_ids, embedder.config, TokenMap.of(embedder))
+    embed = functools.partial(embed_model_ids, embedder.config, embedder.token_map())
 
     def program(weights: Any, given: jax.Array) -> tuple[jax.Array, ...]:
         e = embed(weights["embedder"], weights["pieces"], given) if on_the_fly else given

@@ -16,6 +16,7 @@ from v2t_jax.data.batches import Batches
 from v2t_jax.data.blocks import Column, StoredTexts
 from v2t_jax.data.dataset import StoredBatches
 from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder
 from v2t_jax.embedders.black_box import HttpEmbedder
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
@@ -24,7 +25,7 @@ from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model
 from v2t_jax.models import inverter
-from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, TokenMap, embed_model_ids
+from v2t_jax.models.embedder import embed_model_ids
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
@@ -96,7 +97,7 @@ class TrainContext:
         embedder = self.in_step
         assert embedder is not None
         embed = jax.jit(embed_model_ids, static_argnums=(0, 1))
-        piece_map = TokenMap.of(embedder)
+        piece_map = embedder.token_map()
         parts = [
             embed(embedder.config, piece_map, embedder.params, self.vocab_map, ids[i : i + 256])
             for i in range(0, len(ids), 256)

@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, named_or_embedder
 from v2t_jax.errors import InputError, check_texts
 from v2t_jax.inversion.api import InversionResult
 from v2t_jax.inversion.api import invert_embeddings as invert
 from v2t_jax.inversion.api import invert_strings as invert_texts
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder, named_or_embedder
 from v2t_jax.vec2text.convert import build
 
 UPSTREAM_TOKENS = 128  # that the original embeds of a text to be inverted

@@ -5,12 +5,12 @@ from pathlib import Path
 from v2t_jax.config import Stage
 from v2t_jax.data.sources import read_texts
 from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder
 from v2t_jax.embedders.load import load_embedder, locate
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import check_new
 from v2t_jax.interop.hub import folder_of, is_hub_name
 from v2t_jax.inversion.pipeline import InversionPipeline, norm_statistics, read_model
-from v2t_jax.models.embedder import JaxEmbedder, TextEmbedder
 from v2t_jax.vec2text.checkpoints import check_embedder, read_base, read_settings, read_vec2text, write_vec2text
 from v2t_jax.vec2text.embedders import check_computation, default_name
 

@@ -8,8 +8,9 @@ sentence-transformers gives what its modules.json says. A prefix is never put be
 from typing import NamedTuple, get_args
 
 from v2t_jax import progress
+from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.errors import InputError
-from v2t_jax.models.embedder import JaxEmbedder, Pooling
+from v2t_jax.models.embedder import Pooling
 
 
 class Computed(NamedTuple):

@@ -1,0 +1,186 @@
+"""Text embedders: the protocol, the one whose network runs here, and its vectors as vector stores keep them."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from v2t_jax import progress
+from v2t_jax.errors import InputError, check_texts, check_whole
+from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed
+from v2t_jax.models.layers import Params
+
+Precision = Literal["float32", "int8", "binary"]
+LENGTH_MULTIPLE = 16  # batches are padded to a multiple of this, so that few shapes are compiled
+
+_embed = jax.jit(embed, static_argnums=0)
+
+
+def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
+    """Embeddings as vector stores keep them; any embedder's, and as sentence-transformers' `quantize_embeddings` does.
+
+    Args:
+        vectors: [n, E] float32.
+        precision: int8 cuts each dimension's range into 256 steps; binary keeps the signs, eight dimensions a byte
+            less 128, the first dimension in the highest bit.
+        ranges: for int8, smallest and largest value of each dimension [2, E]; by default of `vectors` themselves. Give
+            those of a large sample where few vectors, or several batches, are to be comparable.
+    Returns:
+        [n, E] float32 or int8, or [n, ceil(E / 8)] int8.
+    Raises:
+        InputError: there is no such precision.
+    """
+    if precision == "binary":
+        return (np.packbits(vectors > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
+    if precision == "float32":
+        return vectors.astype(np.float32)
+    if precision != "int8":
+        raise InputError(f"precision is {precision!r}; choose {', '.join(get_args(Precision))}.")
+    low, high = (vectors.min(axis=0), vectors.max(axis=0)) if ranges is None else ranges
+    step = (high - low) / 255
+    steps = np.floor((vectors - low[None]) / np.where(step == 0, 1, step)[None])
+    return (np.clip(steps, 0, 255) - 128).astype(np.int8)
+
+
+@runtime_checkable
+class TextEmbedder(Protocol):
+    """Texts in, vectors out: all that the evaluation and the bridged correction loop ask of an embedder."""
+
+    name: str
+    weights_sha256: str
+    """of the weights; empty where they can't be seen"""
+
+    @property
+    def width(self) -> int:
+        """E"""
+
+    @property
+    def normalized(self) -> bool:
+        """Whether its vectors have length 1."""
+
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Embeddings [len(texts), E] float32; refuses blank texts with an `InputError`."""
+
+
+def named_or_embedder(embedder: Any) -> Any:
+    """An embedder as people give it: a name (or a path, as a name), or an object that embeds.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(embedder, os.PathLike):
+        return os.fspath(embedder)
+    if not isinstance(embedder, str) and not hasattr(embedder, "embed"):
+        raise InputError(
+            f"The embedder is of type {type(embedder).__name__}; give its name or folder, or the embedder itself: of "
+            "a function, v2t_jax.embedders.black_box.CallableEmbedder(function)."
+        )
+    return embedder
+
+
+def embed_texts(embedder: TextEmbedder, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    """Embeddings [len(texts), E] of texts that may repeat, or be blank: such a one has the zero vector."""
+    vectors = dict.fromkeys(texts, np.zeros(embedder.width, np.float32))
+    full = [text for text in vectors if text.strip()]
+    if full:
+        vectors |= dict(zip(full, embedder.embed(full, batch_size), strict=True))
+    return np.stack([vectors[text] for text in texts])
+
+
+@dataclass
+class JaxEmbedder:
+    """An embedder whose network runs in JAX, with its weights and tokenizer."""
+
+    name: str
+    config: EmbedderConfig
+    params: Params
+    tokenizer: Tokenizer
+    weights_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(self.config.max_length)
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def normalized(self) -> bool:
+        return self.config.normalize
+
+    def shortened(self, max_length: int) -> "JaxEmbedder":
+        """The same embedder, cutting texts to so many tokens."""
+        config = dataclasses.replace(self.config, max_length=max_length)
+        # Truncation is a state of the tokenizer: this one gets a copy.
+        return dataclasses.replace(self, config=config, tokenizer=Tokenizer.from_str(self.tokenizer.to_str()))
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16.
+
+        Raises:
+            InputError: the tokenizer has pieces that the encoder lacks; JAX would read another's row for them.
+        """
+        encodings = self.tokenizer.encode_batch_fast([self.config.prefix + text for text in texts])
+        rows = [encoding.ids for encoding in encodings]
+        longest = max(1, *map(len, rows))
+        length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.max_length)
+        ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        highest, vocab_size = ids.max(initial=0), self.config.encoder.vocab_size
+        if highest >= vocab_size:
+            raise InputError(
+                f"The tokenizer of {self.name} gives the id {highest}, but its network's vocab_size is {vocab_size}: "
+                "they don't belong together; fetch the embedder again."
+            )
+        return ids, mask
+
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Embeddings [len(texts), E] float32.
+
+        Raises:
+            InputError: a text is empty or blank: its vector would say nothing; the batch size is below 1; or the
+                vectors aren't finite.
+        """
+        check_whole("batch_size", batch_size, 1)
+        check_texts(texts)
+        # Similar lengths share a batch; the batch size is fixed (the last one is padded), so few shapes compile.
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        result = np.zeros((len(texts), self.width), np.float32)
+        batch_size = min(batch_size, 1 << (max(len(texts), 1) - 1).bit_length())
+        with progress.bar(len(texts), "embedding", unit="texts") as update:
+            for start in range(0, len(texts), batch_size):
+                chosen = order[start : start + batch_size]
+                ids, mask = self.tokenize([texts[i] for i in chosen])
+                pad = batch_size - len(chosen)
+                ids, mask = (np.pad(a, ((0, pad), (0, 0)), mode="edge") for a in (ids, mask))
+                result[chosen] = np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
+                if not np.isfinite(result[chosen]).all():
+                    raise InputError(
+                        f"The embedder {self.name} gives NaN or infinite values; its weights are damaged: fetch it "
+                        "again."
+                    )
+                update(start + len(chosen))
+        return result
+
+    def token_map(self) -> TokenMap:
+        """What surrounds a text, for `embed_model_ids`.
+
+        Raises:
+            InputError: the tokenizer doesn't put exactly one token after a text.
+        """
+        # The space behind a prefix belongs to the text's first piece where it belongs to any.
+        around = self.tokenizer.encode(self.config.prefix.rstrip()).ids
+        behind = self.tokenizer.encode("a").special_tokens_mask[::-1]
+        if behind[:2] != [1, 0]:
+            raise InputError(
+                f"The tokenizer of {self.name} doesn't end a text with one token of its own, so its pieces can't "
+                "be a model's; give the model another tokenizer."
+            )
+        return TokenMap(tuple(around[:-1]), around[-1])
