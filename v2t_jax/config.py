@@ -1,17 +1,21 @@
-"""The configuration of everything, as plain dataclasses: one schema for recipes, command line and checkpoints.
+"""Configuration: one schema for recipes, command line, saved models and work directories.
 
-A recipe is a Python file with `get_config() -> Config`; every field can be overridden on the command line. Values are
-checked where they are built: a config that exists is a config that can run.
+A recipe is a Python file with `get_config() -> Config`; every field can be overridden on the command line. msgspec
+checks types and ranges where a config is built, so a config that exists can run. (pydantic does the same, but importing
+it and building its schemas makes `v2t --help` half as slow again.)
 """
 
 import dataclasses
 import importlib.util
-import math
 import os
-from dataclasses import dataclass, field
+import re
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeGuard, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from v2t_jax.errors import InputError
 
@@ -20,6 +24,57 @@ Stage = Literal["inverter", "corrector"]
 DecodeLayout = Literal["batch", "model"]
 STAGES: tuple[Stage, ...] = ("inverter", "corrector")
 
+Count = Annotated[int, Meta(ge=1)]
+CountOrZero = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]  # both finite
+NotNegative = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+
+RENAMED = {"standardise": "standardize"}  # fields in configs saved by version 0.1
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "null": "None",
+}
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Checks the fields of a config against their annotations; int becomes float and list tuple where those are meant.
+
+    Args:
+        section: what the class is called in a recipe, for error messages.
+    """
+
+    _section = ""
+
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls._section = section
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, msgspec.convert(value, field.type))
+            except msgspec.ValidationError as error:
+                where = f"{self._section}.{field.name}".lstrip(".")
+                raise InputError(f"{where} is {value!r}; it must be {_rule(error, field.type)}.") from None
+
+
+def _rule(error: msgspec.ValidationError, kind: Any) -> str:
+    if str(error).startswith("Invalid enum value"):  # of a Literal, whose choices the error doesn't name
+        return " or ".join(re.findall(r"'([\w-]+)'", str(kind)))
+    rule = str(error).partition(" - at ")[0].removeprefix("Expected ").partition(", got ")[0]
+    rule = rule.replace(f"<= {sys.float_info.max}", "that is finite").replace("`", "").replace("|", "or")
+    return re.sub(r"[a-z]+", lambda word: _WORDS.get(word[0], word[0]), rule)
+
+
+Section = TypeVar("Section", bound=_Section)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -27,52 +82,40 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class T5Config:
-    """Sizes of a T5 encoder-decoder. The defaults are t5-small's (v1.0)."""
+class T5Config(_Section, section="model.t5"):
+    """Sizes of a T5 encoder-decoder; the defaults are t5-small's (v1.0)."""
 
-    vocab_size: int = 32128
-    d_model: int = 512
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_heads: int = 8
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
+    vocab_size: Count = 32128
+    d_model: Count = 512
+    d_kv: Count = 64
+    d_ff: Count = 2048
+    num_heads: Count = 8
+    num_encoder_layers: Count = 6
+    num_decoder_layers: Count = 6
     feed_forward: Literal["relu", "gated-gelu"] = "relu"
-    """relu is v1.0, gated-gelu is v1.1"""
+    """relu in v1.0, gated-gelu in v1.1"""
     tie_word_embeddings: bool = True
-    """True is v1.0: the head is the scaled token embedding"""
-    relative_attention_num_buckets: int = 32
+    """True in v1.0: the output layer is the scaled token embedding"""
+    relative_attention_num_buckets: Annotated[int, Meta(ge=4)] = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    dropout_rate: float = 0.1
+    dropout_rate: BelowOne = 0.1
     dtype: Dtype = "float32"
-    """of the arithmetic; parameters, softmax and logits are float32"""
+    """of the arithmetic; parameters, softmax and logits are always float32"""
     remat: Literal["none", "full", "dots"] = "none"
-    """what the backward pass recomputes of a layer: nothing, all of it, all but matrix products"""
-    scan_unroll: int = 1
-    """layers laid out per iteration of the layer scan"""
+    """what the backward pass recomputes of each layer: nothing, everything, or all but matrix products"""
+    scan_unroll: Count = 1
+    """layers unrolled per iteration of the layer scan"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "d_model",
-            "d_kv",
-            "d_ff",
-            "num_heads",
-            "num_encoder_layers",
-            "num_decoder_layers",
-        ):
-            _require(getattr(self, name) > 0, f"t5.{name} is {getattr(self, name)}; it must be at least 1.")
-        _require(self.scan_unroll >= 1, f"t5.scan_unroll is {self.scan_unroll}; it must be at least 1.")
-        _require(0 <= self.dropout_rate < 1, f"t5.dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
+        super().__post_init__()
         _require(
-            self.relative_attention_num_buckets >= 4
-            and self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
-            "t5.relative_attention_num_buckets must be at least 4, relative_attention_max_distance above half of it.",
+            self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
+            "model.t5.relative_attention_max_distance must be more than half of relative_attention_num_buckets.",
         )
 
 
-# The published sizes of T5 v1.0 (Raffel et al. 2020, section 3.7).
+# Published sizes of T5 v1.0 (Raffel et al. 2020, section 3.7).
 T5_SIZES = {
     "t5-small": T5Config(),
     "t5-base": T5Config(d_model=768, d_ff=3072, num_heads=12, num_encoder_layers=12, num_decoder_layers=12),
@@ -83,214 +126,172 @@ T5_SIZES = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What inverter and corrector share. Symbols as in upstream's paper: R pseudo-tokens, L tokens."""
+class ModelConfig(_Section, section="model"):
+    """Settings that inverter and corrector share."""
 
-    t5: T5Config = field(default_factory=T5Config)
-    embedding_width: int = 768
-    """E, the width of the vectors to invert; training takes it from the embedder"""
-    num_pseudo_tokens: int = 16
-    """R: pseudo-tokens that an embedding is projected to"""
-    max_length: int = 32
-    """L: tokens of a text, its end token included"""
-    projection_dropout: float = 0.1
+    t5: T5Config = T5Config()
+    embedding_width: Count = 768
+    """E, dimensions of the embeddings to invert; training takes it from the embedder"""
+    num_pseudo_tokens: Count = 16
+    """R, pseudo-tokens that an embedding is projected to"""
+    max_length: Annotated[int, Meta(ge=2)] = 32
+    """L, tokens of a text, including its end token"""
+    projection_dropout: BelowOne = 0.1
     """inside the inverter's projection only, as in the original"""
     standardize: bool = False
-    """option: inputs as (e - mean) / std with statistics of the training texts; off is the original's maths"""
+    """feed (e - mean) / std, with statistics of the training texts; the original does not"""
     bag_of_words: bool = False
-    """option: adds a linear term e A E^T to the logits; off is the original's maths"""
+    """add a linear term e A E^T to the logits; the original does not"""
     input_norm: bool = True
-    """the corrector's layer normalization of its input; the oldest published correctors have none"""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.projection_dropout < 1, "model.projection_dropout must be in [0, 1).")
-        _require(self.num_pseudo_tokens > 0, "model.num_pseudo_tokens must be at least 1.")
-        _require(self.max_length >= 2, "model.max_length must be at least 2: one token and the end token.")
-        _require(self.embedding_width > 0, "model.embedding_width must be at least 1.")
+    """layer-normalize the corrector's input; the oldest published correctors do not"""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section, section="optimizer"):
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    """at its peak"""
+    learning_rate: Positive = 1e-3
+    """peak learning rate"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear and cosine end at zero"""
-    warmup_steps: int = 1000
-    weight_decay: float = 0.01
+    """after the warm-up; linear and cosine decay to zero"""
+    warmup_steps: CountOrZero = 1000
+    weight_decay: NotNegative = 0.01
     """on matrices only"""
-    b1: float = 0.9
-    b2: float = 0.999
-    clip_norm: float = 1.0
-    """global gradient norm; 0 does not clip"""
-    accumulate_steps: int = 1
-    """micro-batches a parameter update"""
-    skip_bad_updates: int = 0
-    """updates whose loss or gradient isn't finite that a run leaves out, counted in its log, before it stops; 0 stops
-    at the first"""
-
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate must be above 0.")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative.")
-        _require(self.accumulate_steps >= 1, "optimizer.accumulate_steps must be at least 1.")
-        _require(self.skip_bad_updates >= 0, "optimizer.skip_bad_updates must not be negative; 0 stops at the first.")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative.")
-        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1 and b2 must lie in [0, 1).")
-        _require(self.clip_norm >= 0, "optimizer.clip_norm must not be negative; 0 switches clipping off.")
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999
+    clip_norm: NotNegative = 1.0
+    """largest global gradient norm; 0 turns clipping off"""
+    accumulate_steps: Count = 1
+    """micro-batches per parameter update"""
+    skip_bad_updates: CountOrZero = 0
+    """updates with a non-finite loss or gradient to skip before the run stops; 0 stops at the first"""
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """One training run: of the inverter, or of the corrector."""
+class StageConfig(_Section):
+    """One training run, of the inverter or of the corrector."""
 
-    num_steps: int = 1000
-    batch_size: int = 128
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    num_steps: Count = 1000
+    batch_size: Count = 128
+    optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        _require(self.num_steps >= 1, "num_steps must be at least 1.")
-        _require(self.batch_size >= 1, "batch_size must be at least 1.")
+        super().__post_init__()
+        parts = self.optimizer.accumulate_steps
         _require(
-            self.batch_size % self.optimizer.accumulate_steps == 0,
-            f"batch_size {self.batch_size} can't be cut into {self.optimizer.accumulate_steps} micro-batches: "
-            "make it a multiple of optimizer.accumulate_steps.",
+            self.batch_size % parts == 0,
+            f"batch_size={self.batch_size} is not divisible by optimizer.accumulate_steps={parts}; change one of them.",
         )
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    sources: tuple[str, ...] = ("wordnet",)
-    """wordnet (packaged), paths of .txt, .jsonl, .tsv (each also .gz) and .parquet files, folders or globs of such, or
-    tfds:NAME:FIELD; or the one folder of a data set that `v2t data build` made, given as held_out too"""
-    weights: tuple[float, ...] = ()
-    """times that a source's texts appear in an epoch, for each source; empty is once each"""
+class DataConfig(_Section, section="data"):
+    sources: Annotated[tuple[str, ...], Meta(min_length=1)] = ("wordnet",)
+    """wordnet (packaged); .txt, .jsonl, .tsv (also .gz) or .parquet files, or folders or globs of them;
+    tfds:NAME:FIELD; or one data set made by `v2t data build`, given as held_out too"""
+    weights: tuple[NotNegative, ...] = ()
+    """how often each source's texts appear in an epoch; empty: once"""
     held_out: str = "wordnet"
     """source whose held-out split is evaluated on"""
-    vocabulary_size: int = 0
-    """commonest word-pieces of the sources to keep; 0 keeps the embedder's whole vocabulary"""
+    vocabulary_size: CountOrZero = 0
+    """keep only the most frequent tokens of the sources; 0 keeps the whole vocabulary"""
     embeddings: str = ""
-    """column of a built data set with the texts' embeddings (v2t data embed); empty makes them on the fly"""
+    """column of a built data set with the texts' embeddings (v2t data embed); empty computes them on the fly"""
     hypotheses: str = ""
-    """column with what the corrector is to correct (v2t data hypotheses); empty makes it on the fly"""
-    folds: int = 1
-    """with 2 or more, a built data set's texts are K parts, of which `fold` is left out; for hypotheses out of fold"""
-    fold: int = 0
+    """column with the corrector's hypotheses (v2t data hypotheses); empty computes them on the fly"""
+    folds: Count = 1
+    """with 2 or more, split a built data set into this many parts and train without part `fold`, for out-of-fold
+    hypotheses"""
+    fold: CountOrZero = 0
     """the part that is left out"""
-    span_share: float = 0.0
+    span_share: Share = 0.0
     """share of texts cut to a random contiguous span, for variety"""
     bucket_lengths: tuple[int, ...] = ()
-    """batch lengths (tokens, end token included); empty pads all to model.max_length"""
+    """lengths of batches in tokens, including the end token; empty pads every batch to model.max_length"""
 
     def __post_init__(self) -> None:
-        _require(len(self.sources) > 0, "data.sources is empty: name at least one source of text.")
+        super().__post_init__()
         _require(
-            len(self.weights) in (0, len(self.sources)) and all(0 <= weight < math.inf for weight in self.weights),
-            "data.weights must hold one finite number, 0 or more, for each of data.sources.",
+            len(self.weights) in (0, len(self.sources)),
+            f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources; give one per source.",
         )
-        _require(0 <= self.span_share <= 1, "data.span_share must lie between 0 and 1.")
-        _require(0 <= self.fold < self.folds, f"There is no fold {self.fold} of {self.folds}: data.fold counts from 0.")
-        _require(self.vocabulary_size >= 0, "data.vocabulary_size must not be negative; 0 keeps all.")
+        _require(self.fold < self.folds, f"data.fold is {self.fold}; it must be less than data.folds={self.folds}.")
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh; -1 takes what the others leave."""
+class MeshConfig(_Section, section="mesh"):
+    """Devices along each axis of the mesh; -1 takes all that remain."""
 
     data: int = -1
-    """each has part of the batch; the only axis that goes from slice to slice, over the data-centre network"""
+    """data parallelism: splits the batch; the only axis that crosses TPU slices"""
     fsdp: int = 1
-    """each has part of the batch and of the weights, which are gathered where they are used"""
+    """splits the batch and the weights, which are gathered where they are used"""
     model: int = 1
-    """each has some of the heads, hidden units and words"""
-    slices: int = 0
-    """slices of TPUs that the data axis is laid over; 0 takes what the devices say. Other devices are cut into so many
-    groups of neighbours"""
+    """tensor parallelism: splits heads, hidden units and vocabulary"""
+    slices: CountOrZero = 0
+    """TPU slices along the data axis; 0 asks the devices. Other devices are divided into this many groups"""
     decode: DecodeLayout = "batch"
-    """how a run decodes, for hypotheses and evaluation. batch: whole weights on every device, rows over all axes;
-    model: weights stay cut over the model axis, which must be above 1 for that, for networks that don't fit a device"""
-
-    def __post_init__(self) -> None:
-        _require(self.slices >= 0, f"mesh.slices is {self.slices}; it must not be negative (0: what the devices say).")
+    """layout for decoding. batch: whole weights on every device, rows split over all axes; model: weights split over
+    the model axis (above 1), for networks that do not fit one device"""
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation with generation, during training and at its end."""
+class EvalConfig(_Section, section="evaluation"):
+    """Evaluation on held-out texts, during training and at its end."""
 
-    every_steps: int = 1000
+    every_steps: CountOrZero = 1000
     """0 evaluates at the end only"""
-    num_examples: int = 100
-    num_steps: tuple[int, ...] = (0, 1, 8)
-    """correction steps of the final evaluation"""
-    sequence_beam_width: tuple[int, ...] = (1, 4)
-
-    def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, "evaluation.every_steps must not be negative; 0 evaluates at the end only.")
-        _require(self.num_examples >= 1, "evaluation.num_examples must be at least 1.")
-        _require(min(self.num_steps, default=-1) >= 0, "evaluation.num_steps must hold numbers of steps, 0 or more.")
-        _require(
-            min(self.sequence_beam_width, default=0) >= 1,
-            "evaluation.sequence_beam_width must hold widths of 1 or more.",
-        )
+    num_examples: Count = 100
+    num_steps: Annotated[tuple[CountOrZero, ...], Meta(min_length=1)] = (0, 1, 8)
+    """correction steps in the final evaluation"""
+    sequence_beam_width: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 4)
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    every_steps: int = 1000
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "checkpoint.every_steps must be at least 1.")
-        _require(self.keep >= 1, "checkpoint.keep must be at least 1.")
+class CheckpointConfig(_Section, section="checkpoint"):
+    every_steps: Count = 1000
+    keep: Count = 2
 
 
 @dataclass(frozen=True)
-class ApiConfig:
-    """How an OpenAI-compatible endpoint is asked for embeddings, and what that may cost in one run."""
+class ApiConfig(_Section, section="api"):
+    """An OpenAI-compatible embeddings endpoint, and what one run may spend on it."""
 
     model: str = ""
     """the endpoint's name for the embedding model"""
-    dimensions: int | None = None
-    """ask for vectors of this width, where the endpoint can cut them; by default it decides"""
+    dimensions: Count | None = None
+    """width to ask for, where the endpoint can shorten vectors; by default its own"""
     key_variable: str = "OPENAI_API_KEY"
-    """the environment variable that holds the key; where it is not set, no key is sent"""
-    concurrency: int = 4
-    """requests at a time"""
-    timeout: float = 60.0
+    """environment variable with the key; if unset, no key is sent"""
+    concurrency: Count = 4
+    """requests in flight"""
+    timeout: Positive = 60.0
     """seconds without a byte after which a request has failed"""
-    retries: int = 6
-    """how often a request is repeated after 408, 429, 5xx, a timeout or a broken connection"""
-    backoff: float = 1.0
-    """seconds before the first repetition, give or take; each further one waits twice as long"""
-    price: float | None = None
-    """dollars for a million tokens; with it, the cost is shown and can be limited"""
-    max_cost: float | None = None
-    """dollars that a run must not exceed; needs the price"""
-    max_requests: int | None = None
-    """requests that a run must not exceed, repetitions included"""
+    retries: CountOrZero = 6
+    """retries of a request after 408, 429, 5xx, a timeout or a broken connection"""
+    backoff: NotNegative = 1.0
+    """seconds before the first retry, with jitter; doubles with each further one"""
+    price: NotNegative | None = None
+    """dollars per million tokens; needed to show and limit the cost"""
+    max_cost: NotNegative | None = None
+    """dollars that a run may spend; needs the price"""
+    max_requests: CountOrZero | None = None
+    """requests that a run may send, retries included"""
     cache: str | None = None
-    """folder for the vectors that were paid for; by default one in the user's cache folder"""
+    """folder for the vectors already paid for; by default in the user's cache folder"""
 
     def __post_init__(self) -> None:
-        _require(self.dimensions is None or self.dimensions >= 1, "api.dimensions must be at least 1.")
-        _require(self.concurrency >= 1, "api.concurrency must be at least 1.")
-        _require(0 < self.timeout < math.inf, "api.timeout must be a number of seconds above 0.")
-        _require(self.retries >= 0, "api.retries must not be negative; 0 repeats nothing.")
-        _require(0 <= self.backoff < math.inf, "api.backoff must be a number of seconds, 0 or more.")
-        _require(self.price is None or 0 <= self.price < math.inf, "api.price must be a finite number, 0 or more.")
-        _require(self.max_requests is None or self.max_requests >= 0, "api.max_requests must not be negative.")
-        _require(self.max_cost is None or 0 <= self.max_cost < math.inf, "api.max_cost must be finite, 0 or more.")
+        super().__post_init__()
         _require(self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
 
 
 def is_endpoint(embedder: object) -> TypeGuard[str]:
-    """Whether what names an embedder is an endpoint's base URL."""
+    """Whether the name of an embedder is an endpoint's base URL."""
     return isinstance(embedder, str) and "://" in embedder
 
 
 @dataclass(frozen=True)
-class Config:
-    """A recipe: `v2t train configs/NAME.py --workdir DIR` runs its stages one after the other."""
+class Config(_Section):
+    """A recipe: `v2t train configs/NAME.py --workdir DIR` runs its stages in order."""
 
     name: str = "unnamed"
     embedder: str = "all-MiniLM-L6-v2"
@@ -298,60 +299,61 @@ class Config:
     built data set, and the model gets the data set's tokenizer"""
     embedder_dtype: Dtype = "float32"
     """of the embedder's arithmetic inside the training step"""
-    api: ApiConfig = field(default_factory=ApiConfig)
-    """of an embedder behind an endpoint; a run asks it for held-out texts and what is made of them, in no step"""
-    stages: tuple[Stage, ...] = STAGES
-    seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
+    api: ApiConfig = ApiConfig()
+    """for an embedder behind an endpoint; training asks it for held-out texts and their recovered versions only"""
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1)] = STAGES
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    model: ModelConfig = ModelConfig()
     initial_t5: str = ""
-    """folder or hub name of a T5 that both networks start from, as the original's do; its sizes replace those of
-    model.t5, and the embedder (behind an endpoint: the data set) must share its tokenizer, as GTR does"""
+    """folder or hub name of the T5 that both networks start from; its sizes replace those of model.t5, and the
+    embedder (behind an endpoint: the data set) must share its tokenizer, as GTR does"""
     initial_embedding: Literal["random", "embedder"] = "random"
-    """embedder: token embeddings start from the embedder's own word embeddings, centred and rescaled"""
-    initial_embedding_std: float = 0.02
+    """embedder: start from the embedder's own word embeddings, centered and rescaled"""
+    initial_embedding_std: Positive = 0.02
     initial_inverter: str = ""
-    """a trained model (folder or name) whose inverter makes the corrector's hypotheses, where stages has none"""
+    """trained model (folder or name) whose inverter makes the corrector's hypotheses if stages has no inverter"""
     corrector_from_inverter: bool = False
-    """start the corrector's T5 from the trained inverter's, where the original starts it from pretrained T5"""
+    """start the corrector's T5 from the trained inverter's; the original starts it from the pretrained T5"""
     partial_hypotheses: bool = False
-    """option: every other hypothesis that the corrector is trained on is partly right, as those of later steps are;
-    off, the original's way, all are the inverter's guesses"""
-    data: DataConfig = field(default_factory=DataConfig)
-    inverter: StageConfig = field(default_factory=StageConfig)
-    corrector: StageConfig = field(default_factory=StageConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    evaluation: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log_every_steps: int = 20
+    """make every other hypothesis that the corrector trains on partly correct, like those of later correction steps;
+    the original always uses the inverter's output"""
+    data: DataConfig = DataConfig()
+    inverter: StageConfig = StageConfig()
+    corrector: StageConfig = StageConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every_steps: Count = 20
 
     def __post_init__(self) -> None:
-        _require(len(self.stages) > 0, "stages is empty: name inverter, corrector or both.")
+        super().__post_init__()
+        trains_inverter = "inverter" in self.stages
+        before = self.stages[: self.stages.index("corrector")] if "corrector" in self.stages else ()
         _require(
             "corrector" not in self.stages
-            or "inverter" in self.stages[: self.stages.index("corrector")]
-            or (bool(self.initial_inverter) and "inverter" not in self.stages),
+            or "inverter" in before
+            or (bool(self.initial_inverter) and not trains_inverter),
             "The corrector needs an inverter for its hypotheses: put inverter before it in stages, or give a trained "
             "model as initial_inverter.",
         )
         _require(
-            not self.initial_inverter or "inverter" not in self.stages,
-            "initial_inverter is for a recipe whose stages are corrector alone: leave it empty, or take inverter out.",
+            not (self.initial_inverter and trains_inverter),
+            "initial_inverter is for recipes whose only stage is the corrector; leave it empty, or remove inverter "
+            "from stages.",
         )
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be a number from 0 to {2**32 - 1}.")
-        _require(self.log_every_steps >= 1, "log_every_steps must be at least 1.")
         rows = self.corrector.batch_size // self.corrector.optimizer.accumulate_steps
         _require(
             not self.partial_hypotheses or rows % 2 == 0,
-            f"partial_hypotheses needs an even number of rows in the corrector's (micro-)batches, not {rows}.",
+            f"partial_hypotheses needs an even number of rows per corrector (micro-)batch, not {rows}.",
         )
         _require(
             not (self.partial_hypotheses and self.data.hypotheses),
-            "partial_hypotheses are made on the fly: leave it off, or data.hypotheses empty.",
+            "partial_hypotheses are made on the fly; turn them off, or leave data.hypotheses empty.",
         )
-        _require(self.initial_embedding_std > 0, "initial_embedding_std must be above 0.")
         _require(
             not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size),
-            "initial_t5 brings its own token embeddings: leave initial_embedding and data.vocabulary_size as they are.",
+            "initial_t5 brings its own token embeddings: leave initial_embedding and data.vocabulary_size at their "
+            "defaults.",
         )
         if is_endpoint(self.embedder):
             self._check_endpoint()
@@ -387,22 +389,17 @@ class Config:
 
 
 @dataclass(frozen=True)
-class DistributedConfig:
-    """How the processes of one run find each other; under Slurm, Open MPI, GKE and on TPU VMs nothing is needed."""
+class DistributedConfig(_Section, section="distributed"):
+    """How the processes of one run find each other; on Slurm, Open MPI, GKE and TPU VMs nothing is needed."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0; auto, the default, asks the environment, none runs alone (or V2T_COORDINATOR)"""
-    num_processes: int | None = None
+    num_processes: Count | None = None
     """processes in all (or V2T_NUM_PROCESSES)"""
-    process_id: int | None = None
-    """this one's number, from 0 (or V2T_PROCESS_ID)"""
-    timeout: float = 300.0
+    process_id: CountOrZero | None = None
+    """number of this process, from 0 (or V2T_PROCESS_ID)"""
+    timeout: Positive = 300.0
     """seconds to wait for the others at the start"""
-
-    def __post_init__(self) -> None:
-        _require(self.num_processes is None or self.num_processes >= 1, "distributed.num_processes must be at least 1.")
-        _require(self.process_id is None or self.process_id >= 0, "distributed.process_id must not be negative.")
-        _require(0 < self.timeout < math.inf, "distributed.timeout must be a number of seconds above 0.")
 
 
 def load_recipe(path: str) -> Config:
@@ -425,10 +422,10 @@ def load_recipe(path: str) -> Config:
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # whatever somebody's file may raise
-        raise InputError(f"The recipe {path} doesn't run ({type(error).__name__}: {error}); mend it.") from error
+        raise InputError(f"Recipe {path} failed to load ({type(error).__name__}: {error}); fix it.") from error
     if not isinstance(config, Config):
-        raise InputError(f"The recipe {path} must define get_config() that returns a v2t_jax.config.Config.")
-    return from_dict(Config, to_dict(config), "config")  # a dataclass doesn't look at its fields' types
+        raise InputError(f"Recipe {path} must define get_config() that returns a v2t_jax.config.Config.")
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -436,45 +433,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-RENAMED = {"standardise": "standardize"}  # fields of configs that were saved by version 0.1
+def from_dict(schema: type[Section], values: dict[str, Any], where: str = "config") -> Section:
+    """The inverse of `to_dict`; absent fields take their defaults, unknown ones are refused.
 
-
-def from_dict(schema: type, values: dict[str, Any], where: str = "config") -> Any:
-    """The inverse of `to_dict`: builds dataclass `schema`, refusing fields it doesn't have.
-
+    Args:
+        where: name of the section in error messages.
     Raises:
-        InputError: an unknown field, a missing one without default, or a value of the wrong kind.
+        InputError: an unknown field, or a value of the wrong type or out of range.
     """
     if not isinstance(values, dict):
         raise InputError(f"{where} must be an object with fields, not {type(values).__name__}.")
-    fields = {f.name: f for f in dataclasses.fields(schema)}
+    fields = {field.name: field.type for field in dataclasses.fields(schema)}
     values = {RENAMED.get(name, name): value for name, value in values.items()}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
+    if unknown := sorted(set(values) - set(fields)):
         raise InputError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(fields)}.")
-    built = {}
     for name, value in values.items():
-        kind = fields[name].type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            value = from_dict(kind, value, f"{where}.{name}")
-        else:
-            value = tuple(value) if isinstance(value, list) else value
-            if not _fits(value, kind):
-                allowed = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind)
-                raise InputError(f"{where}.{name} is {value!r}; it must be {allowed.replace('typing.', '')}.")
-        built[name] = value
-    return schema(**built)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:  # all of this schema's are tuple[kind, ...]
-        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if isinstance(kind, UnionType):
-        return any(_fits(value, part) for part in get_args(kind))
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+        kind = fields[name]
+        if isinstance(kind, type) and issubclass(kind, _Section):
+            values[name] = from_dict(kind, value, f"{where}.{name}")
+    return schema(**values)

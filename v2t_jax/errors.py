@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class InputError(ValueError):
@@ -44,12 +45,14 @@ def check_texts(texts: Sequence[str], what: str = "Text") -> None:
             raise InputError(f"{what} {i + 1} of {len(texts)} is not valid Unicode; give it as UTF-8.") from None
 
 
-def as_numpy(values: Any) -> np.ndarray:
+def as_numpy(values: Any) -> "np.ndarray":
     """Numbers of numpy, JAX or torch, or (nested) lists of them, as a numpy array; torch isn't imported for it.
 
     Raises:
         ValueError, TypeError, RuntimeError: what the libraries raise where that can't be done.
     """
+    import numpy as np  # here, because `v2t --help` does without it
+
     if isinstance(values, list | tuple) and any(hasattr(row, "detach") for row in values):
         values = [_detached(row) for row in values]
     return np.asarray(_detached(values))

@@ -311,7 +311,7 @@ MISTAKES = [
     (("train", RECIPE), "--workdir"),
     (("train", RECIPE, "--workdir", "T/w", "--inverter.num-step", "5"), "perhaps you meant --inverter.num-steps"),
     (("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "five"), "--inverter.num-steps"),
-    (("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "0"), "must be at least 1"),
+    (("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "0"), "num_steps is 0; it must be a whole number >= 1"),
     (("train", RECIPE, "--workdir", "T/w", "--stages", "mapper"), "mapper"),
     (("train", RECIPE, "--workdir", "T/other"), "another config"),
     (("train", RECIPE, "--workdir", "T/w", "--distributed.coordinator", "host"), "give HOST:PORT of process 0"),
@@ -434,8 +434,8 @@ def test_control_c_that_jax_swallows_ends_all_the_same(monkeypatch: pytest.Monke
         (("train", RECIPE, "--workdir", ""), "The work directory is empty"),
         (("train", RECIPE, "--workdir", "T/w", "--seed", "-1"), "seed is -1"),
         (("train", RECIPE, "--workdir", "T/w", "--stages", "corrector"), "put inverter before it in stages"),
-        (("train", "T/leaves.py", "--workdir", "T/w"), "doesn't run (SystemExit: 3)"),
-        (("train", "T/untyped.py", "--workdir", "T/w"), "config.embedder is None"),
+        (("train", "T/leaves.py", "--workdir", "T/w"), "failed to load (SystemExit: 3)"),
+        (("train", "T/untyped.py", "--workdir", "T/w"), "embedder is None; it must be a string"),
     ],
 )
 def test_more_bad_input(run: Run, tmp_path: Path, arguments: tuple[str, ...], complaint: str) -> None:

@@ -209,7 +209,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"initial_embedding": "embedder"}, "initial_embedding=embedder needs weights"),
     ({"embedder": "all-MiniLM-L6-v2"}, "api is for an embedder behind an endpoint"),
     ({"api": {"model": ""}}, "No model is named for http.*: give api.model"),
-    ({"api": {"model": "tiny", "cache": 5}}, r"config.api.cache is 5; it must be str \| None"),
+    ({"api": {"model": "tiny", "cache": 5}}, "api.cache is 5; it must be a string or None"),
     ({"data": {"embeddings": "guesses"}}, "The column guesses holds hypotheses, not embeddings"),
     ({"data": {"embeddings": "none"}}, "columns/none/manifest.json is missing"),
     ({"data": {"sources": ("wordnet",), "held_out": "wordnet"}}, "need a built data set in data.sources"),
