@@ -1,6 +1,9 @@
 """Checkpoints give back what was saved, whatever has happened to the state or to the newest one since."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -141,3 +144,45 @@ def test_a_step_that_is_there_is_left_alone(folder):
     checkpoints, _, weights = restored(folder)
     assert (weights == 3).all()
     checkpoints.close()
+
+
+ONE_FAILS = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from v2t_jax.config import CheckpointConfig, DistributedConfig
+from v2t_jax.parallel import processes
+from v2t_jax.train.checkpoint import Checkpoints
+processes.start(DistributedConfig(timeout=60))
+cut = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), PartitionSpec("fsdp"))
+checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(every_steps=1, keep=3))
+for step in (1, 2):
+    checkpoints.save(step, {"weights": processes.put(np.full((4, 3), step, np.float32), cut)})
+checkpoints._manager.wait_until_finished()
+restore = ocp.StandardCheckpointHandler.restore
+def fails(self, directory, *args, **kwargs):
+    if jax.process_index() == 1 and "/2/" in str(directory):
+        raise OSError(5, "Input/output error")
+    return restore(self, directory, *args, **kwargs)
+ocp.StandardCheckpointHandler.restore = fails
+like = {"weights": jax.ShapeDtypeStruct((4, 3), np.float32, sharding=cut)}
+print("latest", checkpoints.latest(), "restored", processes.fetch(checkpoints.restore(like))["weights"].max())
+print("latest", checkpoints.latest())
+checkpoints.close()
+"""
+
+
+@pytest.mark.multihost
+def test_what_one_process_cannot_read_none_restores(tmp_path):
+    root = Path(__file__).parents[2]
+    launcher = [sys.executable, root / "launch" / "local.py", "--processes", "2", "--devices", "2", "--"]
+    done = subprocess.run(
+        [*launcher, sys.executable, "-c", ONE_FAILS, tmp_path], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    for process in range(2):
+        assert f"[{process}] latest 2 restored 1.0" in done.stdout, done.stdout + done.stderr
+        assert f"[{process}] latest 1" in done.stdout
+    assert done.returncode == 0

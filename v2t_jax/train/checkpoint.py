@@ -35,7 +35,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest step that every process sees; all must call it."""
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> set[int]:
+        return set.intersection(*map(set, processes.gather(list(self._manager.all_steps()))))
 
     def save(self, step: int, state: Any) -> None:
         """Saves once a step; a step that is there already is left alone.
@@ -57,22 +61,30 @@ class Checkpoints:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         reasons: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                if fault := self._fault(step):
-                    raise ValueError(fault)
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            except (ValueError, OSError, KeyError) as error:  # truncated or altered on disk
-                reasons[step] = (str(error).splitlines() or [type(error).__name__])[0]
-                progress.note(
-                    f"checkpoint {step} in {self._folder} can't be read ({reasons[step]}); trying the one before"
-                )
-            else:
+        for step in sorted(self._steps(), reverse=True):
+            state, fault = None, self._fault(step)
+            if not fault:
+                try:
+                    state = self._read(step, abstract)
+                except (ValueError, OSError, KeyError) as error:  # truncated or altered on disk
+                    fault = (str(error).splitlines() or [type(error).__name__])[0]
+            fault = next((one for one in processes.gather(fault) if one), "")  # one process's fault is everybody's
+            if not fault:
                 self._set_aside(list(reasons))
                 return state
+            reasons[step] = fault
+            progress.note(f"checkpoint {step} in {self._folder} can't be read ({fault}); trying the one before")
         raise InputError(
             f"No checkpoint in {self._folder} can be read ({next(iter(reasons.values()))}); start in a new --workdir."
         )
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        """Restores a step without Orbax's own barrier, at which the others would wait for a process that failed."""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            return reader.restore(self._folder / str(step) / "default", args=ocp.args.StandardRestore(abstract))
 
     def _write_checksums(self) -> None:
         """Called in Orbax's thread when a checkpoint's files are complete, before its folder gets its name."""
@@ -82,18 +94,18 @@ class Checkpoints:
                 (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
     def _fault(self, step: int) -> str:
-        """What is wrong with a checkpoint's files; empty if nothing is."""
-        folder, found = self._folder / str(step), ""
+        """What is wrong with this process's share of a checkpoint's files; empty if nothing is."""
+        folder = self._folder / str(step)
         try:
             sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
             if any("/" in name and name not in sums for name in _names(folder)):  # the rest Orbax adds at the end
-                found = f"{CHECKSUMS} doesn't name all files"
+                return f"{CHECKSUMS} doesn't name all files"
             for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
                 if _sha256(folder / name) != sums[name]:
-                    found = f"{name} is truncated or altered: its sha256 is not the recorded one"
+                    return f"{name} is truncated or altered: its sha256 is not the recorded one"
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            found = f"{CHECKSUMS} or a file that it names is missing or damaged: {error}"
-        return next((fault for fault in processes.gather(found) if fault), "")
+            return f"{CHECKSUMS} or a file that it names is missing or damaged: {error}"
+        return ""
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames unreadable checkpoints: while they count, none of an earlier step can be saved."""
