@@ -311,7 +311,10 @@ MISTAKES = [
     (("train", RECIPE), "--workdir"),
     (("train", RECIPE, "--workdir", "T/w", "--inverter.num-step", "5"), "perhaps you meant --inverter.num-steps"),
     (("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "five"), "--inverter.num-steps"),
-    (("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "0"), "num_steps is 0; it must be a whole number >= 1"),
+    (
+        ("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "0"),
+        "num_steps is 0; it must be a whole number >= 1",
+    ),
     (("train", RECIPE, "--workdir", "T/w", "--stages", "mapper"), "mapper"),
     (("train", RECIPE, "--workdir", "T/other"), "another config"),
     (("train", RECIPE, "--workdir", "T/w", "--distributed.coordinator", "host"), "give HOST:PORT of process 0"),

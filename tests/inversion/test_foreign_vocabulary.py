@@ -58,12 +58,12 @@ class LetterCounts:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("bridged")
+    made = tmp_path_factory.mktemp("own_vocabulary")
     make_embedder(made / "embedder")
     return made
 
 
-def make_bridged(embedder: TextEmbedder) -> InversionPipeline:
+def make_foreign(embedder: TextEmbedder) -> InversionPipeline:
     vocabulary = Vocabulary.full(make_tokenizer())
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_encoder_layers": 1, "num_decoder_layers": 1}
     config = ModelConfig(
@@ -75,17 +75,17 @@ def make_bridged(embedder: TextEmbedder) -> InversionPipeline:
         stage: jax.tree.map(lambda leaf: 4 * leaf, networks[stage].init(config, jax.random.key(seed)))
         for seed, stage in enumerate(networks)
     }
-    return InversionPipeline("own-tokenizer", config, params, embedder, vocabulary, bridged=True)
+    return InversionPipeline("own-tokenizer", config, params, embedder, vocabulary, shares_vocabulary=False)
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> InversionPipeline:
-    return make_bridged(load_embedder(str(folder / "embedder")))
+    return make_foreign(load_embedder(str(folder / "embedder")))
 
 
 @pytest.fixture(scope="module")
 def black_box() -> InversionPipeline:
-    return make_bridged(LetterCounts())
+    return make_foreign(LetterCounts())
 
 
 @pytest.mark.parametrize("which", ["model", "black_box"])
@@ -102,9 +102,9 @@ def test_the_loop_sees_the_embeddings_of_the_texts(which: str, request: pytest.F
     assert found.cosine.mean() > found.trace_cosine[:, 0].mean()  # and it searches: random networks, yet it gets nearer
 
 
-def test_a_text_too_long_for_the_bridge_is_cut(folder: Path) -> None:
+def test_a_text_too_long_for_the_embedder_is_cut(folder: Path) -> None:
     embedder = load_embedder(str(folder / "embedder"))
-    one = make_bridged(embedder.shortened(4))
+    one = make_foreign(embedder.shortened(4))
     e = embedder.embed(make_texts(2))
     found = one.correction_loop(1)(one.loop_params(), e, 1)
     texts = one.vocabulary.decode(found.ids)
@@ -116,7 +116,7 @@ def test_a_saved_model_is_the_same_model(model: InversionPipeline, folder: Path)
     record = json.loads((folder / "saved" / "config.json").read_text())
     assert "tokenizer.json" in record["files"] and record["embedder"]["max_length"] == 32
     loaded = v2t.load(str(folder / "saved"))
-    assert loaded.bridged
+    assert not loaded.shares_vocabulary
     e = model.embedder.embed(make_texts(3))
     assert v2t.invert_embeddings(loaded, e, **OPTIONS) == v2t.invert_embeddings(model, e, **OPTIONS)
     (folder / "saved" / "tokenizer.json").write_text("{}")
@@ -125,7 +125,7 @@ def test_a_saved_model_is_the_same_model(model: InversionPipeline, folder: Path)
 
 
 def test_the_length_that_a_model_was_made_for_is_kept(model: InversionPipeline, folder: Path) -> None:
-    short = make_bridged(model.embedder.shortened(6))
+    short = make_foreign(model.embedder.shortened(6))
     short.save(folder / "short", record={})
     assert v2t.load(str(folder / "short")).embedder.config.max_length == 6
 
@@ -165,7 +165,7 @@ def test_embedders_that_do_not_fit(folder: Path) -> None:
     wide = LetterCounts()
     wide.width = 17
     with pytest.raises(InputError, match="of width 16, but those of letter-counts are 17 wide"):
-        make_bridged(wide)
+        make_foreign(wide)
 
 
 def test_what_the_embedder_refuses_in_the_loop_arrives_as_it_is(black_box: InversionPipeline) -> None:
@@ -175,7 +175,7 @@ def test_what_the_embedder_refuses_in_the_loop_arrives_as_it_is(black_box: Inver
 
     e = black_box.embedder.embed(make_texts(3))
     with pytest.raises(InputError, match=r"^The budget is spent; raise it\.$"):
-        v2t.invert_embeddings(make_bridged(Exhausted()), e, **OPTIONS)
+        v2t.invert_embeddings(make_foreign(Exhausted()), e, **OPTIONS)
 
 
 def test_an_endpoint_from_end_to_end(

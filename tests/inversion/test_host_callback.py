@@ -39,7 +39,7 @@ def embed_masked(params, ids, mask):
     return embed(params, jnp.where(mask > 0, ids, 0))
 
 
-def test_bridged_equals_shared_when_the_vocabularies_agree(params, targets):
+def test_the_host_path_equals_the_device_path_when_the_vocabularies_agree(params, targets):
     bridge = host_bridge(lambda ids: (ids, (ids != 0).astype(np.int64)), LENGTH)
     loop = CorrectionLoop(
         hypothesize, propose_greedy, lambda p, ids: embed_masked(p, *bridge(ids)), CorrectionSettings()
@@ -47,7 +47,7 @@ def test_bridged_equals_shared_when_the_vocabularies_agree(params, targets):
     assert_same(loop(params, targets, 6), make_loop()(params, targets, 6))
 
 
-def test_bridge_to_another_vocabulary_and_length(params, targets):
+def test_another_vocabulary_and_length(params, targets):
     """The embedder numbers its tokens in reverse and reads two positions more than the model writes."""
     length = LENGTH + 2
     other = {"table": jnp.pad(params["table"][:, ::-1], ((0, 2), (0, 0), (0, 0)))}

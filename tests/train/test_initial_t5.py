@@ -24,7 +24,7 @@ from v2t_jax.train.setup import check_t5, initial_params, prepare
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("initial")
     pair = upstream_pair.write_pair(load("vec2text_gtr"), folder / "pair")
-    # The pair's embedder has pieces of its own, to be bridged: here it gets the T5's.
+    # The pair's embedder has a vocabulary of its own: here it gets the T5's.
     shutil.copy(pair / "t5-base" / "tokenizer.json", upstream_pair.embedder_of(pair))
     made = make_recipe(folder)
     return dataclasses.replace(

@@ -49,7 +49,7 @@ def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
 
 @runtime_checkable
 class TextEmbedder(Protocol):
-    """Texts in, vectors out: all that the evaluation and the bridged correction loop ask of an embedder."""
+    """Texts in, vectors out: all that evaluation and a correction loop through the host ask of an embedder."""
 
     name: str
     weights_sha256: str

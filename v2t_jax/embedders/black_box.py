@@ -1,7 +1,7 @@
 """Embedders that can only be asked: any Python callable, any OpenAI-compatible endpoint.
 
 Both are `TextEmbedder`s (embedders/base.py). Nothing here calls jax, so both may be asked from inside the compiled
-correction loop (bridge.py). Every answer is checked before it is used.
+correction loop (inversion/host_callback.py). Every answer is checked before it is used.
 """
 
 from __future__ import annotations

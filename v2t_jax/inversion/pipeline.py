@@ -55,8 +55,8 @@ class InversionPipeline:
     """Networks, embedder and vocabulary that belong together: what `v2t_jax.load` returns.
 
     Attributes:
-        bridged: the vocabulary is the model's own, and hypotheses reach the embedder as text, over the host. Otherwise
-            the model writes the embedder's own word-pieces, and the correction loop never leaves the device.
+        shares_vocabulary: the model writes its embedder's own tokens, and the correction loop never leaves the device.
+            Otherwise its tokenizer is its own, and hypotheses reach the embedder as text, through a host callback.
         embedding_norm: mean and standard deviation of the lengths of the vectors it was trained on, where known.
         mesh: of all the run's devices, over which the parameters are cut and it decodes, in the layout `decode`; all
             processes then call the same together. By default each process decodes on its own devices.
@@ -67,7 +67,7 @@ class InversionPipeline:
     params: dict[Stage, Params]  # "inverter" always, "corrector" where there is one
     embedder: TextEmbedder
     vocabulary: Vocabulary
-    bridged: bool = False
+    shares_vocabulary: bool = True
     embedding_norm: tuple[float, float] | None = None
     mesh: Mesh | None = None
     decode: DecodeLayout = "batch"
@@ -87,7 +87,7 @@ class InversionPipeline:
     @property
     def host_bound(self) -> bool:
         """Whether the correction loop leaves the device to embed its hypotheses."""
-        return self.bridged or not isinstance(self.embedder, JaxEmbedder)
+        return not self.shares_vocabulary
 
     def loop_params(self) -> dict[str, Any]:
         """The weights that a correction loop's programs take as arguments; on a mesh laid out for decoding."""
@@ -111,12 +111,12 @@ class InversionPipeline:
     ) -> CorrectionLoop:
         """The compiled loop for these settings, made once.
 
-        In mode "upstream" a bridged model's texts are as long as the original's calls let them be, whatever it was
-        trained on; but a first guess that is to be corrected is cut to the length of the training texts, start id
-        included.
+        In mode "upstream" the texts of a model with its own tokenizer are as long as the original's calls let them be,
+        whatever it was trained on; a first guess to be corrected is cut to the length of the training texts, with the
+        start id.
         """
         config, guess_length = self.config, None
-        if mode == "upstream" and self.bridged:
+        if mode == "upstream" and not self.shares_vocabulary:
             config = dataclasses.replace(config, max_length=UPSTREAM_LENGTH)
             guess_length = self.config.max_length - 1
         settings = CorrectionSettings(
@@ -131,7 +131,7 @@ class InversionPipeline:
             self._loops[settings] = CorrectionLoop(
                 initial_hypotheses(config),
                 propose_corrections(config, mode),
-                embed_hypotheses(config, self.embedder, self.vocabulary, self.bridged),
+                embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary),
                 settings,
             )
         return self._loops[settings]
@@ -148,7 +148,7 @@ class InversionPipeline:
             for stage, params in self.params.items():
                 save_file(_flatten(params, quantize), building / f"{stage}.safetensors")
             save_file({"pieces": self.vocabulary.vocab_map}, building / "pieces.safetensors")
-            if self.bridged:
+            if not self.shares_vocabulary:
                 (building / TOKENIZER).write_text(self.vocabulary.tokenizer.to_str(), encoding="utf-8")
             files = {file.name: sha256_of([file]) for file in sorted(building.iterdir())}
             config = {
@@ -344,7 +344,7 @@ def load(
         stored.params,
         embedder,
         Vocabulary(tokenizer, stored.vocab_map),
-        bridged=stored.tokenizer is not None,
+        shares_vocabulary=stored.tokenizer is None,
         embedding_norm=stored.embedding_norm,
     )
 

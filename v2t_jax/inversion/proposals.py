@@ -32,17 +32,20 @@ def propose_corrections(config: ModelConfig, mode: Mode) -> Propose:
     return functools.partial(_propose, config, mode)
 
 
-def embed_hypotheses(config: ModelConfig, embedder: TextEmbedder, vocabulary: Vocabulary, bridged: bool) -> Embed:
+def embed_hypotheses(
+    config: ModelConfig, embedder: TextEmbedder, vocabulary: Vocabulary, shares_vocabulary: bool
+) -> Embed:
     """From model ids to embeddings: on the device where the word-pieces are the embedder's own, else as text."""
+    if shares_vocabulary:
+        assert isinstance(embedder, JaxEmbedder)  # `load` refuses others
+        return shared_embedder(embedder.config, embedder.token_map())
     if not isinstance(embedder, JaxEmbedder):
         return functools.partial(_embed_texts, host_embedder(_to_vectors(vocabulary, embedder), embedder.width))
-    if bridged:
-        # Other tokenizers may need more tokens for the same text; what needs twice as many is cut.
-        around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
-        length = min(embedder.config.max_length, 2 * config.max_length + around)
-        bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
-        return functools.partial(_embed_bridged, embedder.config, bridge)
-    return shared_embedder(embedder.config, embedder.token_map())
+    # Other tokenizers may need more tokens for the same text; what needs twice as many is cut.
+    around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
+    length = min(embedder.config.max_length, 2 * config.max_length + around)
+    bridge = host_bridge(_to_tokens(vocabulary, embedder, length), length)
+    return functools.partial(_embed_retokenized, embedder.config, bridge)
 
 
 def shared_embedder(config: EmbedderConfig, piece_map: TokenMap) -> Embed:
@@ -88,7 +91,7 @@ def _embed_shared(config: EmbedderConfig, piece_map: TokenMap, params: Any, ids:
     return embed_model_ids(config, piece_map, params["embedder"], params["pieces"], ids)
 
 
-def _embed_bridged(config: EmbedderConfig, bridge: Callable, params: Any, ids: jax.Array) -> jax.Array:
+def _embed_retokenized(config: EmbedderConfig, bridge: Callable, params: Any, ids: jax.Array) -> jax.Array:
     return embed(config, params["embedder"], *bridge(ids))
 
 

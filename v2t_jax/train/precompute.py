@@ -134,7 +134,7 @@ def hypothesis_columns(
         )
     length = first.config.max_length
     column = None if embeddings is None else stored.column(embeddings)
-    victim, shared = first.embedder, isinstance(first.embedder, JaxEmbedder) and not first.bridged
+    victim, shared = first.embedder, first.shares_vocabulary
     if column is None and not shared:
         raise InputError(
             f"{first.name} takes its texts' embeddings from {victim.name} by way of the text: make them first with "
@@ -239,7 +239,7 @@ def _guessing(model: InversionPipeline, on_the_fly: bool, batch_size: int) -> "O
     """Texts' ids (on the fly) or embeddings -> guesses [n, L], and their embeddings where the embedder shares ids."""
     guess = functools.partial(greedy_hypotheses, model.config)
     embedder = model.embedder
-    if model.bridged or not isinstance(embedder, JaxEmbedder):
+    if not model.shares_vocabulary or not isinstance(embedder, JaxEmbedder):
         return OnAllDevices(lambda weights, e: (guess(weights, e),), model.params["inverter"], batch_size)
     embed = functools.partial(embed_model_ids, embedder.config, embedder.token_map())
 

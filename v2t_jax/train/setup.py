@@ -61,9 +61,12 @@ class TrainContext:
 
     def inverter(self, params: dict[Stage, Params]) -> InversionPipeline:
         """The model of these networks: it decodes over the recipe's mesh, or where an endpoint embeds, host by host."""
-        model = InversionPipeline(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary)
-        if self.in_step is None:
-            return dataclasses.replace(model, bridged=True)
+        shares_vocabulary = self.in_step is not None
+        model = InversionPipeline(
+            *(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary), shares_vocabulary
+        )
+        if not shares_vocabulary:
+            return model
         return dataclasses.replace(model, mesh=make_mesh(self.config.mesh), decode=self.config.mesh.decode)
 
     def decodable(self, params: dict[Stage, Params]) -> dict[Stage, Params]:
@@ -190,7 +193,7 @@ def trained_inverter(setup: TrainContext, mesh: Mesh) -> Params:
     expected = jax.eval_shape(functools.partial(inverter.init, setup.model), jax.random.key(0))
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
     pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, setup.vocabulary)]
-    if found.bridged != (setup.in_step is None) or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
+    if found.shares_vocabulary != (setup.in_step is not None) or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
         raise InputError(
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
             "data.sources and data.vocabulary_size, or train a new one."

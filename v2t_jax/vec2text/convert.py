@@ -60,7 +60,7 @@ def build(
         params=pair.params,
         embedder=victim,
         vocabulary=Vocabulary.full(base.tokenizer),
-        bridged=True,
+        shares_vocabulary=False,
     )
     model.embedding_norm = _embedding_norm(model)
     return model, settings
