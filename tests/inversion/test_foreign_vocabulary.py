@@ -16,7 +16,7 @@ from tests.helpers.tiny_run import WORDS, make_embedder, make_texts
 from v2t_jax.cli import main as cli
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
-from v2t_jax.embedders.base import TextEmbedder, embed_texts
+from v2t_jax.embedders.base import EmbedderIdentity, TextEmbedder, embed_texts
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import cosines
@@ -42,6 +42,7 @@ class LetterCounts:
     """An embedder that is no network of ours: words' letters and their places, counted."""
 
     name, weights_sha256, width, normalized = "letter-counts", "", WIDTH, False
+    identity = EmbedderIdentity("letter-counts", width=WIDTH)
 
     def __init__(self) -> None:
         self.seen: list[str] = []

@@ -242,7 +242,7 @@ def test_weights_of_another_model(folder, change, message):
 def test_another_embedder(folder, tmp_path):
     other = make_embedder(tmp_path / "embedder", seed=9)
     edit_config(folder, lambda c: c | {"embedder": c["embedder"] | {"name": str(other)}})
-    with pytest.raises(InputError, match="was trained on other weights"):
+    with pytest.raises(InputError, match="was made with other weights of"):
         load(str(folder))
 
 
@@ -263,6 +263,28 @@ def test_an_embedder_that_cannot_be_compared(model, folder):
     edit_config(folder, lambda c: c | {"embedder": c["embedder"] | {"weights_sha256": ""}})
     with pytest.warns(UserWarning, match="that moved is the same embedder can't be checked"):
         load(str(folder), dataclasses.replace(model.embedder, name="moved"))
+
+
+def test_the_same_weights_pooled_in_another_way(model, folder):
+    """The weights' hash can't tell them apart: the vectors do."""
+    lies = model.embedder.name
+    for name, field in ((f"cls@{lies}", "pooling is 'mean', but .* 'cls'"), (f"mean@{lies}", "normalize is True, but")):
+        for given in (name, load_embedder(name)):
+            with pytest.raises(InputError, match=f"{model.name} was made with an embedder whose {field}"):
+                load(str(folder), given)
+    with pytest.raises(InputError, match="whose prefix is '', but that of .* is 'the '"):
+        load(str(folder), load_embedder(lies, prefix="the "))
+    with pytest.raises(InputError, match="whose max_length is 32, but that of .* is 12"):
+        load(str(folder), model.embedder.shortened(12))
+
+
+def test_a_folder_of_an_earlier_version_is_compared_in_what_it_recorded(model, folder):
+    old = ("name", "weights_sha256", "max_length", "prefix")
+    edit_config(folder, lambda c: c | {"embedder": {name: c["embedder"][name] for name in old}})
+    assert load(str(folder)).embedder.config == model.embedder.config
+    assert load(str(folder), f"cls@{model.embedder.name}").embedder.config.pooling == "cls"
+    with pytest.raises(InputError, match="whose prefix is ''"):
+        load(str(folder), load_embedder(model.embedder.name, prefix="the "))
 
 
 def test_a_prefix_is_kept(model, folder, tmp_path):

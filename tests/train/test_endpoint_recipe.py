@@ -177,7 +177,7 @@ def test_the_corrector_learns_and_is_scored(done: Whole) -> None:
 def test_the_model_names_its_endpoint_and_is_used_with_it(done: Whole, capsys: pytest.CaptureFixture[str]) -> None:
     model = done.folder / "corrector" / "model"
     record = json.loads((model / "config.json").read_text())
-    assert record["embedder"] == {"name": f"tiny at {done.endpoint.url}", "weights_sha256": ""}
+    assert record["embedder"] == {"name": f"tiny at {done.endpoint.url}", "weights_sha256": "", "width": 16}
     assert "tokenizer.json" in record["files"] and f"tiny at {done.endpoint.url}" in (model / "README.md").read_text()
     options = ["--embedder", done.endpoint.url, "--api.model", "tiny", "--api.cache", str(done.folder / "cache")]
     texts = prepare(done.inverter).held_out[:4]  # by others' vectors than the column's it would warn of them

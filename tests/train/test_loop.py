@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +245,20 @@ def test_changed_inputs_are_refused_and_a_failed_start_claims_nothing(tmp_path):
         source.write("the old man sees a very big fish\n")
     with pytest.raises(InputError, match=r"has changed since the run .* began \(its tokens\)"):
         train(config, workdir)
+
+
+def test_an_embedder_whose_folder_now_pools_differently_is_refused(tmp_path):
+    config, workdir = inverter_only(make_recipe(tmp_path / "recipe")), tmp_path / "run"
+    workdir.mkdir()
+    loop.claim_workdir(config, workdir, prepare(config).hashes())
+    recorded = json.loads((workdir / "inputs.json").read_text())
+    pooling = Path(config.embedder) / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True}))
+    with pytest.raises(InputError, match="run was made with an embedder whose pooling is 'mean', but that of .* 'cls'"):
+        train(config, workdir)
+    del recorded["identity"]  # as in an earlier version's
+    (workdir / "inputs.json").write_text(json.dumps(recorded))
+    loop.claim_workdir(config, workdir, prepare(config).hashes())
 
 
 def test_another_config_is_refused(finished, recipe):

@@ -20,12 +20,13 @@ from v2t_jax import load
 from v2t_jax.data import blocks
 from v2t_jax.data.blocks import StoredTexts
 from v2t_jax.data.build import BuildSettings, Workers, build
+from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.parallel.processes import Share
 from v2t_jax.train import precompute
-from v2t_jax.train.precompute import embed_column, hypothesis_columns
+from v2t_jax.train.precompute import check_column, embed_column, hypothesis_columns
 from v2t_jax.train.step import greedy_hypotheses
 
 
@@ -213,7 +214,19 @@ def test_what_does_not_go_together(stored: StoredTexts, root: Path, model: Inver
         hypothesis_columns(stored, "guesses", folds[:1])
     with refused(match="tiny was trained on all texts and is model 0 of 2 here"):
         hypothesis_columns(stored, "guesses", [str(root / "tiny")] * 2)
-    with refused(match="The column short wasn't made for tiny, which takes 8 tokens"):
+    with refused(match="The column short was made for texts of 4 tokens, not 8"):
         hypothesis_columns(stored, "guesses", [str(root / "tiny")], embeddings="short")
     with refused(match="manifest.json is missing"):
         hypothesis_columns(stored, "guesses", [str(root / "tiny")], embeddings="none")
+
+
+def test_a_column_names_what_differs_of_its_embedder(stored: StoredTexts, model: InversionPipeline) -> None:
+    assert isinstance(model.embedder, JaxEmbedder)
+    settings = {"max_length": 4}
+    embed_column(stored, "vectors", model.embedder, **settings)
+    column = stored.column("vectors")
+    check_column(column, "embeddings", dataclasses.replace(model.embedder, name="moved"), **settings)
+    for field, value in (("pooling", "cls"), ("normalize", False), ("prefix", "the "), ("dense", ("tanh",))):
+        config = dataclasses.replace(model.embedder.config, **{field: value})
+        with pytest.raises(InputError, match=f"The column vectors was made with an embedder whose {field} is"):
+            check_column(column, "embeddings", dataclasses.replace(model.embedder, config=config), **settings)

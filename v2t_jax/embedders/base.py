@@ -1,8 +1,8 @@
-"""Text embedders: the protocol, the one whose network runs here, and its vectors as vector stores keep them."""
+"""Text embedders: the protocol, what identifies one, the one whose network runs here, and quantized vectors."""
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -11,8 +11,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
+from v2t_jax.config import Dtype
 from v2t_jax.errors import InputError, check_texts, check_whole
-from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed
+from v2t_jax.models.embedder import Activation, EmbedderConfig, Pooling, TokenMap, embed
 from v2t_jax.models.layers import Params
 
 Precision = Literal["float32", "int8", "binary"]
@@ -47,6 +48,59 @@ def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
     return (np.clip(steps, 0, 255) - 128).astype(np.int8)
 
 
+@dataclass(frozen=True)
+class EmbedderIdentity:
+    """Everything that decides an embedder's vectors; None where it isn't known, as behind an API."""
+
+    name: str
+    """where the embedder was found; it identifies the embedder only where the weights can't be seen"""
+    weights_sha256: str = ""
+    """empty where the weights can't be seen"""
+    pooling: Pooling | None = None
+    dense: tuple[Activation, ...] | None = None
+    normalize: bool | None = None
+    prefix: str | None = None
+    width: int | None = None
+    max_length: int | None = None
+    dtype: Dtype | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The known fields as JSON types."""
+        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return known | ({"dense": list(self.dense)} if self.dense is not None else {})
+
+
+def check_identity(
+    recorded: Mapping[str, Any], given: EmbedderIdentity, whose: str, ignored: Collection[str] = ()
+) -> None:
+    """Compares an embedder with the one on record, in the fields that both know.
+
+    Args:
+        recorded: an `EmbedderIdentity.to_dict()`, of this version or an earlier one with fewer fields.
+        whose: what the record belongs to, as the subject of the error.
+        ignored: fields that may differ.
+
+    Raises:
+        InputError: a field differs; it names the first.
+    """
+    found = given.to_dict()
+    both_seen = bool(recorded.get("weights_sha256") and given.weights_sha256)
+    for name, value in found.items():
+        was = recorded.get(name)
+        if name in ignored or was is None or was == value:
+            continue
+        if name == "weights_sha256" and both_seen:
+            raise InputError(
+                f"{whose} was made with other weights of {given.name} (sha256 {was[:12]}..., not {value[:12]}...): "
+                "give the embedder it was made with."
+            )
+        if name != "weights_sha256" and not (name == "name" and both_seen):
+            raise InputError(
+                f"{whose} was made with an embedder whose {name} is {was!r}, but that of {given.name} is {value!r}: "
+                "give the embedder it was made with."
+            )
+
+
 @runtime_checkable
 class TextEmbedder(Protocol):
     """Texts in, vectors out: all that evaluation and a correction loop through the host ask of an embedder."""
@@ -62,6 +116,10 @@ class TextEmbedder(Protocol):
     @property
     def normalized(self) -> bool:
         """Whether its vectors have length 1."""
+
+    @property
+    def identity(self) -> EmbedderIdentity:
+        """What decides its vectors, as far as it is known without asking it anything."""
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings [len(texts), E] float32; refuses blank texts with an `InputError`."""
@@ -113,6 +171,14 @@ class JaxEmbedder:
     @property
     def normalized(self) -> bool:
         return self.config.normalize
+
+    @property
+    def identity(self) -> EmbedderIdentity:
+        c = self.config
+        options = {
+            name: getattr(c, name) for name in ("pooling", "dense", "normalize", "prefix", "width", "max_length")
+        }
+        return EmbedderIdentity(self.name, self.weights_sha256, **options, dtype=c.encoder.dtype)
 
     def shortened(self, max_length: int) -> "JaxEmbedder":
         """The same embedder, cutting texts to so many tokens."""
@@ -184,3 +250,16 @@ class JaxEmbedder:
                 "be a model's; give the model another tokenizer."
             )
         return TokenMap(tuple(around[:-1]), around[-1])
+
+
+def shares_vocabulary(embedder: TextEmbedder, tokenizer: Tokenizer) -> bool:
+    """Whether this tokenizer's ids are the embedder's own, so that they reach it without becoming text."""
+    return isinstance(embedder, JaxEmbedder) and _definition(embedder.tokenizer) == _definition(tokenizer)
+
+
+def _definition(tokenizer: Tokenizer) -> str:
+    """All that decides how texts are cut into pieces, as JSON."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    return plain.to_str()

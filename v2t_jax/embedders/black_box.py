@@ -20,6 +20,7 @@ import numpy as np
 
 from v2t_jax import progress
 from v2t_jax.config import ApiConfig
+from v2t_jax.embedders.base import EmbedderIdentity
 from v2t_jax.embedders.http import Endpoint, approximate_tokens, dollars
 from v2t_jax.embedders.vector_cache import VectorCache
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
@@ -41,6 +42,7 @@ class BlackBox(ABC):
         if width is not None:
             check_whole(f"The width of {name}", width, 1)
         self.name, self.weights_sha256 = name, ""
+        self.identity = EmbedderIdentity(name, width=width)  # not what is learned later: records would change under way
         self._width, self._normalized = width, normalized
         self._learning = threading.Lock()
 

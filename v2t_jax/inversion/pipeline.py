@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from v2t_jax import progress
 from v2t_jax.config import DecodeLayout, ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
-from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, named_or_embedder
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, named_or_embedder
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import read_json, sha256_of, whole_folder
@@ -154,7 +154,7 @@ class InversionPipeline:
             config = {
                 "format_version": FORMAT_VERSION,
                 "name": self.name,
-                "embedder": _embedder_record(self.embedder),
+                "embedder": self.embedder.identity.to_dict(),
                 "embedding_norm": self.embedding_norm,
                 "model": to_dict(self.config),
                 "files": files,
@@ -202,7 +202,7 @@ class StoredModel(NamedTuple):
     tokenizer: Tokenizer | None
     """the model's own; None: it writes its embedder's word-pieces"""
     embedder: dict[str, Any]
-    """its name, weights_sha256 and, of a local one, max_length and prefix"""
+    """an `EmbedderIdentity.to_dict()`; older folders have fewer fields"""
     embedding_norm: tuple[float, float] | None
     record: dict[str, Any]
     """recipe, scores, or what it was converted from"""
@@ -313,16 +313,13 @@ def load(
             "give that embedder, as load(name, embedder=...)."
         )
     if embedder is None or isinstance(embedder, str):
-        embedder = load_embedder(embedder or stored.embedder["name"])
-        if stored.embedder.get("max_length", math.inf) < embedder.config.max_length:
-            embedder = embedder.shortened(stored.embedder["max_length"])
-        prefix = stored.embedder.get("prefix", embedder.config.prefix)
-        embedder = dataclasses.replace(embedder, config=dataclasses.replace(embedder.config, prefix=prefix))
-    same_width = embedder.width == stored.config.embedding_width
-    if same_width and recorded and embedder.weights_sha256 and embedder.weights_sha256 != recorded:
-        raise InputError(
-            f"The model {stored.name} was trained on other weights of {embedder.name} than those installed."
-        )
+        # By name alone a prefix may be the table's, the folder's, or one that was asked for.
+        embedder = load_embedder(embedder or stored.embedder["name"], prefix=stored.embedder.get("prefix"))
+    if isinstance(embedder, JaxEmbedder) and stored.embedder.get("max_length", math.inf) < embedder.config.max_length:
+        embedder = embedder.shortened(stored.embedder["max_length"])
+    # A name that can't be checked draws a warning, below, and another width an error of the pipeline's own. Training
+    # may round the embedder's arithmetic; the vectors to invert are the exact embedder's.
+    check_identity(stored.embedder, embedder.identity, f"The model {stored.name}", ignored=("name", "width", "dtype"))
     tokenizer = stored.tokenizer
     if tokenizer is None:
         if not isinstance(embedder, JaxEmbedder):
@@ -409,11 +406,3 @@ def _recorded_norm(config: dict[str, Any]) -> tuple[float, float] | None:
     if not isinstance(recorded, list) or len(recorded) != 2 or not all(isinstance(x, int | float) for x in recorded):
         raise InputError("The model's config.json has an embedding_norm that isn't two numbers; fetch the model again.")
     return float(recorded[0]), float(recorded[1])
-
-
-def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
-    record: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
-    if isinstance(embedder, JaxEmbedder):
-        # The prefix always: by the name alone it may be the table's, the folder's, or one that was asked for.
-        record |= {"max_length": embedder.config.max_length, "prefix": embedder.config.prefix}
-    return record

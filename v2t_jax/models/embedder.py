@@ -97,8 +97,10 @@ def embed_model_ids(
 
     Args:
         pieces: model id -> embedder id; model ids 0 and 1 are pad and end.
-        ids: a text ends at its first pad or end id, or at L: [SEP] is put there in any case.
+        ids: a text ends at its first pad or end id, or at L: [SEP] is put there in any case. It is cut where the
+            embedder's tokenizer cuts it, so that [SEP] fits.
     """
+    ids = ids[:, : config.max_length - len(piece_map.before) - 1]
     is_text = jnp.cumsum((ids <= 1).astype(jnp.int32), axis=1) == 0
     length = jnp.sum(is_text, axis=1, keepdims=True)  # [B, 1]
     num_before = len(piece_map.before)

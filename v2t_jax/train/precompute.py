@@ -25,9 +25,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
 from v2t_jax.data.batches import fill
-from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, tokenizer_sha256, write_file
+from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, write_file
 from v2t_jax.data.vocabulary import PAD
-from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, embed_texts, shares_vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_model
@@ -70,12 +70,10 @@ def embed_column(
         raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
     if max_length < 2:
         raise InputError(f"max_length is {max_length}; it must be at least 2: one id and the end.")
-    made_by = {"kind": "embeddings", "embedder": _embedder_key(embedder), "max_length": max_length}
+    made_by = {"kind": "embeddings", "embedder": _embedder_record(embedder), "max_length": max_length}
     specs: Specs = {name: ("float16", (embedder.width,))}
     vocabulary = stored.vocabulary()
-    if isinstance(embedder, JaxEmbedder) and tokenizer_sha256(embedder.tokenizer) == tokenizer_sha256(
-        vocabulary.tokenizer
-    ):
+    if isinstance(embedder, JaxEmbedder) and shares_vocabulary(embedder, vocabulary.tokenizer):
         check_length(max_length, embedder)
         piece_map = embedder.token_map()
 
@@ -124,7 +122,7 @@ def hypothesis_columns(
     loaded = [load(model, embedder) for model in models]
     first = loaded[0]
     for other in loaded[1:]:
-        if (other.config, _embedder_key(other.embedder)) != (first.config, _embedder_key(first.embedder)):
+        if (other.config, _embedder_record(other.embedder)) != (first.config, _embedder_record(first.embedder)):
             raise InputError(f"{models[0]} and {other.name} have other sizes or embedders: give models of one recipe.")
     stored_pieces = stored.vocabulary(first.vocabulary.tokenizer).vocab_map
     if not np.array_equal(stored_pieces, first.vocabulary.vocab_map):
@@ -144,17 +142,12 @@ def hypothesis_columns(
         "kind": "hypotheses",
         "max_length": length,
         "inverters": [sha256_of([locate_model(model) / "inverter.safetensors"]) for model in models],
-        "embedder": _embedder_key(victim),
+        "embedder": _embedder_record(victim),
         "decoding": {"method": "greedy", "dtype": first.config.t5.dtype},
         "of": "on the fly" if column is None else column.made_by,
     }
     if column is not None:
-        told = column.made_by.get("embedder"), column.made_by.get("max_length")
-        if told != (_embedder_key(victim), length):
-            raise InputError(
-                f"The column {embeddings} wasn't made for {first.name}, which takes {length} tokens' embeddings by "
-                f"{victim.name}: make another with 'v2t data embed'."
-            )
+        check_column(column, "embeddings", victim, length)
     ends = np.cumsum(stored.block_rows)
     programs = [_guessing(model, column is None, batch_size) for model in loaded]
 
@@ -205,11 +198,7 @@ def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: 
         raise InputError(
             f"The column {column.name} holds {column.made_by.get('kind')}, not {kind}: name another as data.{kind}."
         )
-    if column.made_by.get("embedder") != _embedder_key(embedder):
-        raise InputError(
-            f"The column {column.name} was made with another embedder than {embedder.name}, or another setting of it: "
-            "name the one it was made with, or make the column again."
-        )
+    check_identity(column.made_by.get("embedder", {}), embedder.identity, f"The column {column.name}")
     made_for = column.made_by.get("max_length")
     if made_for != max_length:
         raise InputError(
@@ -218,15 +207,11 @@ def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: 
         )
 
 
-def _embedder_key(embedder: TextEmbedder) -> dict[str, Any]:
+def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
     """All that determines an embedder's vectors, as far as it can be seen."""
-    key: dict[str, Any] = {"name": embedder.name, "weights_sha256": embedder.weights_sha256}
-    if isinstance(embedder, JaxEmbedder):
-        key["name"] = Path(embedder.name).name  # wherever its folder lies
-        c = embedder.config
-        key |= {"dtype": c.encoder.dtype, "prefix": c.prefix, "max_length": c.max_length}
-        key |= {"pooling": c.pooling, "normalize": c.normalize, "width": c.width}
-    return key
+    identity = embedder.identity
+    # The folder of an embedder may move; of others the name is all there is.
+    return identity.to_dict() | ({"name": Path(identity.name).name} if identity.weights_sha256 else {})
 
 
 def padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:

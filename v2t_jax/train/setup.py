@@ -73,9 +73,10 @@ class TrainContext:
         """Networks in training as `inverter` takes them."""
         return params if self.in_step else processes.fetch(params)
 
-    def hashes(self) -> dict[str, str]:
-        """Of all that the config names but doesn't hold."""
+    def hashes(self) -> dict[str, Any]:
+        """Of all that the config names but doesn't hold; of the embedder everything that decides its vectors."""
         return {
+            "identity": self.embedder.identity.to_dict(),
             "embedder": self.embedder.weights_sha256 or self.embedder.name,
             "pieces": hashlib.sha256(self.vocabulary.vocab_map.tobytes()).hexdigest(),
             "tokens": tokens_sha256(self.stores),

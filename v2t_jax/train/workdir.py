@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from v2t_jax.config import Config, to_dict
+from v2t_jax.embedders.base import EmbedderIdentity, check_identity
 from v2t_jax.errors import InputError
 from v2t_jax.parallel import processes
 
@@ -48,7 +49,7 @@ def _decisive(config: dict[str, Any], key: str) -> Any:
     return None if key == "mesh" else value
 
 
-def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None:
+def claim_workdir(config: Config, workdir: Path, inputs: dict[str, Any]) -> None:
     """Writes the config, and hashes of what it names, to a new work directory, or checks those that are there.
 
     Checkpoints mean nothing without the very embedder, word-pieces and texts that they were trained on.
@@ -66,22 +67,24 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None
         _check_shared(file, inputs)
 
 
-def _claim(config: Config, workdir: Path, inputs: dict[str, str]) -> None:
+def _claim(config: Config, workdir: Path, inputs: dict[str, Any]) -> None:
     file = workdir / "inputs.json"
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in inputs if before.get(name) != inputs[name]]
+        # Work directories of earlier versions have no identity.
+        changed = [name for name in inputs if name != "identity" and before.get(name) != inputs[name]]
         if changed:
             raise InputError(
                 f"What the config names has changed since the run in {workdir} began (its {' and '.join(changed)}): "
                 "bring the text and the embedder back, or give a new --workdir."
             )
+        check_identity(before.get("identity", {}), EmbedderIdentity(**inputs["identity"]), f"The run in {workdir}")
     else:
         file.write_text(json.dumps(inputs, indent=2) + "\n")
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def _check_shared(file: Path, inputs: dict[str, str]) -> None:
+def _check_shared(file: Path, inputs: dict[str, Any]) -> None:
     """Refuses a process that doesn't see what process 0 has written, or that has read something else."""
     try:
         first = json.loads(file.read_text(encoding="utf-8"))
