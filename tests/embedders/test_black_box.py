@@ -70,7 +70,7 @@ def test_a_callable_may_answer_in_torch() -> None:
         [torch.tensor(row, requires_grad=True) for row in ROWS],
     ):
         np.testing.assert_array_equal(constant(answer).embed(["a", "b"]), ROWS)
-    with pytest.raises(InputError, match="something else than rows of numbers"):
+    with pytest.raises(InputError, match="did not return rows of numbers"):
         constant(torch.ones(2, 2, device="meta")).embed(["a", "b"])
 
 
@@ -97,7 +97,7 @@ def _vectors(texts: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (ROWS[:1], r"answered 2 texts with an array of shape \(1, 2\)"),
+        (ROWS[:1], r"returned an array of shape \(1, 2\) for 2 texts"),
         ([1.0, 2.0], r"shape \(2,\)"),
         (np.ones((2, 0)), "width"),
         (None, "of type object"),
@@ -120,12 +120,12 @@ def test_a_wrong_answer_is_one_sentence(answer: Any, said: str) -> None:
 def test_a_callable_must_stay_the_same() -> None:
     answers = iter([[[3.0, 4.0]], [[1.0, 0.0, 0.0]]])
     embedder = CallableEmbedder(lambda texts: next(answers), "other")
-    with pytest.raises(InputError, match="vectors 3 wide, where 2 is expected"):
+    with pytest.raises(InputError, match="vectors of width 3 instead of 2"):
         embedder.embed(["a", "b"], batch_size=1)
-    with pytest.raises(InputError, match="where 5 is expected"):
+    with pytest.raises(InputError, match="instead of 5"):
         CallableEmbedder(lambda texts: ROWS, width=5).embed(["a", "b"])
     answers = iter([[[0.6, 0.8]], [[6.0, 8.0]]])
-    with pytest.raises(InputError, match="isn't of length 1"):
+    with pytest.raises(InputError, match="whose length isn't 1"):
         CallableEmbedder(lambda texts: next(answers)).embed(["a", "b"], batch_size=1)
 
 

@@ -1,7 +1,7 @@
-"""Embedders that can only be asked: any Python callable, any OpenAI-compatible endpoint.
+"""Embedders that are only called, never seen: any Python callable, any OpenAI-compatible endpoint.
 
-Both are `TextEmbedder`s (embedders/base.py). Nothing here calls jax, so both may be asked from inside the compiled
-correction loop (inversion/host_callback.py). Every answer is checked before it is used.
+Both are `TextEmbedder`s (embedders/base.py). Nothing here runs JAX, so both may be called from inside the compiled correction loop
+(inversion/host_callback.py). Every answer is checked before it is used.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from v2t_jax.embedders.vector_cache import VectorCache
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.parallel.compile_cache import user_cache_dir
 
-PROBE = "width"  # the text that is embedded where only the vectors' width or length is asked for
-UNIT_TOLERANCE = 1e-2  # of a length of 1: vectors may come rounded to half precision
+PROBE = "width"  # the text that is embedded to learn the vectors' width and length
+UNIT_TOLERANCE = 1e-2  # vectors of length 1 may be rounded to half precision
 
 
 class BlackBox(ABC):
-    """What all of them share: texts are checked, each distinct one is asked for once, answers are checked.
+    """Checks texts, embeds each distinct one once, checks the answers.
 
     Attributes:
-        name: for people, and in a model's record.
-        weights_sha256: empty: nobody sees the weights.
+        name: for messages and a model's record.
+        weights_sha256: empty, since the weights are unknown.
     """
 
     def __init__(self, name: str, width: int | None, normalized: bool | None) -> None:
         if width is not None:
             check_whole(f"The width of {name}", width, 1)
         self.name, self.weights_sha256 = name, ""
-        self.identity = EmbedderIdentity(name, width=width)  # not what is learned later: records would change under way
+        self.identity = EmbedderIdentity(name, width=width)  # without what is learned later: records would change
         self._width, self._normalized = width, normalized
-        self._learning = threading.Lock()
+        self._lock = threading.Lock()
 
     @property
     def width(self) -> int:
-        """E; where it isn't known yet, one short text is embedded to learn it."""
+        """E; learned by embedding one short text unless it is known."""
         if self._width is None:
             self.embed([PROBE])
             assert self._width is not None
@@ -56,20 +56,17 @@ class BlackBox(ABC):
 
     @property
     def normalized(self) -> bool:
-        """Whether its vectors have length 1; learnt as the width is, unless it was given."""
+        """Whether vectors have length 1; learned like the width."""
         if self._normalized is None:
             self.embed([PROBE])
             assert self._normalized is not None
         return self._normalized
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Embeddings [len(texts), E] float32; equal texts are asked for once.
-
-        Args:
-            batch_size: texts in one call or request.
+        """Embeds texts, [len(texts), E] float32, in batches of `batch_size` distinct texts.
 
         Raises:
-            InputError: a text is blank or no valid Unicode, or an answer is not one usable vector a text.
+            InputError: a text is blank or not valid Unicode, or an answer is not one usable vector per text.
         """
         distinct = _distinct(texts, batch_size)
         if not distinct:
@@ -78,39 +75,40 @@ class BlackBox(ABC):
         return self._embed(distinct, batch_size)[[index[text] for text in texts]]
 
     @abstractmethod
-    def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
-        """Embeddings of distinct, checked texts."""
+    def _embed(self, texts: list[str], batch_size: int) -> np.ndarray: ...
 
     def _checked(self, answer: Any, rows: int) -> np.ndarray:
-        """An answer as float32 [rows, E], held against all earlier ones.
-
-        Raises:
-            InputError: see `embed`.
-        """
-        vectors = _as_array(answer, self.name)
+        """The answer as float32 [rows, E], consistent with all earlier ones."""
+        try:
+            array = as_numpy(answer)
+            if array.dtype.kind not in "fiuV":  # V: bfloat16 and other types of ml_dtypes
+                raise TypeError(f"they are of type {array.dtype}")
+            with np.errstate(over="ignore"):  # what float32 can't represent becomes infinite, and is refused below
+                vectors = array.astype(np.float32)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: torch's
+            raise InputError(f"{self.name} did not return rows of numbers of one length ({error}).") from None
         if vectors.ndim != 2 or len(vectors) != rows or vectors.shape[1] == 0:
             raise InputError(
-                f"{self.name} answered {rows} texts with an array of shape {vectors.shape}; it must be [{rows}, width]."
+                f"{self.name} returned an array of shape {vectors.shape} for {rows} texts; expected [{rows}, width]."
             )
         if not np.isfinite(vectors).all():
-            raise InputError(f"{self.name} answered with NaN or infinite values; mend it before it is used.")
+            raise InputError(f"{self.name} returned NaN or infinite values; fix it before using it.")
         lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
         if not lengths.all():
-            raise InputError(f"{self.name} answered with a vector of zeros, which says nothing of its text.")
-        with self._learning:
-            if self._width not in (None, vectors.shape[1]):
+            raise InputError(f"{self.name} returned a vector of zeros, which carries no information about its text.")
+        width, unit = vectors.shape[1], bool((np.abs(lengths - 1) <= UNIT_TOLERANCE).all())
+        with self._lock:
+            if self._width not in (None, width):
                 raise InputError(
-                    f"{self.name} answered with vectors {vectors.shape[1]} wide, where {self._width} is expected; "
-                    "make sure that it is the same embedder throughout."
+                    f"{self.name} returned vectors of width {width} instead of {self._width}; use one embedder "
+                    "throughout."
                 )
-            unit = bool((np.abs(lengths - 1) <= UNIT_TOLERANCE).all())
             if self._normalized and not unit:
                 raise InputError(
-                    f"{self.name} is taken for normalized, but answered with a vector that isn't of length 1; "
-                    "use one setting of it, or say that it is not normalized."
+                    f"{self.name} is normalized, but returned a vector whose length isn't 1; use one setting of it, "
+                    "or pass normalized=False."
                 )
-            self._width = vectors.shape[1]
-            self._normalized = unit if self._normalized is None else self._normalized
+            self._width, self._normalized = width, unit if self._normalized is None else self._normalized
         return vectors
 
 
@@ -118,11 +116,11 @@ class CallableEmbedder(BlackBox):
     """Any Python callable that embeds: `CallableEmbedder(model.encode, name="our encoder")`.
 
     Args:
-        fn: list of texts -> array [texts, E]: of numpy, JAX, torch, or nested lists. It must depend on nothing but the
-            texts. To be used in the correction loop it must not run JAX: the device waits for it there.
+        fn: list of texts -> array [texts, E] of numpy, JAX or torch, or nested lists. It must depend on the texts
+            alone, and must not run JAX if it is used in the correction loop, where the device waits for it.
         name: by default the function's own.
-        width: E; by default learnt from the first answer.
-        normalized: whether its vectors have length 1; by default learnt from the first answer.
+        width: E; by default learned from the first answer.
+        normalized: whether its vectors have length 1; by default learned from the first answer.
     """
 
     def __init__(
@@ -148,38 +146,38 @@ class CallableEmbedder(BlackBox):
 
 
 class Plan(NamedTuple):
-    """What a call would ask of an endpoint, before anything is asked."""
+    """What a call would request from an endpoint; tokens and cost (dollars, None without a price) are estimates."""
 
-    texts: int  # distinct ones
+    texts: int
     cached: int
     requests: int
-    tokens: int  # about
-    cost: float | None  # dollars, about; None without a price
+    tokens: int
+    cost: float | None
 
     def __str__(self) -> str:
         if not self.requests:
-            return f"all of {self.texts:,} distinct texts are cached, nothing is asked"
-        parts = [f"{self.texts:,} distinct texts", f"{self.cached:,} cached", f"{self.requests:,} requests"]
-        parts.append(f"about {self.tokens:,} tokens")
-        if self.cost is not None:
-            parts.append(f"about {dollars(self.cost)}")
-        return ", ".join(parts)
+            return f"all {self.texts:,} distinct texts are cached, no request is needed"
+        cost = "" if self.cost is None else f", about {dollars(self.cost)}"
+        return (
+            f"{self.texts:,} distinct texts, {self.cached:,} cached, {self.requests:,} requests, "
+            f"about {self.tokens:,} tokens{cost}"
+        )
 
 
 class HttpEmbedder(BlackBox):
     """An OpenAI-compatible endpoint, `POST base_url/embeddings`.
 
-    What was answered is kept on disk as it arrives, by endpoint, model, dimensions and the sha256 of the text (not the
-    text), so that a run that was interrupted pays for nothing twice; one that was killed, at most for the requests that
-    were under way. Limits hold for the life of the object.
+    Answers are cached on disk as they arrive, by endpoint, model, dimensions and the sha256 of the text, so that an
+    interrupted run pays for nothing twice; a killed one, at most for the requests in flight. Limits hold for the life
+    of the object.
 
     Args:
         base_url: such as https://api.openai.com/v1
-        config: the model, limits and manners.
+        config: the model, limits and retries.
         width, normalized: as for `CallableEmbedder`.
 
     Raises:
-        InputError: the URL, the key or the model's name can't be used.
+        InputError: the URL, the key or the model's name is invalid.
     """
 
     def __init__(
@@ -187,17 +185,14 @@ class HttpEmbedder(BlackBox):
     ) -> None:
         self._endpoint = Endpoint(base_url, config)
         super().__init__(self._endpoint.name, width or config.dimensions, normalized)
-        self.config = config
-        self.budget = self._endpoint.budget
+        self.config, self.budget = config, self._endpoint.budget
         folder = Path(config.cache) if config.cache else user_cache_dir() / "embeddings"
-        # Readable where it can be, distinct in any case.
         readable = re.sub(r"[^\w.-]+", "_", config.model)[:60]
-        digest = hashlib.sha256(self.name.encode()).hexdigest()[:12]
-        self.cache_file = folder / f"{readable}-{digest}.sqlite"
+        self.cache_file = folder / f"{readable}-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}.sqlite"
         self._announced = -1
 
     def plan(self, texts: Sequence[str], batch_size: int = 64) -> Plan:
-        """What `embed` with the same arguments would ask and about cost; asks nothing."""
+        """What `embed` with the same arguments would request and cost; requests nothing."""
         distinct = _distinct(texts, batch_size)
         with closing(VectorCache(self.cache_file)) as cache:
             missing = [text for text, vector in zip(distinct, cache.read(distinct), strict=True) if vector is None]
@@ -205,91 +200,73 @@ class HttpEmbedder(BlackBox):
 
     def _plan(self, distinct: int, missing: list[str], batch_size: int) -> Plan:
         tokens = sum(map(approximate_tokens, missing))
-        return Plan(
-            distinct, distinct - len(missing), -(-len(missing) // batch_size), tokens, self.budget.cost_of(tokens)
-        )
+        requests = -(-len(missing) // batch_size)
+        return Plan(distinct, distinct - len(missing), requests, tokens, self.budget.cost_of(tokens))
 
     def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
         with closing(VectorCache(self.cache_file)) as cache:
-            found = cache.read(texts)
-            known = [vector for vector in found if vector is not None]
-            if known:
-                try:
-                    self._checked(known, len(known))
-                except InputError as error:
-                    raise InputError(
-                        f"The vectors in {self.cache_file} don't fit ({str(error).rstrip('.')}); delete that file, "
-                        "and they are asked for again."
-                    ) from None
-            missing = [i for i, vector in enumerate(found) if vector is None]
-            plan = self._plan(len(texts), [texts[i] for i in missing], batch_size)
-            self.budget.check_plan(plan.requests, plan.tokens, self.name)
-            # The correction loop calls once a step: then only what doubles the sum is worth another line.
+            vectors = dict(zip(texts, cache.read(texts), strict=True))
+            missing = [text for text in texts if vectors[text] is None]
+            try:
+                if cached := [vector for vector in vectors.values() if vector is not None]:
+                    self._checked(cached, len(cached))
+            except InputError as error:
+                raise InputError(
+                    f"The vectors in {self.cache_file} don't fit ({str(error).rstrip('.')}); delete that file to "
+                    "request them again."
+                ) from None
+            plan = self._plan(len(texts), missing, batch_size)
+            if limit := self.budget.exceeded(plan.requests, plan.tokens):
+                raise InputError(f"{self.name} needs {plan}, beyond {limit}: raise the limit, or give fewer texts.")
+            # The correction loop calls once per step: announce only what doubles the number of requests.
             if self.budget.requests + plan.requests > 2 * self._announced:
                 self._announced = self.budget.requests + plan.requests
-                how = f"{self.budget.limits()}; {self._endpoint.key_note()}" if missing else ""
-                progress.note(f"{self.name}: {plan}{how}")
+                progress.note(f"{self.name}: {plan}{self._endpoint.terms() if missing else ''}")
             if missing:
-                self._ask(texts, missing, found, batch_size, cache)
-        return np.stack([vector for vector in found if vector is not None])
+                batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+                self._request(batches, vectors, cache)
+        return np.stack([vectors[text] for text in texts])
 
-    def _ask(
-        self, texts: list[str], missing: list[int], found: list[np.ndarray | None], batch_size: int, cache: VectorCache
-    ) -> None:
-        """Fills in what is missing of `found`."""
+    def _request(self, batches: list[list[str]], vectors: dict[str, np.ndarray | None], cache: VectorCache) -> None:
+        """Requests the batches concurrently and fills in `vectors`."""
         stop = threading.Event()
         failures: list[BaseException] = []
+        done = len(vectors) - sum(map(len, batches))
 
-        def ask(rows: list[int]) -> list[int]:
-            batch = [texts[i] for i in rows]
+        def request(batch: list[str]) -> tuple[list[str], np.ndarray]:
             try:
-                vectors = self._endpoint.ask(batch, lambda answer: self._checked(answer, len(batch)), stop, show)
-                cache.write(batch, vectors)  # at once: it has been paid for
+                rows = self._endpoint.embed(batch, lambda answer: self._checked(answer, len(batch)), stop, show)
+                cache.write(batch, rows)  # immediately: it has been paid for
+                return batch, rows
             except BaseException as error:
                 failures.append(error)  # before the others are stopped, so that the cause comes first
                 stop.set()
                 raise
-            for i, vector in zip(rows, vectors, strict=True):
-                found[i] = vector
-            return rows
 
-        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-        done = len(texts) - len(missing)
-        with progress.bar(len(texts), f"embedding with {self.name}", unit="texts", start=done) as update:
+        with progress.bar(len(vectors), f"embedding with {self.name}", unit="texts", start=done) as update:
 
             def show() -> None:
-                update(done, **self._endpoint.troubles())
+                update(done, **self._endpoint.status())
 
             pool = ThreadPoolExecutor(min(self.config.concurrency, len(batches)), "embed")
             try:
-                for future in as_completed([pool.submit(ask, rows) for rows in batches]):
+                for future in as_completed([pool.submit(request, batch) for batch in batches]):
                     if failures:
                         raise failures[0]
-                    done += len(future.result())
+                    batch, rows = future.result()
+                    vectors.update(zip(batch, rows, strict=True))
+                    done += len(batch)
                     show()
             except KeyboardInterrupt:
-                progress.note(f"stopping after the requests under way; what was answered is kept in {self.cache_file}")
+                progress.note(f"stopping after the requests in flight; all answers are kept in {self.cache_file}")
                 raise
             finally:
-                # No new requests; those under way are paid for, so their answers are waited for and kept.
+                # Requests in flight are paid for, so their answers are waited for and kept.
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _distinct(texts: Sequence[str], batch_size: int) -> list[str]:
-    """Each text once, after a look at what was given."""
     check_whole("batch_size", batch_size, 1)
     check_texts(texts)
     return list(dict.fromkeys(texts))
-
-
-def _as_array(answer: Any, name: str) -> np.ndarray:
-    """Whatever holds numbers, as float32."""
-    try:
-        array = as_numpy(answer)
-        if array.dtype.kind not in "fiuV":  # V: bfloat16 and its like, which numpy knows from ml_dtypes
-            raise TypeError(f"they are of type {array.dtype}")
-        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused as such
-            return array.astype(np.float32)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: torch's
-        raise InputError(f"{name} answered with something else than rows of numbers of one length ({error}).") from None

@@ -1,7 +1,7 @@
-"""One OpenAI-compatible embeddings endpoint: requests, repetitions, and what they may cost.
+"""Client of one OpenAI-compatible embeddings endpoint: requests, retries, and limits on what they may cost.
 
-The protocol is that of OpenAI's "Create embeddings": POST {model, input: [texts]} to BASE/embeddings, answered with
-{data: [{index, embedding}], usage: {total_tokens}}. The key goes into one header, and nowhere else.
+The protocol is OpenAI's "Create embeddings": POST {model, input: [texts]} to BASE/embeddings returns
+{data: [{index, embedding}], usage: {total_tokens}}. The key is sent in one header and kept nowhere.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
+import tenacity
 
 from v2t_jax.config import ApiConfig
 from v2t_jax.errors import InputError
 
-LONGEST_BACKOFF = 60.0  # seconds
-LONGEST_REQUESTED_WAIT = 300.0  # a server that asks for more (a daily quota) ends the run
-MOST_UNUSABLE = 3  # answers to a request that can't be used: they were paid for, so there are few more tries
-MOST_SAID = 300  # characters of a server's message that are shown
+MAX_BACKOFF = 60.0  # seconds
+MAX_RETRY_AFTER = 300.0  # seconds; a server that asks for more (a daily quota) ends the run
+MAX_UNUSABLE = 3  # unusable answers per batch: they were paid for, so they are retried less often
+MAX_QUOTED = 300  # characters of a server's message that are shown
 ADVICE = {
     401: "set a valid key in the environment variable {variable}",
     403: "use a key (environment variable {variable}) that may use this model",
@@ -36,86 +37,54 @@ ADVICE = {
 
 
 def approximate_tokens(text: str) -> int:
-    """Four bytes a token, which is about right for prose."""
+    """Four bytes per token, about right for prose."""
     return -(-len(text.encode()) // 4)
 
 
-def most_tokens(text: str) -> int:
-    """No usual tokenizer makes more than a token a byte, plus those around the text."""
-    return len(text.encode()) + 2
-
-
 def dollars(cost: float) -> str:
-    """Small sums with all the digits that count."""
     return f"${cost:,.2f}" if cost >= 1 else f"${cost:.6f}"
 
 
 class Budget:
-    """Counts requests and tokens, and refuses a request that could exceed a limit. Threads may share it.
+    """Counts requests and tokens, and refuses what could exceed a limit. Thread-safe.
 
     Attributes:
-        requests: made so far, repetitions included.
-        tokens: paid for so far, as the endpoint counts; at most so many where it doesn't say.
+        requests: made so far, retries included.
+        tokens: paid for so far, as the endpoint counts them; an upper bound where it reports none.
     """
 
     def __init__(self, config: ApiConfig) -> None:
         self.requests, self.tokens = 0, 0
-        self._config = config
-        self._reserved, self._under_way = 0, 0
+        self._config, self._reserved = config, 0
         self._changed = threading.Condition()
 
     def cost_of(self, tokens: int) -> float | None:
         """Dollars; None without a price."""
         return None if self._config.price is None else tokens * self._config.price / 1e6
 
-    def limits(self) -> str:
-        """For the end of a sentence; empty where there are none."""
-        said = [] if self._config.max_requests is None else [f"{self._config.max_requests:,} requests"]
-        said += [] if self._config.max_cost is None else [f"${self._config.max_cost:g}"]
-        return f" (limit: {', '.join(said)})" if said else ""
-
-    def check_plan(self, requests: int, tokens: int, name: str) -> None:
-        """Refuses what would exceed a limit before anything is paid.
-
-        Raises:
-            InputError: it would.
-        """
-        limit = self._config.max_requests
-        if limit is not None and self.requests + requests > limit:
-            before = f" after {self.requests:,} before" if self.requests else ""
-            raise InputError(
-                f"{name} would need {requests:,} requests{before}, and api.max_requests is {limit:,}: "
-                "raise it, send more texts a request, or give fewer texts."
-            )
-        if self._too_dear(tokens):
-            before = f" after {dollars(self.cost_of(self.tokens) or 0)} before" if self.tokens else ""
-            raise InputError(
-                f"{name} would cost about {dollars(self.cost_of(tokens) or 0)}{before}, and api.max_cost is "
-                f"{self._config.max_cost:g}: raise it, or give fewer texts."
-            )
+    def exceeded(self, requests: int, tokens: int) -> str:
+        """The limit that so many further requests and tokens would exceed; empty if none."""
+        limits, cost = self._config, self.cost_of(self.tokens + self._reserved + tokens)
+        if limits.max_requests is not None and self.requests + requests > limits.max_requests:
+            return f"api.max_requests {limits.max_requests:,} ({self.requests:,} made so far)"
+        if limits.max_cost is not None and cost is not None and cost > limits.max_cost:
+            return f"api.max_cost ${limits.max_cost:g} ({dollars(self.cost_of(self.tokens) or 0)} paid so far)"
+        return ""
 
     @contextmanager
-    def request(self, most_tokens: int) -> Iterator[Callable[[int], None]]:
-        """Around one request of at most so many tokens; yields what to call with the tokens it did cost, if known.
-
-        Raises:
-            InputError: it could exceed a limit, even when those under way are through.
-        """
+    def request(self, tokens: int) -> Iterator[Callable[[int], None]]:
+        """Wraps one request of at most `tokens` tokens; yields a function to call with what it really cost."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._too_dear(most_tokens) or not self._under_way)
-            limit = self._config.max_requests
-            reached = f"{limit:,} requests" if limit is not None and self.requests >= limit else None
-            if self._too_dear(most_tokens):
-                reached = f"${self._config.max_cost:g}"
-            if reached:
+            # Requests in flight usually cost less than was reserved for them.
+            self._changed.wait_for(lambda: not self.exceeded(0, tokens) or not self._reserved)
+            if limit := self.exceeded(1, tokens):
                 raise InputError(
-                    f"The next request could exceed the limit of {reached}: what was answered is kept, "
-                    "so raise the limit and run again to go on."
+                    f"The next request could exceed {limit}: all answers so far are kept, so raise the limit and run "
+                    "again to continue."
                 )
             self.requests += 1
-            self._under_way += 1
-            self._reserved += most_tokens
-        cost = most_tokens
+            self._reserved += tokens
+        cost = tokens
 
         def settle(tokens: int) -> None:
             nonlocal cost
@@ -125,233 +94,232 @@ class Budget:
             yield settle
         finally:
             with self._changed:
-                self._under_way -= 1
-                self._reserved -= most_tokens
+                self._reserved -= tokens
                 self.tokens += cost
                 self._changed.notify_all()
 
-    def _too_dear(self, tokens: int) -> bool:
-        cost = self.cost_of(self.tokens + self._reserved + tokens)
-        return cost is not None and self._config.max_cost is not None and cost > self._config.max_cost
 
-
-class _Trouble(Exception):
+class _Retryable(Exception):
     """A request failed in a way that may pass."""
 
-    def __init__(self, what: str, wait: float = 0.0, unusable: bool = False) -> None:
+    def __init__(self, what: str, retry_after: float = 0.0, unusable: bool = False) -> None:
         super().__init__(what)
-        self.wait, self.unusable = wait, unusable
+        self.retry_after, self.unusable = retry_after, unusable
 
 
 class Endpoint:
-    """Where and how to ask. Threads may share it.
+    """Client of one model at one base URL. Thread-safe.
 
     Attributes:
-        name: model, dimensions and URL: what makes two vectors comparable.
-        budget: what was asked so far, and the limits.
+        name: model, dimensions and URL, which together make vectors comparable.
 
     Raises:
-        InputError: the URL, the key or the model's name can't be used.
+        InputError: the URL, the key or the model's name is invalid.
     """
 
     def __init__(self, base_url: str, config: ApiConfig) -> None:
-        self._config = config
-        self._base = _checked_url(base_url)
+        self._config, self._base = config, _parse_url(base_url)
         if not config.model.strip():
-            raise InputError(f"No model is named for {self._base}: give api.model, the endpoint's name for it.")
+            raise InputError(f"No model is named for {self._base}: set api.model to the endpoint's name for it.")
         cut = f"[{config.dimensions}]" if config.dimensions else ""
         self.name = f"{config.model}{cut} at {self._base}"
         self.budget = Budget(config)
         self._key()
-        # One for all calls: the correction loop calls once a step, and a new TLS connection costs as much as an answer.
+        # One client for all calls: the correction loop calls once per step, and a TLS handshake costs as much as that.
         self._client = httpx2.Client(timeout=config.timeout, limits=httpx2.Limits(max_connections=config.concurrency))
         weakref.finalize(self, self._client.close)
-        self._repeated, self._last_trouble = 0, ""
+        self._retries, self._last_failure = 0, ""
 
-    def key_note(self) -> str:
-        """Which key is sent, without the key."""
+    def terms(self) -> str:
+        """The limits, and which key is sent (never the key itself)."""
+        limits = [] if self._config.max_requests is None else [f"{self._config.max_requests:,} requests"]
+        limits += [] if self._config.max_cost is None else [f"${self._config.max_cost:g}"]
+        limit = f" (limit: {', '.join(limits)})" if limits else ""
         if not self._key():
-            return f"no key is sent ({self._config.key_variable} is not set)"
+            return f"{limit}; no key is sent ({self._config.key_variable} is not set)"
         parts = urlsplit(self._base)
         plain = parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
-        return f"the key is that of {self._config.key_variable}" + (", sent UNENCRYPTED over http" if plain else "")
+        return f"{limit}; the key is read from {self._config.key_variable}" + (", sent UNENCRYPTED" if plain else "")
 
-    def troubles(self) -> dict[str, str | int]:
+    def status(self) -> dict[str, str | int]:
         """For a progress bar: what was paid so far, and what went wrong."""
         cost = self.budget.cost_of(self.budget.tokens)
-        shown: dict[str, str | int] = {} if cost is None else {"paid": dollars(cost)}
-        return shown | ({"repeated": self._repeated, "because of": self._last_trouble} if self._repeated else {})
+        paid: dict[str, str | int] = {} if cost is None else {"paid": dollars(cost)}
+        return paid | ({"retries": self._retries, "because of": self._last_failure} if self._retries else {})
 
-    def ask(
+    def embed(
         self,
         texts: Sequence[str],
         check: Callable[[Any], np.ndarray],
         stop: threading.Event,
-        on_trouble: Callable[[], None],
+        on_retry: Callable[[], None],
     ) -> np.ndarray:
-        """The vectors of a batch, [len(texts), E], in the texts' order.
+        """Embeds one batch: [len(texts), E], in the order of the texts.
 
         Args:
-            check: rows as the endpoint gave them -> vectors; raises `InputError` where they can't be used.
-            stop: once set, nothing more is asked.
-            on_trouble: called before a request is repeated.
+            check: turns the endpoint's rows into vectors; raises `InputError` if they are unusable.
+            stop: once set, no further request is made.
 
         Raises:
-            InputError: the endpoint refuses, or goes on failing, or a limit is reached.
+            InputError: the endpoint refuses or keeps failing, or a limit is reached.
         """
         unusable = 0
-        for attempt in range(self._config.retries + 1):
-            try:
-                return self._ask_once(texts, check, stop)
-            except _Trouble as trouble:
-                unusable += trouble.unusable
-                if attempt == self._config.retries or unusable == MOST_UNUSABLE or stop.is_set():
-                    times = "once" if attempt == 0 else f"{attempt + 1} times"
-                    raise InputError(
-                        f"{self.name} failed {times} ({trouble}): what was answered before is kept, "
-                        "so run again later to go on."
-                    ) from None
-                if trouble.wait > LONGEST_REQUESTED_WAIT:
-                    raise InputError(
-                        f"{self.name} asks to wait for {trouble.wait:,.0f} s ({trouble}): what was answered before is "
-                        "kept, so run again then."
-                    ) from None
-                self._repeated, self._last_trouble = self._repeated + 1, str(trouble)[:60]
-                on_trouble()
-                # Jitter, so that requests that failed together don't come back together.
-                delay = min(self._config.backoff * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.5, 1.5)
-                stop.wait(max(delay, trouble.wait))
-        raise AssertionError("unreachable")
 
-    def _ask_once(self, texts: Sequence[str], check: Callable[[Any], np.ndarray], stop: threading.Event) -> np.ndarray:
-        body: dict[str, Any] = {"model": self._config.model, "input": list(texts)}
+        def give_up(state: Any) -> bool:
+            nonlocal unusable
+            failure = state.outcome.exception()
+            unusable += failure.unusable
+            exhausted = state.attempt_number > self._config.retries or unusable == MAX_UNUSABLE
+            return exhausted or stop.is_set() or failure.retry_after > MAX_RETRY_AFTER
+
+        backoff = tenacity.wait_exponential(multiplier=self._config.backoff, max=MAX_BACKOFF)
+
+        def delay(state: Any) -> float:  # jittered, so that requests that failed together don't return together
+            return max(backoff(state) * random.uniform(0.5, 1.5), state.outcome.exception().retry_after)
+
+        def before_retry(state: Any) -> None:
+            self._retries, self._last_failure = self._retries + 1, str(state.outcome.exception())[:60]
+            on_retry()
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Retryable),
+            stop=give_up,
+            wait=delay,
+            sleep=tenacity.sleep_using_event(stop),
+            before_sleep=before_retry,
+            reraise=True,
+        )
+        try:
+            vectors: np.ndarray = retrying(self._embed_once, texts, check, stop)
+            return vectors
+        except _Retryable as failure:
+            attempts = retrying.statistics["attempt_number"]
+            what = f"failed {attempts} times" if attempts > 1 else "failed"
+            if failure.retry_after > MAX_RETRY_AFTER:
+                what = f"asks to wait for {failure.retry_after:,.0f} s"
+            raise InputError(
+                f"{self.name} {what} ({failure}): all answers so far are kept, so run again later to continue."
+            ) from None
+
+    def _embed_once(self, texts: Sequence[str], check: Callable[[Any], np.ndarray], stop: threading.Event) -> Any:
+        body = {"model": self._config.model, "input": list(texts)}
         if self._config.dimensions:
             body["dimensions"] = self._config.dimensions
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}
-        with self.budget.request(sum(map(most_tokens, texts))) as settle:
-            if stop.is_set():  # here, since the budget may have let it wait
+        # An upper bound: no usual tokenizer makes more than a token per byte, plus two around the text.
+        most = sum(len(text.encode()) + 2 for text in texts)
+        with self.budget.request(most) as settle:
+            if stop.is_set():  # checked here, since the budget may have blocked
                 settle(0)
-                raise InputError(f"{self.name} was not asked for everything: the run was stopped.")
+                raise InputError(f"The run was stopped before all texts were sent to {self.name}.")
             try:
                 response = self._client.post(f"{self._base}/embeddings", json=body, headers=headers)
-            except httpx2.TimeoutException:  # it may be working on it, so it may cost
-                raise _Trouble(f"no answer within {self._config.timeout:g} s") from None
-            except httpx2.ConnectError as error:
-                settle(0)
-                raise _Trouble(self._said(f"no connection: {error}")) from None
-            except httpx2.TransportError as error:
-                raise _Trouble(self._said(f"the connection broke: {error}")) from None
+            except httpx2.TimeoutException:  # the server may still do the work and charge for it
+                raise _Retryable(f"no answer within {self._config.timeout:g} s") from None
             except httpx2.RequestError as error:
-                raise _Trouble(self._said(f"an answer that can't be read: {error}"), unusable=True) from None
+                if connecting := isinstance(error, httpx2.ConnectError):
+                    settle(0)
+                what = "no connection" if connecting else "the connection broke"
+                raise _Retryable(
+                    self._quoted(f"{what}: {error}"), unusable=not isinstance(error, httpx2.TransportError)
+                ) from None
             if response.status_code != 200:
                 settle(0)
-                raise self._refusal(response)
+                raise self._failure(response)
             try:
                 answer = response.json()
-                _settle_usage(answer, settle)
+                settle(_reported_tokens(answer, most))
                 return check(_in_order(answer, len(texts)))
-            except RecursionError:
-                raise _Trouble("an answer nested too deeply", unusable=True) from None
             except InputError as error:
-                raise _Trouble(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
-            except ValueError as error:  # no JSON, or cut off
-                kind = "HTML" if response.text.lstrip().startswith("<") else f"no JSON: {error}"
-                raise _Trouble(f"an answer that is {kind}", unusable=True) from None
+                raise _Retryable(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
+            except (ValueError, RecursionError) as error:  # truncated, nested too deeply, or no JSON at all
+                kind = "HTML" if response.text.lstrip().startswith("<") else f"not JSON: {error}"
+                raise _Retryable(f"an answer that is {kind}", unusable=True) from None
 
-    def _refusal(self, response: httpx2.Response) -> Exception:
-        """What an answer of another status than 200 means."""
+    def _failure(self, response: httpx2.Response) -> Exception:
+        """The exception for a status other than 200."""
         status = response.status_code
-        message, code = _message(response)
-        said = self._said(f"status {status}" + (f": {message}" if message else ""))
-        # Out of credit is a 429 too, but time doesn't mend it.
+        message, code = _server_message(response)
+        quoted = self._quoted(f"status {status}" + (f": {message}" if message else ""))
+        # Running out of credit is a 429 too, but waiting doesn't help.
         if (status in (408, 429) and code != "insufficient_quota") or status >= 500:
-            return _Trouble(said, wait=_requested_wait(response.headers.get("retry-after", "")))
+            return _Retryable(quoted, retry_after=_retry_after(response.headers.get("retry-after", "")))
+        advice = ADVICE.get(status, "change what the message names").format(variable=self._config.key_variable)
         if response.is_redirect:
-            advice = "give the base URL that it redirects to"
-        else:
-            advice = ADVICE.get(status, "change what the message names").format(variable=self._config.key_variable)
+            advice = "set the base URL to the one it redirects to"
         if status in (401, 403) and not self._key():
             advice += ", which is not set"
-        return InputError(f"{self.name} refused ({said}): {advice}.")
+        return InputError(f"{self.name} refused ({quoted}): {advice}.")
 
-    def _said(self, text: str) -> str:
-        """Somebody else's text as a part of our sentence, without the key, which servers like to quote."""
+    def _quoted(self, text: str) -> str:
+        """Server text as part of one sentence, without the key, which servers like to quote."""
         if key := self._key():
             text = text.replace(key, "[key]")
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split()).rstrip(".")
-        return text if len(text) <= MOST_SAID else text[:MOST_SAID] + "..."
+        return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "..."
 
     def _key(self) -> str:
-        """Read where it is used, and never kept."""
+        """Reads the key where it is used, so that no object holds it."""
         key = os.environ.get(self._config.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise InputError(
-                f"The environment variable {self._config.key_variable} holds characters that no key has; set it anew."
+                f"The environment variable {self._config.key_variable} contains characters that no key has; set it "
+                "again."
             )
         return key
 
 
-def _checked_url(url: str) -> str:
+def _parse_url(url: str) -> str:
     """The base URL in the one form that caches and messages use."""
     advice = "give one such as https://api.openai.com/v1"
     try:
-        parts = urlsplit(url.strip())
-        _ = parts.port  # raises where it is no number
-        (parts.hostname or "").encode("idna")  # so does this where the network's library would
         httpx2.URL(url.strip())
+        parts = urlsplit(url.strip())
+        (parts.hostname or "").encode("idna")  # as the socket library will
     except (ValueError, httpx2.InvalidURL) as error:
-        raise InputError(f"The base URL can't be understood ({error}); {advice}.") from None
+        raise InputError(f"The base URL is not valid ({error}); {advice}.") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # Not quoted: it may hold a secret.
-        raise InputError(f"The base URL holds a user name, a password or something behind ? or #; {advice}.")
+        raise InputError(f"The base URL has a user name, a password, a ? or a #; {advice}.")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"The base URL {url!r} isn't one of http or https; {advice}.")
+        raise InputError(f"The base URL {url!r} is not http or https; {advice}.")
     return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/').removesuffix('/embeddings')}"
 
 
-def _settle_usage(answer: Any, settle: Callable[[int], None]) -> None:
+def _reported_tokens(answer: Any, otherwise: int) -> int:
     usage = answer.get("usage") if isinstance(answer, dict) else None
     tokens = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else None
-    if type(tokens) is int and 0 <= tokens < 2**53:  # whatever else a server sends is as good as nothing
-        settle(tokens)
+    return tokens if type(tokens) is int and 0 <= tokens < 2**53 else otherwise
 
 
 def _in_order(answer: Any, count: int) -> list[Any]:
-    """The embeddings by their `index` field: answers may come in any order.
-
-    Raises:
-        InputError: a field is missing, or there isn't one embedding for each text.
-    """
-    data = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
-        raise InputError("an answer without the list `data`")
-    for field in ("index", "embedding"):
-        if any(field not in item for item in data):
-            raise InputError(f"an answer whose `data` lacks the field `{field}`")
-    rows = {item["index"]: item["embedding"] for item in data if type(item["index"]) is int}
-    if len(data) != count or set(rows) != set(range(count)):
-        raise InputError(f"an answer of {len(data)} embeddings to {count} texts, or with the wrong `index`")
+    """The embeddings by their `index` field: an endpoint may return them in any order."""
+    try:
+        rows = {item["index"]: item["embedding"] for item in answer["data"]}
+    except (KeyError, TypeError):
+        raise InputError("an answer that isn't {data: [{index, embedding}, ...]}") from None
+    if len(answer["data"]) != count or set(rows) != set(range(count)):
+        raise InputError(f"an answer of {len(answer['data'])} embeddings to {count} texts, or with the wrong `index`")
     return [rows[i] for i in range(count)]
 
 
-def _message(response: httpx2.Response) -> tuple[str, str]:
-    """The server's own words, and its error code: {error: {message, code}} in OpenAI's form, others in theirs."""
+def _server_message(response: httpx2.Response) -> tuple[str, str]:
+    """The server's message and error code: {error: {message, code}} in OpenAI's form, variants in others'."""
     try:
         body = response.json()
     except (ValueError, RecursionError):
-        text = response.text
-        return ("an HTML page" if text.lstrip().startswith("<") else text), ""
+        return ("an HTML page" if response.text.lstrip().startswith("<") else response.text), ""
     error = body.get("error", body) if isinstance(body, dict) else body
-    if isinstance(error, dict):
-        message = error.get("message") or error.get("detail") or ""
-        return str(message), str(error.get("code") or error.get("type") or "")
-    return str(error or ""), ""
+    if not isinstance(error, dict):
+        return str(error or ""), ""
+    message, code = (error.get(a) or error.get(b) or "" for a, b in (("message", "detail"), ("code", "type")))
+    return str(message), str(code)
 
 
-def _requested_wait(header: str) -> float:
-    """Seconds of a Retry-After header, which holds seconds or a date; 0 where it says nothing usable."""
+def _retry_after(header: str) -> float:
+    """Seconds of a Retry-After header, which holds seconds or a date; 0 if it is unusable."""
     try:
-        seconds = float(header)
+        seconds = float(header) if header.strip() else 0.0
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
