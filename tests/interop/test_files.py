@@ -1,17 +1,15 @@
 """Folders of weights: written whole or not at all, with the user's own permissions, and what is refused of them."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import check_new, open_checkpoint, whole_folder
+from v2t_jax.interop.files import check_new, whole_folder
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -89,13 +87,3 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out") as building:
         (building / "config.json").write_text("{}")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
-
-
-@pytest.mark.parametrize("loaded", [{0: np.zeros(1)}, {"key": 3}, [np.zeros(1)]])
-def test_a_pickle_of_something_else(loaded: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In torch's place, which the suite does without, stands what it would have read."""
-    torch = SimpleNamespace(load=lambda *_, **__: loaded, is_tensor=lambda value: isinstance(value, np.ndarray))
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match="pytorch_model.bin is not a dict of tensors by name"):
-        open_checkpoint(tmp_path)

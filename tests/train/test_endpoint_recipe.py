@@ -208,7 +208,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"partial_hypotheses": True}, "partial_hypotheses are made on the fly"),
     ({"initial_embedding": "embedder"}, "initial_embedding=embedder needs weights"),
     ({"embedder": "all-MiniLM-L6-v2"}, "api is for an embedder behind an endpoint"),
-    ({"api": {"model": ""}}, "No model is named for http.*: give api.model"),
+    ({"api": {"model": ""}}, "No model is named for http.*: set api.model"),
     ({"api": {"model": "tiny", "cache": 5}}, "api.cache is 5; it must be a string or None"),
     ({"data": {"embeddings": "guesses"}}, "The column guesses holds hypotheses, not embeddings"),
     ({"data": {"embeddings": "none"}}, "columns/none/manifest.json is missing"),
@@ -271,3 +271,31 @@ def test_a_killed_embed_goes_on_and_asks_for_nothing_twice(done: Whole, tmp_path
     stored = StoredTexts(Path(done.data))
     every = np.arange(len(stored.block_rows))
     np.testing.assert_array_equal(stored.column("again").read(every), stored.column("vectors").read(every))
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_two_processes_ask_for_each_text_once(done: Whole, tmp_path: Path) -> None:
+    """Each with a cache of its own, as hosts have: held-out texts and hypotheses are all requested by process 0."""
+    recipe = dataclasses.replace(done.inverter, api=ApiConfig(model="shared", backoff=0.01))
+    (tmp_path / "recipe.py").write_text(RECIPE.format(json.dumps(to_dict(recipe))))
+    code = "import os, sys; os.environ['XDG_CACHE_HOME'] = sys.argv.pop() + os.environ['V2T_PROCESS_ID']; "
+    code += "from v2t_jax.cli.main import main; main()"
+    command = [sys.executable, "launch/local.py", "--processes", "2", "--devices", "2", "--"]
+    command += [
+        sys.executable,
+        "-c",
+        code,
+        "train",
+        str(tmp_path / "recipe.py"),
+        "--workdir",
+        str(tmp_path / "run"),
+        str(tmp_path / "cache"),
+    ]
+    before = done.endpoint.paid.copy()
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    paid = done.endpoint.paid - before
+    assert set(paid.values()) == {1} and len(paid) >= len(prepare(done.inverter).held_out)
+    assert not list(tmp_path.glob("cache1/**/*.sqlite"))
+    assert (tmp_path / "run" / "evaluation.json").is_file()

@@ -1,7 +1,6 @@
 """Commands that go from texts to vectors and back: invert, embed, eval, demo."""
 
 import contextlib
-import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,10 +83,10 @@ class Invert:
             "batch_size": self.batch_size,
         }
         if vectors is None:
-            found = invert_on_all_hosts(functools.partial(invert_strings, inverter, **options), list(self.text))
+            found = invert_on_all_hosts(invert_strings, inverter, list(self.text), **options)
         else:
             vectors = check_vectors(vectors, inverter.config.embedding_width)
-            found = invert_on_all_hosts(functools.partial(invert_embeddings, inverter, **options), vectors)
+            found = invert_on_all_hosts(invert_embeddings, inverter, vectors, **options)
         if not is_main():
             return
         if self.json:

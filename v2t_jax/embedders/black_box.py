@@ -1,7 +1,7 @@
 """Embedders that are only called, never seen: any Python callable, any OpenAI-compatible endpoint.
 
-Both are `TextEmbedder`s (embedders/base.py). Nothing here runs JAX, so both may be called from inside the compiled correction loop
-(inversion/host_callback.py). Every answer is checked before it is used.
+Both are `TextEmbedder`s (embedders/base.py). Embedding runs no JAX, so both may be called from inside the compiled
+correction loop (inversion/host_callback.py). Every answer is checked before it is used.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from v2t_jax import progress
 from v2t_jax.config import ApiConfig
-from v2t_jax.embedders.base import EmbedderIdentity
+from v2t_jax.embedders.base import EmbedderIdentity, TextEmbedder
 from v2t_jax.embedders.http import Endpoint, approximate_tokens, dollars
 from v2t_jax.embedders.vector_cache import VectorCache
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
+from v2t_jax.parallel import processes
 from v2t_jax.parallel.compile_cache import user_cache_dir
 
 PROBE = "width"  # the text that is embedded to learn the vectors' width and length
@@ -36,7 +39,10 @@ class BlackBox(ABC):
     Attributes:
         name: for messages and a model's record.
         weights_sha256: empty, since the weights are unknown.
+        metered: calls are paid for and limited, so process 0 of a run makes them for all processes.
     """
+
+    metered = False
 
     def __init__(self, name: str, width: int | None, normalized: bool | None) -> None:
         if width is not None:
@@ -180,6 +186,8 @@ class HttpEmbedder(BlackBox):
         InputError: the URL, the key or the model's name is invalid.
     """
 
+    metered = True
+
     def __init__(
         self, base_url: str, config: ApiConfig, width: int | None = None, normalized: bool | None = None
     ) -> None:
@@ -225,7 +233,7 @@ class HttpEmbedder(BlackBox):
             if missing:
                 batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
                 self._request(batches, vectors, cache)
-        return np.stack([vectors[text] for text in texts])
+        return np.stack([vector for vector in vectors.values() if vector is not None])
 
     def _request(self, batches: list[list[str]], vectors: dict[str, np.ndarray | None], cache: VectorCache) -> None:
         """Requests the batches concurrently and fills in `vectors`."""
@@ -235,7 +243,7 @@ class HttpEmbedder(BlackBox):
 
         def request(batch: list[str]) -> tuple[list[str], np.ndarray]:
             try:
-                rows = self._endpoint.embed(batch, lambda answer: self._checked(answer, len(batch)), stop, show)
+                rows = self._endpoint.request(batch, lambda answer: self._checked(answer, len(batch)), stop, show)
                 cache.write(batch, rows)  # immediately: it has been paid for
                 return batch, rows
             except BaseException as error:
@@ -264,6 +272,31 @@ class HttpEmbedder(BlackBox):
                 # Requests in flight are paid for, so their answers are waited for and kept.
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def is_metered(embedder: object) -> bool:
+    return bool(getattr(embedder, "metered", False))
+
+
+def embed_once(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
+    """Embeds the same texts for all processes, [len(texts), E]; only process 0 asks a metered embedder.
+
+    Raises:
+        InputError: on all processes, if process 0's request failed.
+    """
+    if not is_metered(embedder) or jax.process_count() == 1:
+        return embedder.embed(texts)
+    found, failure = np.zeros((0, 0), np.float32), ""
+    if processes.is_main():
+        try:
+            found = embedder.embed(texts)
+        except InputError as error:
+            failure = str(error)
+    failure, width = processes.gather([failure, found.shape[1]])[0]
+    if failure:
+        raise InputError(failure)
+    sent = found if processes.is_main() else np.zeros((len(texts), width), np.float32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(sent))
 
 
 def _distinct(texts: Sequence[str], batch_size: int) -> list[str]:

@@ -147,7 +147,7 @@ class Endpoint:
         paid: dict[str, str | int] = {} if cost is None else {"paid": dollars(cost)}
         return paid | ({"retries": self._retries, "because of": self._last_failure} if self._retries else {})
 
-    def embed(
+    def request(
         self,
         texts: Sequence[str],
         check: Callable[[Any], np.ndarray],
@@ -202,7 +202,7 @@ class Endpoint:
             ) from None
 
     def _embed_once(self, texts: Sequence[str], check: Callable[[Any], np.ndarray], stop: threading.Event) -> Any:
-        body = {"model": self._config.model, "input": list(texts)}
+        body: dict[str, Any] = {"model": self._config.model, "input": list(texts)}
         if self._config.dimensions:
             body["dimensions"] = self._config.dimensions
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}

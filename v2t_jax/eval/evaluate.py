@@ -1,9 +1,8 @@
 """Scores of a model over correction steps and beam widths, as a table and a plot."""
 
-import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +86,10 @@ def evaluate(
         def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[InversionResult], float]:
             started = time.perf_counter()
             options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
-            recover: Callable[[Any], list[InversionResult]] = functools.partial(invert_strings, inverter, **options)
-            # On a mesh all processes recover the same texts together, elsewhere each a share.
-            found = invert_on_all_hosts(recover, texts) if inverter.mesh is None else recover(texts)
+            if inverter.mesh is None:
+                found = invert_on_all_hosts(invert_strings, inverter, texts, **options)
+            else:  # all processes invert the same texts together
+                found = invert_strings(inverter, texts, **options)
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
         first = texts[: BATCH_SIZE * jax.device_count()]

@@ -1,13 +1,11 @@
 """A checkpoint folder as Hugging Face's `save_pretrained` leaves it: its tensors, each read when it is asked for."""
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from v2t_jax.errors import InputError
+from v2t_jax.interop.torch_files import read_torch_file
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -30,12 +29,8 @@ class StoredTensor:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         try:
-            value = self._source[index]
-            if isinstance(value, np.ndarray):
-                return value
-            # numpy has no bfloat16.
-            return (value.float() if value.is_floating_point() else value).numpy()
-        except (OSError, SafetensorError, TypeError, RuntimeError) as error:
+            return np.asarray(self._source[index])
+        except (OSError, SafetensorError, TypeError) as error:
             raise InputError(f"{self._path} is unreadable or of an unknown dtype ({error}); fetch it again.") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -46,8 +41,7 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder by its key; safetensors before `.bin`, one file or shards with an index.
 
     Raises:
-        InputError: no weights, a damaged or missing file, a pickle that holds more than weights, or a `.bin` without
-            torch to read it.
+        InputError: no weights, a damaged or missing file, or a `.bin` that contains more than weights.
     """
     return open_weights(weight_files(folder))
 
@@ -56,7 +50,10 @@ def open_weights(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Every tensor of files by its key; see `open_checkpoint`."""
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        tensors |= _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+        if path.suffix == ".safetensors":
+            tensors |= _open_safetensors(path)
+        else:
+            tensors |= {key: StoredTensor(path, array, array.shape) for key, array in read_torch_file(path).items()}
     return tensors
 
 
@@ -103,28 +100,6 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
     return {key: StoredTensor(path, values, values.get_shape()) for key, values in slices.items()}
-
-
-def _open_pickle(path: Path) -> dict[str, StoredTensor]:
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError as error:
-        raise InputError(
-            f"Reading {path} needs torch, which isn't installed: run 'pip install torch', or save the weights as "
-            f"{SAFETENSORS}."
-        ) from error
-    try:
-        # Mapped, so that memory holds what was read; files older than the zip format can't be.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises whatever the damage leads to
-        gist = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-        raise InputError(
-            f"{path} is damaged or holds more than weights, so it isn't read ({gist}); save the weights alone, best as "
-            f"{SAFETENSORS}."
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()):
-        raise InputError(f"{path} is not a dict of tensors by name; save a model's state_dict().")
-    return {key: StoredTensor(path, tensor, tensor.shape) for key, tensor in loaded.items()}
 
 
 def read_json(path: Path, what: str, kind: type = dict) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.config import MeshConfig
 from v2t_jax.embedders.base import TextEmbedder, embed_texts, named_or_embedder
+from v2t_jax.embedders.black_box import is_metered
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.inversion.correction import Correction, Mode, check_num_steps, correct_in_batches
 from v2t_jax.inversion.host_callback import host_errors
@@ -278,23 +279,29 @@ def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> Inversion
     return InversionResult(texts[best], float(values[best]), best, tuple(trace))
 
 
-def invert_on_all_hosts(recover: Callable[[Any], list[InversionResult]], items: Any) -> list[InversionResult]:
-    """`recover(items)`, each process of a run doing its share on its own devices; all get all of it.
+def invert_on_all_hosts(
+    invert: Callable[..., list[InversionResult]], inverter: InversionPipeline, items: Any, **options: Any
+) -> list[InversionResult]:
+    """`invert(inverter, items, **options)` on every process, each doing a share on its own devices.
+
+    With a metered embedder process 0 does everything: a run then pays for a text once, within one limit.
 
     Args:
-        items: texts or vectors, the same on every process, all of which must call this.
+        items: texts or vectors, the same on every process.
+
     Raises:
-        InputError: that of any process; or they have different items.
+        InputError: the one raised on any process; or the items differ between processes.
     """
     count = jax.process_count()
     if count == 1:
-        return recover(items)
+        return invert(inverter, items, **options)
+    once = is_metered(inverter.embedder)
     found: list[InversionResult] = []
     fault = ""
     given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
     try:
-        share = items[jax.process_index() :: count]
-        found = recover(share) if len(share) else []
+        share = items[jax.process_index() :: 1 if once else count] if not once or processes.is_main() else []
+        found = invert(inverter, share, **options) if len(share) else []
     except InputError as error:
         fault = str(error)
     record = {"given": hashlib.sha256(given).hexdigest(), "fault": fault, "found": [one.to_dict() for one in found]}
@@ -304,7 +311,7 @@ def invert_on_all_hosts(recover: Callable[[Any], list[InversionResult]], items: 
             raise InputError(part["fault"])
         if part["given"] != parts[0]["given"]:
             raise InputError("The processes have read different texts or vectors: give all hosts the same files.")
-    records = [parts[i % count]["found"][i // count] for i in range(len(items))]
+    records = parts[0]["found"] if once else [parts[i % count]["found"][i // count] for i in range(len(items))]
     return [InversionResult(**one | {"trace": tuple(TraceStep(**step) for step in one["trace"])}) for one in records]
 
 

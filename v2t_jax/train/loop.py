@@ -10,7 +10,6 @@ workdir/evaluation.{json,png}          its scores on held-out texts, over correc
 """
 
 import dataclasses
-import functools
 import json
 import math
 import signal
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 from v2t_jax import progress
 from v2t_jax.config import Config, Stage, StageConfig, to_dict
 from v2t_jax.data.dataset import StoredBatches
+from v2t_jax.embedders.black_box import embed_once
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, plot
@@ -111,7 +111,7 @@ def _train(config: Config, workdir: Path) -> Path:
     with stop_signals() as stopped:
         for stage in config.stages:
             params[stage] = train_stage(setup, stage, workdir / stage, params, stopped)
-    norm = norm_statistics(setup.embedder.embed(setup.held_out[:NORM_TEXTS]))
+    norm = norm_statistics(embed_once(setup.embedder, setup.held_out[:NORM_TEXTS]))
     inverter = setup.inverter(params)
     inverter.embedding_norm = norm
     folder = workdir / "model"
@@ -280,9 +280,9 @@ def evaluate_stage(setup: TrainContext, inverter: InversionPipeline, samples: Lo
     """Recovers held-out texts with the parameters as they are: greedily, with one correction step for the corrector."""
     references = setup.held_out[: setup.config.evaluation.num_examples]
     num_steps = int(inverter.has_corrector)
-    if inverter.mesh is None:  # an endpoint embeds: each process asks it for a share
-        recover = functools.partial(invert_strings, inverter, num_steps=num_steps, sequence_beam_width=1)
-        predictions = [one.text for one in invert_on_all_hosts(recover, references)]
+    if inverter.mesh is None:
+        options = {"num_steps": num_steps, "sequence_beam_width": 1}
+        predictions = [one.text for one in invert_on_all_hosts(invert_strings, inverter, references, **options)]
     else:
         e = embed_anew(inverter, references)
         ids = run_correction(inverter, e, num_steps, sequence_beam_width=1, mode="upstream").ids

@@ -17,7 +17,7 @@ from v2t_jax.data.blocks import Column, StoredTexts
 from v2t_jax.data.dataset import StoredBatches
 from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder
-from v2t_jax.embedders.black_box import HttpEmbedder
+from v2t_jax.embedders.black_box import HttpEmbedder, embed_once
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of, weight_files
@@ -147,7 +147,7 @@ def prepare(config: Config) -> TrainContext:
         t5 = check_t5(config, vocabulary)
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
     if local is None:  # asked for now: a key or a limit that won't do shows before training, and the answers are kept
-        embedder.embed(held_out)
+        embed_once(embedder, held_out)
     return TrainContext(config, model, embedder, vocabulary, stores, columns, held_out)
 
 
