@@ -32,6 +32,11 @@ def disable() -> None:
     _display = None
 
 
+def on_terminal() -> bool:
+    """Whether progress is enabled and shown live."""
+    return _display is not None and not _display.disable
+
+
 def note(text: str) -> None:
     """Prints one line above the live display."""
     if _display is not None:

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -204,11 +205,11 @@ def test_help(run: Run, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_the_parsers_box_becomes_a_sentence_in_any_encoding(encoding: str) -> None:
+def test_what_the_parser_refuses_goes_to_stderr_in_any_encoding(encoding: str) -> None:
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run([*V2T, "invert", "--txt", "a"], capture_output=True, text=True, env=environment)
-    expected = "v2t: Unrecognized options: --txt, a; perhaps you meant --text; for help run v2t --help.\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Unrecognized options: --txt, a" in done.stderr and "--text STR" in done.stderr
 
 
 @pytest.fixture
@@ -284,7 +285,7 @@ MISTAKES = [
     (("invert", "--text", "cat", *TINY, "--sequence-beam-width", "0"), "sequence_beam_width is 0"),
     (("invert", "--text", "cat", *TINY, "--batch-size", "0"), "batch_size is 0"),
     (("invert", "--text", "cat", *TINY, "--mode", "worst"), "'worst'"),
-    (("invert", "--txt", "cat"), "perhaps you meant --text"),
+    (("invert", "--txt", "cat"), "Perhaps you meant: --text"),
     (("embed", "--input", "T/missing.txt", "--output", "T/o.npy", "--embedder", "M/embedder"), "can't be read"),
     (("embed", "--input", "T/latin.txt", "--output", "T/o.npy", "--embedder", "M/embedder"), "not UTF-8"),
     (("embed", "--input", "T/empty.txt", "--output", "T/o.npy", "--embedder", "M/embedder"), "is empty"),
@@ -304,33 +305,42 @@ MISTAKES = [
     (("eval", *TINY, "--sequence-beam-width", "0"), "each at least 1"),
     (("eval", *TINY, "--plot", "T/folder"), "plot can't be written"),
     (("eval", *TINY, "--source", "T/nothing.txt"), "no file"),
-    (("train",), "The recipe comes first"),
-    (("train", "--workdir", "T/w", RECIPE), "The recipe comes first"),
+    (("train",), "The recipe is missing; put it first"),
+    (("train", "--workdir", "T/w", RECIPE), "The recipe is missing; put it first"),
     (("train", "T/nothing.py", "--workdir", "T/w"), "no recipe"),
     (("train", "T/recipe.py", "--workdir", "T/w"), "must define get_config"),
     (("train", RECIPE), "--workdir"),
-    (("train", RECIPE, "--workdir", "T/w", "--inverter.num-step", "5"), "perhaps you meant --inverter.num-steps"),
+    (("train", RECIPE, "--workdir", "T/w", "--inverter.num-step", "5"), "Perhaps you meant: --inverter.num-steps"),
     (("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "five"), "--inverter.num-steps"),
     (
         ("train", RECIPE, "--workdir", "T/w", "--inverter.num-steps", "0"),
-        "num_steps is 0; it must be a whole number >= 1",
+        "num_steps is 0; it must be",
     ),
     (("train", RECIPE, "--workdir", "T/w", "--stages", "mapper"), "mapper"),
     (("train", RECIPE, "--workdir", "T/other"), "another config"),
-    (("train", RECIPE, "--workdir", "T/w", "--distributed.coordinator", "host"), "give HOST:PORT of process 0"),
+    (
+        ("train", RECIPE, "--workdir", "T/w", "--distributed.coordinator", "host"),
+        "with coordinator host, num_processes None",
+    ),
     (("nonsense",), "nonsense"),
     ((), "invert, embed, embedders, eval"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[" ".join(arguments)[:70] for arguments, _ in MISTAKES])
-def test_a_mistake_ends_in_one_sentence(run: Run, bad: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_ends_in_one_sentence_or_the_parsers_box(
+    run: Run, bad: Path, arguments: tuple[str, ...], said: str
+) -> None:
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
-    # A slow machine may say before it what takes so long.
-    *before, sentence = err.splitlines()
-    assert sentence.startswith("v2t: ") and sentence.endswith((".", ").")) and said in sentence
-    assert not [line for line in before if not line.startswith(("loading", "starting", "reading", "embedding"))]
+    # A slow machine may first name what takes long.
+    before = ("loading", "starting", "reading", "embedding")
+    lines = [line for line in err.splitlines() if not line.startswith(before)]
+    if lines[0].startswith("v2t: "):
+        (sentence,) = lines
+        assert sentence.endswith((".", ").")) and said in sentence
+    else:
+        assert said in " ".join(re.sub("[╭╮╰╯│─|]", " ", err).split())
     assert not list(bad.glob("*.part"))
 
 
