@@ -210,7 +210,7 @@ def test_the_end_token_that_only_the_settings_ask_for(tmp_path):
     assert embedder.token_map() == TokenMap((2,), 3)
     for missing in (None, "</s>"):
         change(llama / "tokenizer_config.json", eos_token=missing)
-        with pytest.raises(InputError, match=f"asks for the end token {missing!r}, which its tokenizer.json lacks"):
+        with pytest.raises(InputError, match=f"asks for the end token {missing!r}, which the tokenizer lacks"):
             load_embedder(f"last@{llama}")
 
 
@@ -277,13 +277,13 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
         (change_dense(in_features=15), "don't hold what config.json means"),
         (change_dense(use_residual=True), "use_residual"),
         (change_dense(module_input_name="token_embeddings"), "module_input_name 'token_embeddings'"),
-        (config(hidden_act="relu"), "hidden_act = 'relu'; only 'gelu' is read"),
+        (config(hidden_act="relu"), "hidden_act = 'relu'; only 'gelu' is supported"),
         (config(position_embedding_type="relative_key"), "'relative_key'"),
-        (config(model_type="gpt2"), "model_type 'gpt2'; those that are read are bert, "),
-        (config(hidden_size=None), "lacks 'hidden_size'"),
-        (config(hidden_size="16"), "hidden_size = '16'; it must be a whole number"),
+        (config(model_type="gpt2"), "model_type 'gpt2'; supported are bert, "),
+        (config(hidden_size=None), "'hidden_size' expected int, got NoneType"),
+        (config(hidden_size="16"), "'hidden_size' expected int, got str"),
         (config(num_attention_heads=3), "3 heads"),
-        (config(layer_norm_eps=-1), "layer_norm_eps = -1; it must be a positive number"),
+        (config(layer_norm_eps=-1.0), "layer_norm_eps = -1.0; it must be a positive number"),
         (config(hidden_size=18), "bert weight '.*' has shape .*; its config means"),
         (config(num_hidden_layers=2), "bert weights lack 'encoder.layer.1."),
         (change_weights(lambda state: state.pop(QUERY)), f"bert weights lack '{QUERY}'"),
@@ -303,14 +303,14 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
         (no_pooling, "exactly one supported mode"),
         (two_poolings, "exactly one supported mode"),
         (prompt_left_out, "include_prompt"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "lacks 'hidden_size'"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "weights lack 'encoder.layer"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
-        (lambda folder: (folder / "modules.json").write_text('[{"path": ""}]'), "lack or garble 'type'"),
-        (lambda folder: (folder / "modules.json").write_text("[1]"), "lack or garble"),
+        (lambda folder: (folder / "modules.json").write_text('[{"path": ""}]'), "missing or malformed at 'type'"),
+        (lambda folder: (folder / "modules.json").write_text("[1]"), "missing or malformed"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable JSON"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer: neither tokenizer.json nor vocab.txt"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights: neither model.safetensors nor"),
         (lambda folder: os.truncate(folder / "model.safetensors", 500), "damaged or no safetensors file"),
         (lambda folder: change(folder / "sentence_bert_config.json", max_seq_length=2), "cut to 2 tokens"),
@@ -342,12 +342,16 @@ def test_vectors_that_are_not_finite(folder, value):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rotary positions of the type 'yarn'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}},
+            "rotary positions of type 'yarn'",
+        ),
         ("llama", {"attention_bias": True}, "attention_bias = True; only False"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3, which must divide"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-        ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "layers of the type 'chunked_attention'"),
-        ("gemma3", {"layer_types": []}, "one entry for each of 3 layers"),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "layers of type 'chunked_attention'"),
+        ("gemma3", {"layer_types": []}, "must be equal to the number of `layer_types`"),
         ("modernbert", {"norm_bias": True}, "norm_bias = True"),
         ("nomic_bert", {"rotary_scaling_factor": 2.0}, "rotary_scaling_factor"),
         ("roberta", {"pad_token_id": None}, "pad_token_id = None"),

@@ -19,6 +19,7 @@ from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
+from v2t_jax.interop.files import complete_config
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
 from v2t_jax.models import corrector, inverter, t5
@@ -174,7 +175,7 @@ def encode(config: EncoderConfig, params: Params, ids: jax.Array, mask: jax.Arra
 def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Our hidden states [B, L, D], zero where padding is, and pooled vectors [B, E] of an encoder's case."""
     json_config, pooling = json.loads(str(case["config"])), cast(Pooling, str(case["pooling"]))
-    config = encoder_config(json_config)
+    config = encoder_config(complete_config(json_config))
     if pooling == "pooler":
         config = dataclasses.replace(config, pooler=True)  # type: ignore[call-arg]
     state = state_dict(case)

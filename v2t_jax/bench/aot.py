@@ -25,7 +25,7 @@ from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5
 from v2t_jax.embedders.known import KNOWN
 from v2t_jax.embedders.load import locate
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import read_json
+from v2t_jax.interop.files import complete_config, read_json
 from v2t_jax.interop.hf_encoders import encoder_config
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections, shared_embedder
@@ -116,7 +116,7 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, TokenMap]:
                 f"The sizes of the embedder {config.embedder} aren't known here: give one of {', '.join(ENCODERS)}, or "
                 "a folder with its config.json."
             ) from error
-        encoder = encoder_config(read_json(folder / "config.json", "an embedder's folder"))
+        encoder = encoder_config(complete_config(read_json(folder / "config.json", "an embedder's folder")))
         width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
         dense, normalize = 0, True
     encoder = dataclasses.replace(encoder, dtype=config.embedder_dtype)

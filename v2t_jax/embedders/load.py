@@ -1,13 +1,11 @@
 """Finds and reads an embedder: sentence-transformers' folder format, old and new, and plain Hugging Face folders.
 
-An embedder's name says all that must be known to find it again:
-
-    NAME              one of the table (interop/embedders.py), from an installed package or the hub
-    FOLDER            as its modules.json says, or, without one, as `_default_pooling` says
-    ORG/NAME          a repository of the hub, read as FOLDER is
-    NAME@FOLDER       one of the table, its files in FOLDER
-    POOLING@FOLDER    the encoder of FOLDER (or ORG/NAME) and this pooling (mean, cls, pooler, last, max), no more
-    ...:256           any of them, the first 256 dimensions kept
+NAME              one of the table (embedders/known.py), from an installed package or the hub
+FOLDER            as its modules.json says, or, without one, as `_default_pooling` says
+ORG/NAME          a repository of the hub, read as FOLDER is
+NAME@FOLDER       one of the table, its files in FOLDER
+POOLING@FOLDER    the encoder of FOLDER (or ORG/NAME) and this pooling (mean, cls, pooler, last, max), no more
+...:256           any of them, the first 256 dimensions kept
 """
 
 import dataclasses
@@ -25,15 +23,21 @@ from tokenizers import Tokenizer, normalizers, processors
 
 from v2t_jax import progress
 from v2t_jax.config import Dtype, T5Config
-from v2t_jax.data.vocabulary import read_tokenizer
 from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.known import KNOWN, KnownEmbedder
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import open_checkpoint, open_weights, read_json, sha256_of, weight_files
-from v2t_jax.interop.hf_configs import longest_text
-from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
+from v2t_jax.interop.files import (
+    Tensor,
+    complete_config,
+    folder_tokenizer,
+    open_checkpoint,
+    open_weights,
+    read_json,
+    sha256_of,
+    weight_files,
+)
+from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface, longest_text
 from v2t_jax.interop.hub import download, is_hub_name
-from v2t_jax.interop.weights import Tensor
 from v2t_jax.models.bert import BertConfig
 from v2t_jax.models.clip_text import ClipTextConfig
 from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, Pooling
@@ -135,9 +139,7 @@ def load_embedder(
         with progress.stage(f"loading the embedder {name}"):
             config, params, tokenizer, sha256 = _read_embedder(parsed, folder, dtype)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder} is not a complete embedder folder: its JSON files lack or garble {error}; fetch it again."
-        ) from error
+        raise _malformed(folder, error) from error
     if dimensions is not None:
         name, parsed = f"{name}:{dimensions}", dataclasses.replace(parsed, dimensions=dimensions)
     if parsed.dimensions is not None:
@@ -159,7 +161,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         return _read_tokenizer(_encoder_folder(folder)[1], folder)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}'s JSON files lack or garble {error}; fetch it again.") from error
+        raise _malformed(folder, error) from error
+
+
+def _malformed(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder}'s JSON files are missing or malformed at {error}; download the embedder again.")
 
 
 def _encoder_folder(folder: Path) -> tuple[list[Any], Path]:
@@ -171,57 +177,52 @@ def _encoder_folder(folder: Path) -> tuple[list[Any], Path]:
         # By its letters: the hub's cache links its files elsewhere.
         whole, inside = os.path.abspath(folder), os.path.abspath(folder / module["path"])
         if os.path.commonpath([whole, inside]) != whole:
-            raise InputError(f"{modules_file} names {module['path']!r}, which lies outside the folder; fetch it again.")
+            raise InputError(
+                f"{modules_file} names {module['path']!r}, which lies outside the folder; download it again."
+            )
     body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
     return modules, body
 
 
 def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
     modules, body = _encoder_folder(folder)
-    encoder_json = _read_json(body / "config.json")
-    files = weight_files(body)
-    tensors = open_weights(files)
+    known, files = name.known, weight_files(body)
+    tensors, settings = open_weights(files), _read_json(body / "config.json")
     try:
-        encoder = encoder_config(encoder_json, dtype)
+        # A file of known content has every field: without transformers it is read a second sooner.
+        settings = settings if known is not None and known.sha256 else complete_config(settings)
+        encoder = encoder_config(settings, dtype)
     except InputError as error:
         raise InputError(f"{body}: {error}") from error
-    known = name.known
     if known is not None and known.dense and not known.raw and not modules:
         raise InputError(
             f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder; fetch "
             f"{known.hub} whole, or give mean@FOLDER for the encoder and the mean alone."
         )
     if name.pooling is not None or (known is not None and known.raw) or not modules:
-        pooling = name.pooling or (known.pooling if known else _default_pooling(body, encoder_json, encoder, tensors))
+        pooling = name.pooling or (known.pooling if known else _default_pooling(body, settings, encoder, tensors))
         pipeline, prompts = _Pipeline(pooling, normalize=known is not None and known.normalize), {}
     else:
         pipeline = _read_modules(folder, modules, encoder)
         prompts = _optional_json(folder / "config_sentence_transformers.json")
     if pipeline.pooling == "pooler":
         if not isinstance(encoder, BertConfig) or not _has_pooler(tensors):
-            raise InputError(f"{body} has no pooler (pooler.dense.weight); pool its tokens in another way.")
+            raise InputError(f"{body} has no pooler (pooler.dense.weight); choose another pooling.")
         encoder = dataclasses.replace(encoder, pooler=True)
     sha256 = sha256_of([*files, *pipeline.files])
     if known is not None and known.sha256 and sha256 != known.sha256:
-        raise InputError(f"{files[0]} is not the published {known.hub} (sha256 {sha256[:12]}...): fetch it again.")
+        raise InputError(f"{files[0]} is not the published {known.hub} (sha256 {sha256[:12]}...): download it again.")
     try:
-        params: Params = {"encoder": encoder_from_huggingface(tensors, encoder_json["model_type"], encoder)}
+        params: Params = {"encoder": encoder_from_huggingface(tensors, settings["model_type"], encoder)}
     except InputError as error:
         raise InputError(f"{body}: {error}") from error
-    width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
     if isinstance(encoder, ClipTextConfig) and "text_projection.weight" in tensors:
         pipeline.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
-    for i, (_, layer) in enumerate(pipeline.dense):
-        if layer["kernel"].shape[0] != width:
-            raise InputError(
-                f"{folder}: dense layer {i + 1} takes vectors of {layer['kernel'].shape[0]}, but it is given {width}."
-            )
-        width = layer["kernel"].shape[1]
+    width = _chain(folder, encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size, pipeline)
     if pipeline.dense:
         params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
     if known is not None and width != known.width:
         progress.note(f"{folder} gives vectors of {width}, but {known.hub} of {known.width}: is it the right folder?")
-    tokenizer = _read_tokenizer(body, folder)
     default_prompt = prompts.get("default_prompt_name")
     prefix = known.document_prefix if known else prompts["prompts"][default_prompt] if default_prompt else ""
     if prefix and pipeline.prompt_excluded:
@@ -232,10 +233,20 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         dense=tuple(activation for activation, _ in pipeline.dense),
         normalize=pipeline.normalize,
         prefix=prefix,
-        max_length=_max_length(body, known, longest_text(encoder, encoder_json)),
+        max_length=_max_length(body, known, longest_text(encoder, settings)),
         width=min(width, prompts.get("truncate_dim") or width),
     )
-    return config, params, tokenizer, sha256
+    return config, params, _read_tokenizer(body, folder), sha256
+
+
+def _chain(folder: Path, width: int, pipeline: "_Pipeline") -> int:
+    """The width that comes out of the dense layers, each of which must take what the one before gives."""
+    for i, (_, layer) in enumerate(pipeline.dense, 1):
+        takes, gives = layer["kernel"].shape
+        if takes != width:
+            raise InputError(f"{folder}: dense layer {i} takes vectors of {takes}, but it is given {width}.")
+        width = gives
+    return width
 
 
 def _has_pooler(tensors: Mapping[str, Tensor]) -> bool:
@@ -354,29 +365,24 @@ def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) 
 
 
 def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
-    file = next((path / "tokenizer.json" for path in (body, folder) if (path / "tokenizer.json").is_file()), None)
-    if file is None:
-        raise InputError(
-            f"{folder} has no tokenizer.json: save it with a fast tokenizer (transformers' save_pretrained)."
-        )
-    tokenizer = read_tokenizer(file)
+    where = folder if (folder / "tokenizer.json").is_file() and not (body / "tokenizer.json").is_file() else body
+    tokenizer = folder_tokenizer(where)
     if _transformer_settings(body).get("do_lower_case"):
         before = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
-    settings = _optional_json(file.parent / "tokenizer_config.json")
+    settings = _optional_json(where / "tokenizer_config.json")
     if settings.get("add_eos_token"):  # Llama's way to say so: its tokenizer.json may not
-        ends = [settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos")]
-        first, last = (end["content"] if isinstance(end, dict) else end for end in ends)
-        present = [token for token in (first, last) if token is not None]
-        unknown = [token for token in (last, *present) if token is None or tokenizer.token_to_id(token) is None]
-        if unknown:
-            raise InputError(
-                f"{file.parent}/tokenizer_config.json asks for the end token {unknown[0]!r}, which its tokenizer.json "
-                "lacks; fetch the embedder again."
-            )
-        template = [*([first] if first else []), "$A", *([last] if last else [])]
+        tokens = [settings.get(f"{end}_token") for end in ("bos", "eos") if settings.get(f"add_{end}_token")]
+        tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
+        for token in tokens:
+            if token is None or tokenizer.token_to_id(token) is None:
+                raise InputError(
+                    f"{where}/tokenizer_config.json asks for the end token {token!r}, which the tokenizer lacks; "
+                    "download the embedder again."
+                )
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in present]
+            single=[*tokens[:-1], "$A", tokens[-1]],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in tokens],
         )
     tokenizer.no_padding()
     return tokenizer

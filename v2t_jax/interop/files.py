@@ -1,23 +1,33 @@
-"""A checkpoint folder as Hugging Face's `save_pretrained` leaves it: its tensors, each read when it is asked for."""
+"""Model folders on disk: tensors, configs and tokenizers read as Hugging Face writes them; folders written whole.
+
+Our parameters differ from PyTorch projects' in three ways: the layers of a stack are stacked on a leading axis, linear
+weights are [in, out] where torch has [out, in], and matrices that are stored as one are kept apart.
+"""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
+from v2t_jax.data.vocabulary import read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.interop.torch_files import read_torch_file
+from v2t_jax.models.layers import Params
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+TOKENIZER_FILES = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 class StoredTensor:
@@ -119,38 +129,153 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
     return values
 
 
-def size(config: dict[str, Any], *names: str, default: int | None = None) -> int:
-    """A whole number from 1 to 2**31 - 1 from a `config.json`, under the first of these names that is there.
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` as transformers understands it: old spellings made new, fields that it leaves out filled in.
 
     Raises:
-        InputError: it is something else, or there is none and no default.
+        InputError: transformers doesn't know the `model_type`, or a field is of the wrong type.
     """
-    for name in names:
-        if config.get(name) is not None:
-            value = config[name]
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise InputError(f"config.json says {name} = {value!r}; it must be a whole number from 1 to 2**31 - 1.")
-            return value
-    if default is None:
-        raise InputError(f"config.json lacks {names[0]!r}; it must be the one beside the weights.")
-    return default
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return _transformers().AutoConfig.for_model(**config).to_dict()
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"transformers can't read config.json ({' '.join(str(error).split())}); fix it.") from error
 
 
-def number(config: dict[str, Any], *names: str, default: float, or_zero: bool = False) -> float:
-    """A positive number from a `config.json`, as `size`.
+def folder_tokenizer(folder: Path) -> Tokenizer:
+    """A folder's tokenizer: its tokenizer.json as it is, else converted by transformers from the older files.
+
+    A tokenizer.json isn't read by AutoTokenizer: where tokenizer_config.json names no class, that guesses one by
+    `model_type` and rebuilds the tokenizer, which can lose tokens.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return read_tokenizer(folder / "tokenizer.json")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer: neither tokenizer.json nor {', '.join(TOKENIZER_FILES)}.")
+    try:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer.backend_tokenizer
+    except Exception as error:  # of transformers, tokenizers, sentencepiece or protobuf
+        gist = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"The tokenizer in {folder} can't be converted ({gist}); save a tokenizer.json there."
+        ) from error
+
+
+def _transformers() -> Any:
+    """transformers, imported only where something foreign is read: it takes a second."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of missing torch, and of others' configs
+    return importlib.import_module("transformers")
+
+
+def size(config: dict[str, Any], *names: str) -> int:
+    """A whole number from 1 to 2**31 - 1 from a `config.json`, under the first of these names that is there.
 
     Raises:
         InputError: it is something else.
     """
-    for name in names:
-        if config.get(name) is not None:
-            value = config[name]
-            fits = type(value) in (int, float) and 0 <= value <= sys.float_info.max and (value > 0 or or_zero)
-            if not fits:
-                kind = "0 or a positive number" if or_zero else "a positive number"
-                raise InputError(f"config.json says {name} = {value!r}; it must be {kind}.")
-            return float(value)
-    return default
+    name = next((name for name in names if name in config), names[-1])
+    value = config.get(name)
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise InputError(f"config.json has {name} = {value!r}; it must be a whole number from 1 to 2**31 - 1.")
+    return value
+
+
+class ShapeError(InputError):
+    """A weight's shape isn't what the config means: one of them is another model's."""
+
+
+class Tensor(Protocol):
+    """An array, or something that can be read as one, whole or in part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, index: Any) -> np.ndarray: ...
+
+
+class Entry(NamedTuple):
+    """Where a tensor of theirs goes in our parameters."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    layer: int | None  # index on our leading axis, None where there is no such axis
+    transposed: bool
+    part: tuple[int, int] = (0, 1)
+    """(i, n): ours is the i-th of n equal parts of theirs, cut over its first axis"""
+
+
+def fill(
+    abstract: Any,
+    entries: Iterable[Entry],
+    tensors: Mapping[str, Tensor],
+    what: str,
+    ignored: Callable[[str], bool],
+    kernel_dtype: str = "float32",
+    put: Callable[[np.ndarray], Any] = lambda array: array,
+) -> Params:
+    """Parameters like `abstract` (a tree of shapes), filled from `tensors`.
+
+    One of our arrays is in the host's memory at a time, if `put` takes it away.
+
+    Args:
+        what: the architecture's name, for errors.
+        ignored: keys that may be there and aren't read.
+        kernel_dtype: of what is only ever multiplied with in this dtype; the rest is float32.
+        put: takes each array when it is full.
+
+    Raises:
+        InputError: a key is missing, unknown, of a shape that the config doesn't mean, or holds no real numbers.
+    """
+    parts: dict[tuple[str, ...], list[Entry]] = {}
+    used = set()
+    for entry in entries:
+        parts.setdefault(entry.ours, []).append(entry)
+        used.add(entry.theirs)
+        if entry.theirs not in tensors:
+            raise InputError(
+                f"The {what} weights lack {entry.theirs!r}; the file is incomplete or its config describes another "
+                "model."
+            )
+    unknown = sorted(key for key in tensors if key not in used and not ignored(key))
+    if unknown:
+        raise InputError(f"The {what} weights hold the unknown key {unknown[0]!r}; its config describes another model.")
+
+    def filled(path: tuple[Any, ...], leaf: Any) -> Any:
+        chosen = parts[tuple(step.key for step in path)]
+        for entry in chosen:  # before there is an array of the size that the config means
+            shape = leaf.shape if entry.layer is None else leaf.shape[1:]
+            shape = shape[::-1] if entry.transposed else shape
+            found, meant = tensors[entry.theirs].shape, (entry.part[1] * shape[0], *shape[1:])
+            if found != meant:
+                raise ShapeError(f"{what} weight {entry.theirs!r} has shape {found}; its config means {meant}.")
+        array = np.zeros(leaf.shape, kernel_dtype if chosen[0].transposed else np.float32)
+        for entry in chosen:
+            target = array if entry.layer is None else array[entry.layer]
+            target = target.T if entry.transposed else target
+            i = entry.part[0]
+            values = tensors[entry.theirs][i * target.shape[0] : (i + 1) * target.shape[0]]
+            target[...] = real_numbers(values, f"{what} weight {entry.theirs!r}")
+        return put(array)
+
+    return jax.tree_util.tree_map_with_path(filled, abstract)
+
+
+def real_numbers(values: np.ndarray, where: str) -> np.ndarray:
+    """The values themselves.
+
+    Raises:
+        InputError: they are quantized.
+    """
+    if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
+        raise InputError(
+            f"{where} is of dtype {values.dtype}; quantized weights aren't read: give those of float32, float16 or "
+            "bfloat16."
+        )
+    return values
 
 
 @contextmanager

@@ -1,26 +1,222 @@
-"""Text encoders from Hugging Face: each architecture's key names beside ours.
+"""Text encoders from Hugging Face: what a `config.json` means to us, and each architecture's key names beside ours.
 
-A table maps our module to theirs: `kernel` and `scale` are their `weight`, {} is the layer's number, and (key, i, n) is
-the i-th of n matrices that they store as one.
+transformers reads config.json and fills in what it leaves out; what it would compute and we don't is refused, never
+ignored.
+
+A table maps our modules to theirs: `kernel` and `scale` are their `weight`, {} is the layer's number, and [i/n] the
+i-th of n matrices that they store as one.
 """
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
 from v2t_jax.config import Dtype, T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.interop import hf_configs
-from v2t_jax.interop.hf_configs import Json
-from v2t_jax.interop.hf_t5 import stack_entries
-from v2t_jax.interop.weights import Entry, Tensor, fill
+from v2t_jax.interop.files import Entry, Tensor, fill, size
+from v2t_jax.interop.hf_t5 import stack_entries, t5_config
+from v2t_jax.models.bert import BertConfig
+from v2t_jax.models.clip_text import ClipTextConfig
 from v2t_jax.models.embedder import NETWORKS, EncoderConfig
 from v2t_jax.models.layers import Params
+from v2t_jax.models.llama import LlamaConfig
+from v2t_jax.models.modernbert import ModernBertConfig
+from v2t_jax.models.nomic_bert import NomicBertConfig
 
-Source = str | tuple[str, int, int]
+Json = dict[str, Any]
+
+# Our sizes under their names. Architectures with names of their own come first: transformers leaves Nomic's as they
+# are and fills in defaults under BERT's.
+_SIZES = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("dim", "n_embd", "hidden_size"),
+    "num_layers": ("n_layers", "n_layer", "num_hidden_layers"),
+    "num_heads": ("n_heads", "n_head", "num_attention_heads"),
+    "intermediate_size": ("hidden_dim", "n_inner", "intermediate_size"),
+    "max_positions": ("max_position_embeddings",),
+    "type_vocab_size": ("type_vocab_size",),
+}
+
+
+def _sizes(config: Json, *names: str, without: str = "") -> dict[str, Any]:
+    """The sizes that every encoder has, and those named besides."""
+    every = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", *names)
+    found = {name: size(config, *_SIZES[name]) for name in every if name != without}
+    if config.get("head_dim") is None and found["hidden_size"] % found["num_heads"]:
+        raise InputError(
+            f"config.json has hidden size {found['hidden_size']}, which {found['num_heads']} heads don't divide."
+        )
+    return found
+
+
+def _only(config: Json, **supported: Any) -> None:
+    """Refuses other values than these; an absent setting has them."""
+    for name, value in supported.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if config.get(name) is not None and config[name] not in allowed:
+            listed = " or ".join(map(repr, allowed))
+            raise InputError(f"config.json has {name} = {config[name]!r}; only {listed} is supported.")
+
+
+def _epsilon(config: Json, *names: str) -> float:
+    name = next((name for name in names if name in config), None)
+    if name is None:
+        return 1e-12  # what DistilBERT computes with and doesn't write down
+    if not 0 < config[name] <= sys.float_info.max:
+        raise InputError(f"config.json has {name} = {config[name]!r}; it must be a positive number.")
+    return float(config[name])
+
+
+def _rotary_theta(config: Json, layers: str | None = None) -> float:
+    """The rotary base, of one kind of layer where there are several."""
+    rotary = config["rope_parameters"]
+    rotary = rotary[layers] if layers else rotary
+    if rotary["rope_type"] != "default":
+        raise InputError(
+            f"config.json has rotary positions of type {rotary['rope_type']!r}; only 'default' is supported."
+        )
+    return float(rotary["rope_theta"])
+
+
+def _local_layers(config: Json) -> tuple[bool, ...]:
+    """Which layers attend locally."""
+    kinds = config["layer_types"]
+    if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
+        raise InputError(
+            f"config.json has layers of type {unknown[0]!r}; only full and sliding attention are supported."
+        )
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _bert(config: Json, dtype: Dtype, **fixed: Any) -> BertConfig:
+    _only(config, hidden_act="gelu", activation="gelu", position_embedding_type="absolute", is_decoder=False)
+    _only(config, projection_dim=0)
+    types = () if "type_vocab_size" in fixed else ("type_vocab_size",)
+    sizes = _sizes(config, "max_positions", *types) | fixed
+    return BertConfig(**sizes, layer_norm_epsilon=_epsilon(config, "layer_norm_eps"), dtype=dtype)
+
+
+def _roberta(config: Json, dtype: Dtype) -> BertConfig:
+    pad_id = config.get("pad_token_id")
+    if type(pad_id) is not int or not 0 <= pad_id < config["max_position_embeddings"] - 1:
+        raise InputError(f"config.json has pad_token_id = {pad_id!r}; it must be a token, as positions count from it.")
+    return _bert(config, dtype, pad_id=pad_id)
+
+
+def _mpnet(config: Json, dtype: Dtype) -> BertConfig:
+    # transformers' MPNet counts positions from 1 and uses 32 buckets, whatever the config says.
+    _only(config, relative_attention_num_buckets=32, pad_token_id=1)
+    return _bert(config, dtype, type_vocab_size=0, pad_id=1, relative_buckets=32)
+
+
+def _t5(config: Json, dtype: Dtype) -> T5Config:
+    # An encoder's file may leave out or zero what is the decoder's.
+    return replace(t5_config(config | {"num_decoder_layers": 1}), dtype=dtype)
+
+
+def _nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
+    # Its files are spelled like GPT-2's or, since transformers 5, like BERT's.
+    _only(config, hidden_act="silu", activation_function="swiglu", prenorm=False, use_rms_norm=False, causal=False)
+    _only(config, qkv_proj_bias=False, mlp_fc1_bias=False, mlp_fc2_bias=False, parallel_block=False)
+    _only(config, rotary_emb_fraction=1.0, rotary_emb_interleaved=False, num_experts=(0, 1))
+    if config.get("rotary_scaling_factor") is not None:
+        raise InputError(
+            "config.json has a rotary_scaling_factor, which isn't supported; remove it to read 2048 tokens."
+        )
+    sizes = _sizes(config, "type_vocab_size")
+    if "n_embd" not in config:
+        _only(config, head_dim=sizes["hidden_size"] // sizes["num_heads"])
+    return NomicBertConfig(
+        **sizes,
+        rotary_theta=float(config.get("rotary_emb_base") or _rotary_theta(config)),
+        layer_norm_epsilon=_epsilon(config, "layer_norm_epsilon", "layer_norm_eps"),
+        dtype=dtype,
+    )
+
+
+def _modernbert(config: Json, dtype: Dtype) -> ModernBertConfig:
+    _only(config, hidden_activation="gelu", norm_bias=False, attention_bias=False, mlp_bias=False)
+    return ModernBertConfig(
+        **_sizes(config, without="num_layers"),
+        local=_local_layers(config),
+        reach=size(config, "local_attention") // 2,
+        local_theta=_rotary_theta(config, "sliding_attention"),
+        global_theta=_rotary_theta(config, "full_attention"),
+        layer_norm_epsilon=_epsilon(config, "norm_eps"),
+        dtype=dtype,
+    )
+
+
+def _decoder(config: Json, dtype: Dtype) -> LlamaConfig:
+    """What the Llama-like share."""
+    _only(config, attention_bias=False, mlp_bias=False)
+    sizes = _sizes(config)
+    num_key_value_heads = size(config, "num_key_value_heads")
+    if sizes["num_heads"] % num_key_value_heads:
+        raise InputError(
+            f"config.json has num_key_value_heads = {num_key_value_heads}, which must divide the {sizes['num_heads']} "
+            "heads."
+        )
+    return LlamaConfig(
+        num_key_value_heads=num_key_value_heads,
+        head_width=config.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"],
+        local=(False,) * sizes.pop("num_layers"),
+        rms_norm_epsilon=_epsilon(config, "rms_norm_eps"),
+        dtype=dtype,
+        **sizes,
+    )
+
+
+def _llama(config: Json, dtype: Dtype) -> LlamaConfig:
+    _only(config, hidden_act="silu")
+    theta = _rotary_theta(config)
+    return replace(_decoder(config, dtype), rotary_theta=theta, local_theta=theta)
+
+
+def _mistral(config: Json, dtype: Dtype) -> LlamaConfig:
+    read = _llama(config, dtype)
+    if config["sliding_window"] is None:
+        return read
+    return replace(read, local=(True,) * len(read.local), reach=size(config, "sliding_window") - 1)  # itself included
+
+
+def _qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
+    read = replace(_llama(config, dtype), head_norms=True)
+    if config["sliding_window"] is None:
+        return read
+    return replace(read, local=_local_layers(config), reach=size(config, "sliding_window") - 1)
+
+
+def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
+    _only(config, hidden_activation="gelu_pytorch_tanh")
+    if config.get("attn_logit_softcapping") is not None:
+        raise InputError("config.json has attn_logit_softcapping, which isn't supported.")
+    both_ways, window = bool(config.get("use_bidirectional_attention")), size(config, "sliding_window")
+    return replace(
+        _decoder(config, dtype),
+        local=_local_layers(config),
+        # A window counts the token itself. When attention goes both ways, transformers halves it.
+        reach=window // 2 if both_ways else window - 1,
+        causal=not both_ways,
+        rotary_theta=_rotary_theta(config, "full_attention"),
+        local_theta=_rotary_theta(config, "sliding_attention"),
+        head_norms=True,
+        gemma=True,
+        attention_scale=size(config, "query_pre_attn_scalar") ** -0.5,
+    )
+
+
+def _clip(config: Json, dtype: Dtype) -> ClipTextConfig:
+    config = config.get("text_config") or config
+    _only(config, hidden_act=("quick_gelu", "gelu"))
+    sizes = _sizes(config, "max_positions")
+    epsilon = _epsilon(config, "layer_norm_eps")
+    return ClipTextConfig(**sizes, activation=config["hidden_act"], layer_norm_epsilon=epsilon, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -28,7 +224,7 @@ class Architecture:
     """One `model_type`."""
 
     config: Callable[[Json, Dtype], EncoderConfig]
-    table: Mapping[str, Source]
+    table: Mapping[str, str]
     prefixes: tuple[str, ...] = ()
     """with which all keys of the encoder may begin; keys without it are then another task's heads"""
     absent: tuple[str, ...] = ()
@@ -37,137 +233,106 @@ class Architecture:
     """keys that may be there and aren't read"""
 
 
-_BERT: dict[str, Source] = {
-    "word_embedding": "embeddings.word_embeddings",
-    "position_embedding": "embeddings.position_embeddings",
-    "type_embedding": "embeddings.token_type_embeddings",
-    "embedding_norm": "embeddings.LayerNorm",
-    "layers/query": "encoder.layer.{}.attention.self.query",
-    "layers/key": "encoder.layer.{}.attention.self.key",
-    "layers/value": "encoder.layer.{}.attention.self.value",
-    "layers/attention_out": "encoder.layer.{}.attention.output.dense",
-    "layers/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-    "layers/intermediate": "encoder.layer.{}.intermediate.dense",
-    "layers/output": "encoder.layer.{}.output.dense",
-    "layers/output_norm": "encoder.layer.{}.output.LayerNorm",
-    "pooler": "pooler.dense",
-}
-_DISTILBERT: dict[str, Source] = {
-    "word_embedding": "embeddings.word_embeddings",
-    "position_embedding": "embeddings.position_embeddings",
-    "embedding_norm": "embeddings.LayerNorm",
-    "layers/query": "transformer.layer.{}.attention.q_lin",
-    "layers/key": "transformer.layer.{}.attention.k_lin",
-    "layers/value": "transformer.layer.{}.attention.v_lin",
-    "layers/attention_out": "transformer.layer.{}.attention.out_lin",
-    "layers/attention_norm": "transformer.layer.{}.sa_layer_norm",
-    "layers/intermediate": "transformer.layer.{}.ffn.lin1",
-    "layers/output": "transformer.layer.{}.ffn.lin2",
-    "layers/output_norm": "transformer.layer.{}.output_layer_norm",
-}
-_MPNET: dict[str, Source] = {
-    **_BERT,
-    "relative_bias": "encoder.relative_attention_bias",
-    "layers/query": "encoder.layer.{}.attention.attn.q",
-    "layers/key": "encoder.layer.{}.attention.attn.k",
-    "layers/value": "encoder.layer.{}.attention.attn.v",
-    "layers/attention_out": "encoder.layer.{}.attention.attn.o",
-    "layers/attention_norm": "encoder.layer.{}.attention.LayerNorm",
-}
-_NOMIC: dict[str, Source] = {
-    "word_embedding": "embeddings.word_embeddings",
-    "type_embedding": "embeddings.token_type_embeddings",
-    "embedding_norm": "emb_ln",
-    "layers/query": ("encoder.layers.{}.attn.Wqkv", 0, 3),
-    "layers/key": ("encoder.layers.{}.attn.Wqkv", 1, 3),
-    "layers/value": ("encoder.layers.{}.attn.Wqkv", 2, 3),
-    "layers/attention_out": "encoder.layers.{}.attn.out_proj",
-    "layers/attention_norm": "encoder.layers.{}.norm1",
-    "layers/up": "encoder.layers.{}.mlp.fc11",
-    "layers/gate": "encoder.layers.{}.mlp.fc12",
-    "layers/down": "encoder.layers.{}.mlp.fc2",
-    "layers/output_norm": "encoder.layers.{}.norm2",
-}
-_MODERNBERT: dict[str, Source] = {
-    "word_embedding": "embeddings.tok_embeddings",
-    "embedding_norm": "embeddings.norm",
-    "layers/attention_norm": "layers.{}.attn_norm",
-    "layers/query": ("layers.{}.attn.Wqkv", 0, 3),
-    "layers/key": ("layers.{}.attn.Wqkv", 1, 3),
-    "layers/value": ("layers.{}.attn.Wqkv", 2, 3),
-    "layers/attention_out": "layers.{}.attn.Wo",
-    "layers/feed_forward_norm": "layers.{}.mlp_norm",
-    "layers/gate": ("layers.{}.mlp.Wi", 0, 2),
-    "layers/up": ("layers.{}.mlp.Wi", 1, 2),
-    "layers/down": "layers.{}.mlp.Wo",
-    "final_norm": "final_norm",
-}
-_LLAMA: dict[str, Source] = {
-    "word_embedding": "embed_tokens",
-    "layers/attention_norm": "layers.{}.input_layernorm",
-    "layers/query": "layers.{}.self_attn.q_proj",
-    "layers/key": "layers.{}.self_attn.k_proj",
-    "layers/value": "layers.{}.self_attn.v_proj",
-    "layers/attention_out": "layers.{}.self_attn.o_proj",
-    "layers/query_norm": "layers.{}.self_attn.q_norm",
-    "layers/key_norm": "layers.{}.self_attn.k_norm",
-    "layers/feed_forward_norm": "layers.{}.post_attention_layernorm",
-    "layers/gate": "layers.{}.mlp.gate_proj",
-    "layers/up": "layers.{}.mlp.up_proj",
-    "layers/down": "layers.{}.mlp.down_proj",
-    "final_norm": "norm",
-}
-_GEMMA3: dict[str, Source] = {
-    **_LLAMA,
-    "layers/attention_out_norm": "layers.{}.post_attention_layernorm",
-    "layers/feed_forward_norm": "layers.{}.pre_feedforward_layernorm",
-    "layers/feed_forward_out_norm": "layers.{}.post_feedforward_layernorm",
-}
-_CLIP: dict[str, Source] = {
-    "word_embedding": "embeddings.token_embedding",
-    "position_embedding": "embeddings.position_embedding",
-    "layers/attention_norm": "encoder.layers.{}.layer_norm1",
-    "layers/query": "encoder.layers.{}.self_attn.q_proj",
-    "layers/key": "encoder.layers.{}.self_attn.k_proj",
-    "layers/value": "encoder.layers.{}.self_attn.v_proj",
-    "layers/attention_out": "encoder.layers.{}.self_attn.out_proj",
-    "layers/feed_forward_norm": "encoder.layers.{}.layer_norm2",
-    "layers/intermediate": "encoder.layers.{}.mlp.fc1",
-    "layers/output": "encoder.layers.{}.mlp.fc2",
-    "final_norm": "final_layer_norm",
-}
+def _table(alone: str, stack: str = "", layers: str = "") -> dict[str, str]:
+    """`ours=theirs`, separated by blanks: modules on their own, then those of the layers, which lie under `stack`."""
+    outside, inside = ([pair.split("=") for pair in text.split()] for text in (alone, layers))
+    return dict(outside) | {f"layers/{ours}": stack + theirs for ours, theirs in inside}
+
+
+_BERT = _table(
+    """word_embedding=embeddings.word_embeddings position_embedding=embeddings.position_embeddings
+    type_embedding=embeddings.token_type_embeddings embedding_norm=embeddings.LayerNorm pooler=pooler.dense""",
+    "encoder.layer.{}.",
+    """query=attention.self.query key=attention.self.key value=attention.self.value
+    attention_out=attention.output.dense attention_norm=attention.output.LayerNorm
+    intermediate=intermediate.dense output=output.dense output_norm=output.LayerNorm""",
+)
+_DISTILBERT = _table(
+    """word_embedding=embeddings.word_embeddings position_embedding=embeddings.position_embeddings
+    embedding_norm=embeddings.LayerNorm""",
+    "transformer.layer.{}.",
+    """query=attention.q_lin key=attention.k_lin value=attention.v_lin attention_out=attention.out_lin
+    attention_norm=sa_layer_norm intermediate=ffn.lin1 output=ffn.lin2 output_norm=output_layer_norm""",
+)
+_MPNET = _BERT | _table(
+    "relative_bias=encoder.relative_attention_bias",
+    "encoder.layer.{}.attention.",
+    "query=attn.q key=attn.k value=attn.v attention_out=attn.o attention_norm=LayerNorm",
+)
+_NOMIC = _table(
+    """word_embedding=embeddings.word_embeddings type_embedding=embeddings.token_type_embeddings
+    embedding_norm=emb_ln""",
+    "encoder.layers.{}.",
+    """query=attn.Wqkv[0/3] key=attn.Wqkv[1/3] value=attn.Wqkv[2/3] attention_out=attn.out_proj
+    attention_norm=norm1 up=mlp.fc11 gate=mlp.fc12 down=mlp.fc2 output_norm=norm2""",
+)
+_MODERNBERT = _table(
+    "word_embedding=embeddings.tok_embeddings embedding_norm=embeddings.norm final_norm=final_norm",
+    "layers.{}.",
+    """query=attn.Wqkv[0/3] key=attn.Wqkv[1/3] value=attn.Wqkv[2/3] attention_out=attn.Wo attention_norm=attn_norm
+    gate=mlp.Wi[0/2] up=mlp.Wi[1/2] down=mlp.Wo feed_forward_norm=mlp_norm""",
+)
+_LLAMA = _table(
+    "word_embedding=embed_tokens final_norm=norm",
+    "layers.{}.",
+    """query=self_attn.q_proj key=self_attn.k_proj value=self_attn.v_proj attention_out=self_attn.o_proj
+    query_norm=self_attn.q_norm key_norm=self_attn.k_norm attention_norm=input_layernorm
+    gate=mlp.gate_proj up=mlp.up_proj down=mlp.down_proj feed_forward_norm=post_attention_layernorm""",
+)
+_GEMMA3 = _LLAMA | _table(
+    "",
+    "layers.{}.",
+    """attention_out_norm=post_attention_layernorm feed_forward_norm=pre_feedforward_layernorm
+    feed_forward_out_norm=post_feedforward_layernorm""",
+)
+_CLIP = _table(
+    """word_embedding=embeddings.token_embedding position_embedding=embeddings.position_embedding
+    final_norm=final_layer_norm""",
+    "encoder.layers.{}.",
+    """query=self_attn.q_proj key=self_attn.k_proj value=self_attn.v_proj attention_out=self_attn.out_proj
+    attention_norm=layer_norm1 intermediate=mlp.fc1 output=mlp.fc2 feed_forward_norm=layer_norm2""",
+)
 
 _HEADS = r"lm_head\..*|.*inv_freq"
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture(hf_configs.bert, _BERT, ("bert.",)),
-    "distilbert": Architecture(hf_configs.distilbert, _DISTILBERT, ("distilbert.",)),
-    "roberta": Architecture(hf_configs.roberta, _BERT, ("roberta.",)),
-    "xlm-roberta": Architecture(hf_configs.roberta, _BERT, ("roberta.",)),
-    "mpnet": Architecture(hf_configs.mpnet, _MPNET, ("mpnet.",)),
-    "dpr": Architecture(hf_configs.bert, _BERT, ("question_encoder.bert_model.", "ctx_encoder.bert_model.")),
-    "t5": Architecture(hf_configs.t5_encoder, {}, ignored=r"decoder\..*|lm_head\.weight|encoder\.embed_tokens\.weight"),
-    "nomic_bert": Architecture(hf_configs.nomic, _NOMIC),
+    "bert": Architecture(_bert, _BERT, ("bert.",)),
+    "distilbert": Architecture(functools.partial(_bert, type_vocab_size=0), _DISTILBERT, ("distilbert.",)),
+    "roberta": Architecture(_roberta, _BERT, ("roberta.",)),
+    "xlm-roberta": Architecture(_roberta, _BERT, ("roberta.",)),
+    "mpnet": Architecture(_mpnet, _MPNET, ("mpnet.",)),
+    "dpr": Architecture(_bert, _BERT, ("question_encoder.bert_model.", "ctx_encoder.bert_model.")),
+    "t5": Architecture(_t5, {}, ignored=r"decoder\..*|lm_head\.weight|encoder\.embed_tokens\.weight"),
+    "nomic_bert": Architecture(_nomic, _NOMIC),
     # Its embeddings are normalized already: the first layer has no norm in front.
-    "modernbert": Architecture(hf_configs.modernbert, _MODERNBERT, ("model.",), absent=("layers.0.attn_norm.weight",)),
-    "llama": Architecture(hf_configs.llama, _LLAMA, ("model.",), ignored=_HEADS),
-    "mistral": Architecture(hf_configs.mistral, _LLAMA, ("model.",), ignored=_HEADS),
-    "qwen3": Architecture(hf_configs.qwen3, _LLAMA, ("model.",), ignored=_HEADS),
-    "gemma3_text": Architecture(hf_configs.gemma3, _GEMMA3, ("model.",), ignored=_HEADS),
-    "clip": Architecture(hf_configs.clip, _CLIP, ("text_model.",)),
-    "clip_text_model": Architecture(hf_configs.clip, _CLIP, ("text_model.",)),
+    "modernbert": Architecture(_modernbert, _MODERNBERT, ("model.",), absent=("layers.0.attn_norm.weight",)),
+    "llama": Architecture(_llama, _LLAMA, ("model.",), ignored=_HEADS),
+    "mistral": Architecture(_mistral, _LLAMA, ("model.",), ignored=_HEADS),
+    "qwen3": Architecture(_qwen3, _LLAMA, ("model.",), ignored=_HEADS),
+    "gemma3_text": Architecture(_gemma3, _GEMMA3, ("model.",), ignored=_HEADS),
+    "clip": Architecture(_clip, _CLIP, ("text_model.",)),
+    "clip_text_model": Architecture(_clip, _CLIP, ("text_model.",)),
 }
 
 
-def encoder_config(json: Json, dtype: Dtype = "float32") -> EncoderConfig:
-    """An encoder's configuration from its `config.json`.
+def encoder_config(config: Json, dtype: Dtype = "float32") -> EncoderConfig:
+    """An encoder's configuration from its `config.json`, completed (see `complete_config`).
 
     Raises:
-        InputError: the `model_type` isn't read, a size is missing or impossible, or a setting isn't supported.
+        InputError: the `model_type` or a setting isn't supported, or a size is impossible.
     """
-    name = json.get("model_type")
+    name = config.get("model_type")
     if name not in ARCHITECTURES:
-        raise InputError(f"config.json is of model_type {name!r}; those that are read are {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[name].config(json, dtype)
+        raise InputError(f"config.json has model_type {name!r}; supported are {', '.join(ARCHITECTURES)}.")
+    return ARCHITECTURES[name].config(config, dtype)
+
+
+def longest_text(encoder: EncoderConfig, config: Json) -> int | None:
+    """Tokens that an encoder has positions for; None where there is no limit."""
+    if isinstance(encoder, BertConfig):
+        return encoder.max_positions - (0 if encoder.pad_id is None else encoder.pad_id + 1)
+    if isinstance(encoder, ClipTextConfig):
+        return encoder.max_positions
+    return None if isinstance(encoder, T5Config) else size(config, "n_positions", "max_position_embeddings")
 
 
 def encoder_from_huggingface(
@@ -204,11 +369,10 @@ def encoder_from_huggingface(
     )
 
 
-def _entries(table: Mapping[str, Source], path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Entry]:
+def _entries(table: Mapping[str, str], path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Entry]:
     """Their tensors for one array of ours."""
     module, part = (path[:-1], path[-1]) if path[-1] in ("kernel", "scale", "bias") else (path, "table")
-    source = table["/".join(module)]
-    key, i, n = (source, 0, 1) if isinstance(source, str) else source
+    key, i, n = re.findall(r"([^[]+)(?:\[(\d)/(\d)\])?", table["/".join(module)])[0]
     key += ".bias" if part == "bias" else ".weight"
     for layer in range(shape[0]) if path[0] == "layers" else [None]:
-        yield Entry(key.format(layer), path, layer, part == "kernel", (i, n))
+        yield Entry(key.format(layer), path, layer, part == "kernel", (int(i or 0), int(n or 1)))

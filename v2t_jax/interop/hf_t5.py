@@ -12,9 +12,18 @@ from safetensors.numpy import save_file
 from v2t_jax import progress
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import SAFETENSORS, number, open_checkpoint, read_json, size, whole_folder
+from v2t_jax.interop.files import (
+    SAFETENSORS,
+    Entry,
+    Tensor,
+    complete_config,
+    fill,
+    open_checkpoint,
+    read_json,
+    size,
+    whole_folder,
+)
 from v2t_jax.interop.hub import folder_of
-from v2t_jax.interop.weights import Entry, Tensor, fill
 from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
 
@@ -22,6 +31,10 @@ from v2t_jax.models.layers import Params
 _SELF_ATTENTION = tuple((f"layer.0.SelfAttention.{m}", f"self_attention/{m}") for m in "qkvo")
 _CROSS_ATTENTION = tuple((f"layer.1.EncDecAttention.{m}", f"cross_attention/{m}") for m in "qkvo")
 _FEED_FORWARD = {"relu": ("wi", "wo"), "gated-gelu": ("wi_0", "wi_1", "wo")}
+_SIZES = (
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_decoder_layers"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+)
 # The token embedding under its other names: copies that a checkpoint may hold, and that must equal `shared.weight`.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # The oldest T5 checkpoints hold it, and no implementation reads it: cross-attention has no position bias.
@@ -146,35 +159,35 @@ def t5_to_huggingface(params: Params, config: T5Config) -> dict[str, np.ndarray]
 
 
 def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
-    """Sizes from a Hugging Face `config.json` of model_type t5; what old files leave out has T5 v1.0's value.
+    """Sizes from a Hugging Face `config.json` of model_type t5; null means the default.
 
     Raises:
-        InputError: another architecture, a missing or impossible size, or a feed-forward layer that isn't supported.
+        InputError: another architecture, an impossible size, or a feed-forward layer that isn't supported.
     """
     if config.get("model_type", "t5") != "t5":
-        raise InputError(f"The config is of model_type {config['model_type']!r}, not 't5'.")
-    feed_forward = config.get("feed_forward_proj", "relu")
-    if feed_forward not in list(_FEED_FORWARD):  # a list, for it may be unhashable
+        raise InputError(f"The config has model_type {config['model_type']!r}, not 't5'.")
+    given = {name: value for name, value in config.items() if value is not None}
+    return t5_config(complete_config({"model_type": "t5"} | given))
+
+
+def t5_config(config: dict[str, Any]) -> T5Config:
+    """The same of a completed config (see `complete_config`)."""
+    if config["feed_forward_proj"] not in _FEED_FORWARD:
         raise InputError(
-            f"The T5 config asks for the feed-forward {feed_forward!r}; supported are {', '.join(_FEED_FORWARD)}."
+            f"The T5 config has the feed-forward {config['feed_forward_proj']!r}; supported are "
+            f"{', '.join(_FEED_FORWARD)}."
         )
-    num_layers = size(config, "num_layers")
-    # Since transformers 5 the older field is always true, and this one tells the two forms apart.
-    tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    for name, least in (("layer_norm_epsilon", 1e-30), ("dropout_rate", 0.0)):
+        if not least <= config[name] < 1:
+            raise InputError(f"The T5 config has {name} = {config[name]!r}; it must be from {least} to 1.")
+    sizes: dict[str, Any] = {name: size(config, name) for name in _SIZES}
     return T5Config(
-        vocab_size=size(config, "vocab_size"),
-        d_model=size(config, "d_model"),
-        d_kv=size(config, "d_kv"),
-        d_ff=size(config, "d_ff"),
-        num_heads=size(config, "num_heads"),
-        num_encoder_layers=num_layers,
-        num_decoder_layers=size(config, "num_decoder_layers", default=num_layers),
-        feed_forward=feed_forward,
-        tie_word_embeddings=tied is not False,
-        relative_attention_num_buckets=size(config, "relative_attention_num_buckets"),
-        relative_attention_max_distance=size(config, "relative_attention_max_distance", default=128),
-        layer_norm_epsilon=number(config, "layer_norm_epsilon", default=1e-6),
-        dropout_rate=number(config, "dropout_rate", default=0.1, or_zero=True),
+        **sizes,
+        num_encoder_layers=size(config, "num_layers"),
+        feed_forward=config["feed_forward_proj"],
+        tie_word_embeddings=config["scale_decoder_outputs"],  # since transformers 5 the older field is always true
+        layer_norm_epsilon=float(config["layer_norm_epsilon"]),
+        dropout_rate=float(config["dropout_rate"]),
     )
 
 

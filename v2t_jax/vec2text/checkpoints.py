@@ -19,10 +19,18 @@ from v2t_jax import progress
 from v2t_jax.config import ModelConfig, Stage, T5Config
 from v2t_jax.data.vocabulary import read_tokenizer
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import SAFETENSORS, StoredTensor, open_checkpoint, part, read_json, whole_folder
+from v2t_jax.interop.files import (
+    SAFETENSORS,
+    ShapeError,
+    StoredTensor,
+    open_checkpoint,
+    part,
+    read_json,
+    real_numbers,
+    whole_folder,
+)
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
 from v2t_jax.interop.hub import folder_of
-from v2t_jax.interop.weights import ShapeError, real_numbers
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]
