@@ -298,7 +298,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
         (config(intermediate_size=10**30), "intermediate_size = 10*; it must be a whole number from 1 to 2"),
         (config(intermediate_size=2 * 10**9), "has shape .*; its config means"),
         (config(max_position_embeddings=2 * 10**9), "has shape .*; its config means"),
-        (pickled, r"pytorch_model.bin (needs torch, which|is damaged or holds more than weights)"),
+        (pickled, r"pytorch_model.bin is damaged, or older than torch 1.6|more than weights"),
         (another_order, "holds Normalize, Pooling, Transformer; supported are"),
         (no_pooling, "exactly one supported mode"),
         (two_poolings, "exactly one supported mode"),
