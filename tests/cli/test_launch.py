@@ -1,9 +1,12 @@
-"""The launch scripts: free of shellcheck's complaints, right when run dry, and a manifest of the right form.
+"""The launch scripts: no complaint of shellcheck, the right commands in a dry run, a valid manifest.
 
 The schema is our own, of the fields that this manifest needs: JobSet's isn't published as a package.
 """
 
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,10 @@ import jsonschema
 import pytest
 import yaml
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+from v2t_jax.config import load_recipe
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 
 
@@ -29,6 +35,7 @@ CONTAINER = fields(
     {
         "name": TEXT,
         "image": TEXT,
+        "workingDir": {"pattern": "^/"},
         "command": items(TEXT),
         "args": items(TEXT),
         "ports": items(fields({"containerPort": COUNT})),
@@ -99,7 +106,7 @@ def test_the_line_in_the_pod_fails_until_there_is_a_model(tmp_path):
     """What the pod runs, with a stand-in for v2t that stops with 0 on SIGTERM, as v2t does."""
     manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
     container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
-    line = container["args"][0].replace("/runs/NAME", str(tmp_path))
+    line = container["args"][0].replace("runs/NAME", str(tmp_path))
     stand_in = tmp_path / "v2t"
     stand_in.write_text("#!/bin/bash\ntrap 'exit 0' TERM\necho up\nsleep ${SECONDS_TO_RUN} & wait\n")
     stand_in.chmod(0o755)
@@ -122,24 +129,68 @@ def test_slurm_runs_one_process_a_node():
     assert "#SBATCH --ntasks-per-node=1\n" in (LAUNCH / "slurm.sbatch").read_text()
 
 
-def test_a_tpu_slice_is_made_used_made_again_and_deleted():
-    def dry(*arguments):
-        done = run(LAUNCH / "tpu_vm.sh", "--dry-run", *arguments, BUCKET="mine", SOURCE="git+https://x/v2t_jax")
-        assert done.returncode == 0, done.stderr
-        return [line.split()[:5][-1] for line in done.stdout.splitlines()], done.stdout
+def dry(*arguments, **environ):
+    """The commands that a dry run prints, as words."""
+    done = run(LAUNCH / "tpu_vm.sh", "--dry-run", *arguments, **environ)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
 
-    assert dry("create")[0] == ["create", "ssh"]
-    actions, printed = dry("run", "configs/tiny.py", "--name", "two words")
-    assert actions == ["scp", "ssh"] and printed.count("--worker=all") == 2
-    assert "v2t\\ train\\ recipe.py" in printed
-    assert dry("resume", "configs/tiny.py")[0] == ["delete", "create", "ssh", "scp", "ssh"]
-    assert dry("delete")[0] == ["delete"]
+
+def actions(commands):
+    return [command[4] for command in commands]
+
+
+def test_a_tpu_slice_is_created_used_recreated_and_deleted():
+    settings = {"BUCKET": "mine", "SOURCE": "git+https://x/v2t_jax"}
+    recipe = str(ROOT / "configs" / "tiny.py")
+    assert actions(dry("create", **settings)) == ["create", "ssh"]
+    commands = dry("run", recipe, "--name", "two words", **settings)
+    assert actions(commands) == ["ssh", "scp", "ssh"] and all("--worker=all" in command for command in commands)
+    assert commands[-1][-1].endswith(
+        "cd ~/bucket && ~/venv/bin/v2t train ~/recipes/configs/tiny.py --workdir runs/tiny --name two\\ words"
+    )
+    assert actions(dry("resume", recipe, **settings)) == ["delete", "create", "ssh", "ssh", "scp", "ssh"]
+    assert actions(dry("delete")) == ["delete"]
     assert run(LAUNCH / "tpu_vm.sh").returncode == 2
-    missing = run(LAUNCH / "tpu_vm.sh", "--dry-run", "run", "configs/tiny.py")
-    assert missing.returncode != 0 and "name the bucket" in missing.stderr
+    missing = run(LAUNCH / "tpu_vm.sh", "run", recipe)
+    assert missing.returncode != 0 and "is the bucket that holds the work directory" in missing.stderr
+
+
+def test_the_dry_run_of_the_documents_works_as_printed():
+    environ = {name: value for name, value in os.environ.items() if name not in ("BUCKET", "SOURCE")}
+    lines = [line.split("#")[0].strip() for file in ROOT.glob("docs/*.md") for line in file.read_text().splitlines()]
+    lines = [line for line in lines if line.startswith("launch/tpu_vm.sh --dry-run")]
+    assert lines
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("gcloud compute tpus tpu-vm"), done.stderr
+
+
+def test_a_slice_gets_the_whole_folder_of_recipes_and_a_new_python(tmp_path):
+    """Five of the recipes import a sibling: each must load from the copy, as the printed command names it."""
+    (*_, copy, train) = dry("run", str(ROOT / "configs" / "gtr_nq32_corrector.py"), BUCKET="mine")
+    assert "--recurse" in copy and f"{ROOT}/configs" in copy and "v2t:recipes" in copy
+    shutil.copytree(f"{ROOT}/configs", tmp_path / "recipes" / "configs")
+    words = train[-1].split()
+    recipe = words[words.index("train") + 1].replace("~", str(tmp_path))
+    assert load_recipe(recipe).initial_inverter == "runs/gtr_nq32_inverter/model"  # beside --workdir runs/...
+    install = dry("create", SOURCE="x")[-1][-1]
+    assert "uv venv -q --python 3.11 ~/venv" in install and "--python ~/venv/bin/python 'v2t_jax[tpu] @ x'" in install
+
+
+def test_the_image_holds_what_the_pod_runs():
+    image = (LAUNCH / "Dockerfile").read_text()
+    container = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"][
+        "spec"
+    ]["template"]["spec"]["containers"][0]
+    python = re.search(r"^FROM python:3\.(\d+)", image, re.M)
+    assert python is not None and int(python[1]) >= 11
+    assert "COPY configs /configs\n" in image and "v2t train /configs/NAME.py" in container["args"][0]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == [container["workingDir"]]
+    assert "--workdir runs/NAME" in container["args"][0]  # in the bucket, as are data/ and runs/ of the recipes
 
 
 def test_each_says_what_it_costs_and_how_long_it_takes():
-    for file in [*SCRIPTS, LAUNCH / "gke_jobset.yaml", LAUNCH / "local.py"]:
+    for file in LAUNCH.iterdir():
         text = file.read_text()
         assert "Cost" in text and "Time:" in text, file.name
