@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from v2t_jax.bench import aot
-from v2t_jax.bench.aot_report import Report, text
-from v2t_jax.bench.chips import CHIPS, Topology, Work, work
+from v2t_jax.bench.roofline import CHIPS, Report, Topology, Work, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, load_recipe
 from v2t_jax.errors import InputError
 from v2t_jax.models import inverter
@@ -80,7 +79,7 @@ def test_the_roofline_is_what_takes_longest():
     seconds = {"compute": 2.0, "memory": 4.0, "ici": 1.0, "dcn": 0.0}
     report = Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, seconds, "It lacks 1 GB a chip.")
     assert (report.step_seconds, report.mfu, report.fits) == (4.0, 0.25, False)
-    assert "does not fit" in text(report) and "lacks 1 GB" in text(report)
+    assert "does not fit" in str(report) and "lacks 1 GB" in str(report)
     json.dumps(report.to_dict())
 
 

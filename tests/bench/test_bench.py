@@ -1,4 +1,4 @@
-"""The benchmarks: torch is asked for in one place and only when one runs; both sides do the same work."""
+"""The benchmarks run, do the work that they time, and import no torch; beside torch, both sides do the same work."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import v2t_jax
-from v2t_jax.bench import Comparison, Turn, decode, take_turns, train
+from v2t_jax.bench import decode, report, train
 from v2t_jax.cli import main as cli
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.errors import InputError
@@ -35,7 +35,7 @@ def test_importing_the_benchmarks_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"False\n"
 
 
-def test_torch_is_asked_for_by_two_functions_alone() -> None:
+def test_torch_is_imported_in_one_function_alone() -> None:
     """tests/test_imports.py looks at import statements; `importlib.import_module("torch")` is none."""
     package = Path(v2t_jax.__file__).parent
     asking = []
@@ -45,60 +45,70 @@ def test_torch_is_asked_for_by_two_functions_alone() -> None:
                 calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
                 named = [a for call in calls for a in call.args if isinstance(a, ast.Constant) and a.value == "torch"]
                 asking += [f"{path.relative_to(package)}:{function.name}" for _ in named]
-    assert sorted(asking) == ["bench/__init__.py:load_torch", "interop/checkpoint.py:_open_pickle"]
+    assert asking == ["interop/torch_files.py:_read_legacy"]
 
 
-class NoTorch:
-    """An import hook for a machine without torch."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name == "torch":
-            raise ModuleNotFoundError("No module named 'torch'", name=name)
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_report_is_of_the_calls_after_the_first(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+    report("work", 8, lambda: calls.append(1), 3, as_json)
+    assert len(calls) == 4
+    said = capsys.readouterr().out
+    assert (json.loads(said)["rows_per_second"] > 0) if as_json else said.startswith("work: 0.000 s (median of 3)")
+    with pytest.raises(InputError, match="repeats is 0; give at least 1"):
+        report("work", 8, lambda: None, 0, as_json)
 
 
 @pytest.mark.parametrize("command", ["decode", "train"])
-def test_without_torch_one_sentence_says_how_to_get_it(command, monkeypatch, capsys) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [NoTorch(), *sys.meta_path])
-    monkeypatch.setattr(sys, "argv", ["v2t", "bench", command])
-    with pytest.raises(SystemExit) as exit_:
+def test_the_commands_print_one_document(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decode, "T5_BASE", TINY)
+    monkeypatch.setattr(train, "T5_SMALL", TINY)
+    size = ["--num-tokens", "4", "--repeats", "1", "--batch-size", "2"]
+    monkeypatch.setattr(sys, "argv", ["v2t", "bench", command, "--json", *size])
+    cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] > 0 and "batch 2" in found["name"] and len(found["turns"]) == 1
+    monkeypatch.setattr(sys, "argv", ["v2t", "bench", command, "--num-tokens", "0"])
+    with pytest.raises(SystemExit):
         cli.main()
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install torch" in error
+    assert "num_tokens is 0; give at least 1" in capsys.readouterr().err
 
 
-def test_turns_alternate_and_their_ratio_is_that_of_neighbours() -> None:
-    order: list[str] = []
-    take_turns("x", lambda: order.append("ours"), lambda: order.append("torch"), repeats=3)
-    assert order == ["ours", "torch"] * 3
-    ours = (Turn(1.0, 1.0), Turn(10.0, 1.0), Turn(1.0, 1.0))  # the machine was busy in the second turn
-    theirs = (Turn(2.0, 3.0), Turn(20.0, 3.0), Turn(4.0, 3.0))
-    found = Comparison("x", ours, theirs).to_dict()
-    assert (found["ours_seconds"], found["torch_seconds"], found["speedup"]) == (1.0, 4.0, 2.0)
-    assert (found["ours_cpu_seconds"], found["torch_cpu_seconds"]) == (1.0, 3.0)
-    json.dumps(found)
-    with pytest.raises(InputError, match="at least one turn"):
-        take_turns("x", lambda: None, lambda: None, repeats=0)
-
-
-def test_our_side_makes_exactly_as_many_tokens_and_never_ends() -> None:
+def test_decoding_makes_exactly_as_many_tokens_and_never_ends() -> None:
     params = t5.init(TINY, jax.random.key(0))
     ids = np.asarray(jax.jit(decode.generate, static_argnums=(0, 3))(TINY, params, jnp.full((3, 4), 5), 6))
-    assert ids.shape == (3, 6) and not (ids == decode.SPECIAL.eos).any()
+    assert ids.shape == (3, 6) and not (ids == 1).any()
 
 
-def test_our_train_step_learns() -> None:
+def test_the_training_step_learns() -> None:
     config = ModelConfig(t5=TINY, embedding_width=8, num_pseudo_tokens=2, max_length=4, projection_dropout=0.0)
     e = np.random.default_rng(0).standard_normal((2, 8), np.float32)
-    step = train.OurStep(config, inverter.init(config, jax.random.key(0)), e, np.full((2, 4), 7))
+    step = train.Step(config, inverter.init(config, jax.random.key(0)), e, np.full((2, 4), 7))
     first, second = step(), step()
     assert second < first
 
 
 @pytest.mark.oracle
 def test_tokens_and_losses_are_those_of_torch() -> None:
+    compare = pytest.importorskip("tests.oracle.compare")
     options = decode.Decode(batch_size=(1, 3), num_tokens=5, source_length=4, repeats=1)
-    assert len(decode.compare(options, TINY)) == 2
+    assert len(compare.compare_decoding(options, TINY)) == 2
     small = train.Train(batch_size=2, num_tokens=4, num_pseudo_tokens=2, embedding_width=8, repeats=1)
-    assert train.compare(small, TINY).speedup > 0
+    assert compare.compare_training(small, TINY)[0]["speedup"] > 0
+
+
+@pytest.mark.oracle
+def test_turns_alternate_and_their_ratio_is_that_of_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = pytest.importorskip("tests.oracle.compare")
+    order: list[str] = []
+    compare.take_turns("x", lambda: order.append("ours"), lambda: order.append("torch"), repeats=3)
+    assert order == ["ours", "torch"] * 3
+    # The machine was busy in the second turn.
+    turns = iter([(1.0, 1.0), (2.0, 3.0), (10.0, 1.0), (20.0, 3.0), (1.0, 1.0), (4.0, 3.0)])
+    monkeypatch.setattr(compare, "turn", lambda run: compare.Turn(*next(turns)))
+    found = compare.take_turns("x", lambda: None, lambda: None, repeats=3)
+    assert (found["ours_seconds"], found["torch_seconds"], found["speedup"]) == (1.0, 4.0, 2.0)
+    assert (found["ours_cpu_seconds"], found["torch_cpu_seconds"]) == (1.0, 3.0)
+    json.dumps(found)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from v2t_jax.bench.collectives import collectives
+from v2t_jax.bench.roofline import collectives
 
 LAYERS, ROWS, WIDTH = 5, 32, 64
 

@@ -18,9 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
-from v2t_jax.bench.aot_report import Report
-from v2t_jax.bench.chips import Topology, Work, nbytes, work
-from v2t_jax.bench.collectives import ring_bytes, totals
+from v2t_jax.bench.roofline import Report, Topology, Work, nbytes, ring_bytes, totals, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.embedders.known import KNOWN
 from v2t_jax.embedders.load import locate

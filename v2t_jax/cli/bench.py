@@ -1,4 +1,4 @@
-"""The commands of `v2t bench`: beside PyTorch, and for TPUs that aren't here."""
+"""The commands of `v2t bench`: speed on this machine, and what TPUs would do."""
 
 import json
 from dataclasses import dataclass
@@ -7,11 +7,9 @@ from typing import Any
 import jax
 
 from v2t_jax.bench import aot
-from v2t_jax.bench.aot_report import text
-from v2t_jax.bench.chips import Topology
 from v2t_jax.bench.data import Data
 from v2t_jax.bench.decode import Decode
-from v2t_jax.bench.scaling import Scaling
+from v2t_jax.bench.roofline import Topology
 from v2t_jax.bench.train import Train
 from v2t_jax.config import load_recipe
 
@@ -41,7 +39,7 @@ class Aot:
         for report in aot.compile_recipe(config, topology, self.programs, self.sequence_beam_width):
             reports.append(report)
             if not self.json:
-                print(text(report), flush=True)
+                print(report, flush=True)
         if self.json:
             shown = {"topology": self.topology, "slices": self.slices, "config": self.config}
             print(
@@ -49,4 +47,4 @@ class Aot:
             )
 
 
-COMMANDS: dict[str, Any] = {"aot": Aot, "data": Data, "decode": Decode, "scaling": Scaling, "train": Train}
+COMMANDS: dict[str, Any] = {"aot": Aot, "data": Data, "decode": Decode, "train": Train}

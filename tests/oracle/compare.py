@@ -1,0 +1,162 @@
+"""Times ours beside PyTorch: same weights, same work (checked), same cores, alternating turns in one process.
+
+python -m tests.oracle.compare train|decode [--json]        (in the environment of `make oracle`)
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from v2t_jax.bench import Turn, num_cores, turn
+from v2t_jax.bench.decode import T5_BASE, Decode, generate, source_ids
+from v2t_jax.bench.train import OPTIMIZER, T5_SMALL, Step, Train
+from v2t_jax.config import ModelConfig, T5Config
+from v2t_jax.interop.hf_t5 import t5_from_huggingface
+from v2t_jax.models import t5
+from v2t_jax.models.layers import Params
+
+LOSS_TOLERANCE = 1e-4
+
+
+def take_turns(name: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> dict[str, Any]:
+    """Times both `repeats` times, ours, theirs, ours, theirs ...; both have been run before."""
+    turns: list[tuple[Turn, Turn]] = [(turn(ours), turn(theirs)) for _ in range(repeats)]
+    medians = {
+        f"{side}_{kind}": statistics.median(getattr(pair[i], field) for pair in turns)
+        for i, side in enumerate(("ours", "torch"))
+        for kind, field in (("seconds", "wall"), ("cpu_seconds", "cpu"))
+    }
+    # Of neighbors, so that whatever else the machine is doing slows both.
+    speedup = statistics.median(pair[1].wall / pair[0].wall for pair in turns)
+    return {"name": name, **medians, "speedup": speedup, "turns": turns}
+
+
+def torch_t5(config: T5Config, seed: int = 0) -> Any:
+    """A `T5ForConditionalGeneration` of these sizes with random float32 weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    same = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_decoder_layers", "tie_word_embeddings")
+    same += ("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "dropout_rate")
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            **{name: getattr(config, name) for name in same},
+            num_layers=config.num_encoder_layers,
+            feed_forward_proj=config.feed_forward,
+            decoder_start_token_id=0,
+        )
+    )
+    return model.float().eval()
+
+
+def to_numpy(module: nn.Module) -> dict[str, np.ndarray]:
+    """A module's state dict as arrays that share its memory."""
+    return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+
+
+def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> list[dict[str, Any]]:
+    """One comparison per batch size; both sides must generate the same tokens."""
+    model = torch_t5(config)
+    params = t5.unstack_decoder(jax.tree.map(jnp.asarray, t5_from_huggingface(to_numpy(model), config)))
+    jitted = jax.jit(generate, static_argnums=(0, 3))
+    results = []
+    for batch_size in options.batch_size:
+        ids = source_ids(config, batch_size, options.source_length)
+        ours_in, theirs_in = jnp.asarray(ids, jnp.int32), torch.from_numpy(ids)
+
+        def ours(ids: jax.Array = ours_in) -> np.ndarray:
+            return np.asarray(jitted(config, params, ids, options.num_tokens))
+
+        def theirs(ids: Any = theirs_in) -> np.ndarray:
+            count = options.num_tokens
+            lengths = {"max_new_tokens": count, "min_new_tokens": count}
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **lengths)
+            return made[:, 1:].numpy()  # without the start id
+
+        mine, reference = ours(), theirs()
+        assert mine.shape == reference.shape == (batch_size, options.num_tokens)
+        np.testing.assert_array_equal(mine, reference)
+        name = f"greedy decoding of {options.num_tokens} tokens, batch {batch_size}"
+        results.append(take_turns(name, ours, theirs, options.repeats))
+    return results
+
+
+class TorchStep:
+    """One training step in torch per call; returns the loss before its update."""
+
+    def __init__(self, config: ModelConfig, e: np.ndarray, ids: np.ndarray) -> None:
+        width = config.embedding_width
+        self.model = torch_t5(config.t5).train()
+        output = nn.Linear(width, config.t5.d_model * config.num_pseudo_tokens)
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0), nn.GELU(), output).train()
+        self.e, self.ids, self.num_pseudo_tokens = torch.from_numpy(e), torch.from_numpy(ids), config.num_pseudo_tokens
+        self.params = [*self.model.parameters(), *self.projection.parameters()]
+        groups = [
+            {"params": [p for p in self.params if p.ndim > 1], "weight_decay": OPTIMIZER.weight_decay},
+            {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        betas = (OPTIMIZER.b1, OPTIMIZER.b2)
+        self.optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=betas, eps=1e-8)
+
+    def inverter_params(self, t5: T5Config) -> Params:
+        """Our inverter's parameters with copies of its weights."""
+        weights = to_numpy(self.projection)
+        projection = {
+            name: {"kernel": weights[f"{i}.weight"].T, "bias": weights[f"{i}.bias"]}
+            for name, i in (("hidden", 0), ("output", 3))
+        }
+        params = {"t5": t5_from_huggingface(to_numpy(self.model), t5), "projection": projection}
+        return jax.tree.map(lambda p: jnp.array(p, copy=True), params)
+
+    def __call__(self) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        embeds = self.projection(self.e).reshape(len(self.e), self.num_pseudo_tokens, -1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        loss = self.model(inputs_embeds=embeds, attention_mask=mask, labels=self.ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, OPTIMIZER.clip_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+def compare_training(options: Train, t5: T5Config = T5_SMALL) -> list[dict[str, Any]]:
+    """The losses of the first two steps must agree within `LOSS_TOLERANCE`, so the first update is checked too."""
+    config, e, ids = options.problem(t5)
+    theirs = TorchStep(config, e, ids)
+    ours = Step(config, theirs.inverter_params(t5), e, ids)
+    for step in range(2):
+        mine, reference = ours(), theirs()
+        assert abs(mine - reference) < LOSS_TOLERANCE, f"step {step}: our loss is {mine}, torch's {reference}"
+    name = f"inverter training step, batch {options.batch_size} x {config.max_length} tokens"
+    return [take_turns(name, ours, theirs, options.repeats)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "decode"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    options = parser.parse_args()
+    torch.set_num_threads(num_cores())
+    results = compare_training(Train()) if options.what == "train" else compare_decoding(Decode())
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    if options.json:
+        print(json.dumps({"cores": num_cores(), **versions, "results": results}))
+        return
+    print(f"{num_cores()} cores, float32, " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    for r in results:
+        print(
+            f"{r['name']}: v2t_jax {r['ours_seconds']:.3f} s, torch {r['torch_seconds']:.3f} s, "
+            f"speed-up {r['speedup']:.2f}x (median of {len(r['turns'])} turns); "
+            f"processor time {r['ours_cpu_seconds']:.2f} s and {r['torch_cpu_seconds']:.2f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
