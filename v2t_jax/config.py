@@ -188,6 +188,9 @@ class DataConfig(_Section, section="data"):
     sources: Annotated[tuple[str, ...], Meta(min_length=1)] = ("wordnet",)
     """wordnet (packaged); .txt, .jsonl, .tsv (also .gz) or .parquet files, or folders or globs of them;
     tfds:NAME:FIELD; or one data set made by `v2t data build`, given as held_out too"""
+    tokenizer: str = ""
+    """tokenizer of the model's texts: an embedder that `v2t embedders` lists, a folder or a hub name, such as t5-base;
+    empty: the embedder's own (behind an endpoint, the data set's). If it isn't the embedder's, training retokenizes"""
     weights: tuple[NotNegative, ...] = ()
     """how often each source's texts appear in an epoch; empty: once"""
     held_out: str = "wordnet"
@@ -295,8 +298,8 @@ class Config(_Section):
 
     name: str = "unnamed"
     embedder: str = "all-MiniLM-L6-v2"
-    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL: its vectors are read from columns of a
-    built data set, and the model gets the data set's tokenizer"""
+    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL, whose vectors are read from columns of a
+    built data set"""
     embedder_dtype: Dtype = "float32"
     """of the embedder's arithmetic inside the training step"""
     api: ApiConfig = ApiConfig()
@@ -305,8 +308,8 @@ class Config(_Section):
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     model: ModelConfig = ModelConfig()
     initial_t5: str = ""
-    """folder or hub name of the T5 that both networks start from; its sizes replace those of model.t5, and the
-    embedder (behind an endpoint: the data set) must share its tokenizer, as GTR does"""
+    """folder or hub name of the T5 that both networks start from; its sizes replace those of model.t5, and its
+    tokenizer must be that of the texts: GTR has it, otherwise name it as data.tokenizer"""
     initial_embedding: Literal["random", "embedder"] = "random"
     """embedder: start from the embedder's own word embeddings, centered and rescaled"""
     initial_embedding_std: Positive = 0.02
@@ -354,37 +357,6 @@ class Config(_Section):
             not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size),
             "initial_t5 brings its own token embeddings: leave initial_embedding and data.vocabulary_size at their "
             "defaults.",
-        )
-        if is_endpoint(self.embedder):
-            self._check_endpoint()
-        else:
-            _require(self.api == ApiConfig(), "api is for an embedder behind an endpoint: give its URL as embedder.")
-
-    def _check_endpoint(self) -> None:
-        """An endpoint isn't asked inside a training step, so all that comes of it must have been made before."""
-        data = self.data
-        _require(
-            bool(data.embeddings),
-            f"{self.embedder} isn't asked while training: make the texts' vectors with 'v2t data embed', and name "
-            "that column as data.embeddings.",
-        )
-        _require(
-            "corrector" not in self.stages or bool(data.hypotheses),
-            f"{self.embedder} isn't asked while training: make the corrector's hypotheses and their vectors with "
-            "'v2t data hypotheses', and name that column as data.hypotheses.",
-        )
-        _require(
-            data.span_share == 0,
-            f"data.span_share is {data.span_share}, but {self.embedder} isn't asked for the vectors of random spans: "
-            "set it to 0.",
-        )
-        _require(
-            not self.partial_hypotheses,
-            f"partial_hypotheses are made on the fly, and {self.embedder} isn't asked for their vectors: leave it off.",
-        )
-        _require(
-            self.initial_embedding == "random",
-            f"initial_embedding=embedder needs weights, and {self.embedder} shows none: set it to random.",
         )
 
 

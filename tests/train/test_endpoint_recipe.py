@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_other_limits_but_no_other_embedder(done: Whole) -> N
     workdir = done.folder / "inverter"
     check_workdir(dataclasses.replace(done.inverter, api=dataclasses.replace(done.inverter.api, retries=1)), workdir)
     other = dataclasses.replace(done.inverter, api=dataclasses.replace(done.inverter.api, model="other"))
-    with pytest.raises(InputError, match="holds a run of another config .it differs in api"):
+    with pytest.raises(InputError, match="holds a run of another config, with api.model='tiny', not 'other'"):
         check_workdir(other, workdir)
     with pytest.raises(InputError, match="The column vectors was made with another embedder than other at http"):
         prepare(other)
@@ -203,10 +203,10 @@ def test_a_run_goes_on_with_other_limits_but_no_other_embedder(done: Whole) -> N
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"embeddings": ""}}, "isn't asked while training: make the texts' vectors with 'v2t data embed'"),
     ({"data": {"hypotheses": ""}}, "make the corrector's hypotheses and their vectors with 'v2t data hypotheses'"),
-    ({"data": {"span_share": 0.5}}, "data.span_share is 0.5, but .* isn't asked for the vectors of random spans"),
+    ({"data": {"span_share": 0.5}}, "vectors belongs to whole texts, not to spans of them: set data.span_share to 0"),
     ({"partial_hypotheses": True, "data": {"hypotheses": ""}}, "with 'v2t data hypotheses'"),
     ({"partial_hypotheses": True}, "partial_hypotheses are made on the fly"),
-    ({"initial_embedding": "embedder"}, "initial_embedding=embedder needs weights"),
+    ({"initial_embedding": "embedder"}, "initial_embedding=embedder needs the tokenizer and the weights of"),
     ({"embedder": "all-MiniLM-L6-v2"}, "api is for an embedder behind an endpoint"),
     ({"api": {"model": ""}}, "No model is named for http.*: set api.model"),
     ({"api": {"model": "tiny", "cache": 5}}, "api.cache is 5; it must be a string or None"),

@@ -54,16 +54,21 @@ def test_both_networks_start_from_it(recipe: Config) -> None:
     np.testing.assert_allclose(e, setup.embedder.embed(texts), atol=1e-5)
 
 
-def test_an_embedder_with_another_tokenizer(recipe: Config, tmp_path: Path) -> None:
+def test_an_embedder_with_another_tokenizer_needs_the_recipe_to_name_t5s(recipe: Config, tmp_path: Path) -> None:
     other = dataclasses.replace(recipe, embedder=str(make_embedder(tmp_path / "embedder")))
-    with pytest.raises(InputError, match="have different tokenizers: choose an embedder with T5's"):
+    with pytest.raises(InputError, match="has another tokenizer than the texts.*: set data.tokenizer=.*t5-base"):
         prepare(dataclasses.replace(other, model=dataclasses.replace(recipe.model, max_length=8)))
+    data = dataclasses.replace(recipe.data, tokenizer=recipe.initial_t5)
+    context = prepare(dataclasses.replace(other, data=data))
+    assert context.retokenizes and context.model.t5.d_model == load_t5(recipe.initial_t5)[0].d_model
+    ids = context.vocabulary.encode(context.held_out[:1])[0][None]
+    np.testing.assert_allclose(context.embed(ids), context.embedder.embed(context.held_out[:1]), atol=1e-5)
 
 
-def test_an_endpoints_data_set_with_another_tokenizer(recipe: Config) -> None:
+def test_a_data_set_with_another_tokenizer(recipe: Config) -> None:
     data = dataclasses.replace(recipe.data, embeddings="vectors", hypotheses="guesses", span_share=0.0)
     other = dataclasses.replace(recipe, embedder="http://host/v1", data=data)
-    with pytest.raises(InputError, match="have different tokenizers: build the data set with T5's"):
+    with pytest.raises(InputError, match="has another tokenizer than the texts"):
         check_t5(other, Vocabulary.full(make_tokenizer()))
 
 

@@ -219,7 +219,7 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(recipe, tmp
     log_file = tmp_path / "inverter" / "log.jsonl"
     log_file.parent.mkdir()
     log_file.symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"stopped at .* \(No space left on device\); mend"):
+    with pytest.raises(InputError, match=r"stopped at .* \(No space left on device\); fix"):
         train(config, tmp_path)
     log_file.unlink()
 
@@ -261,14 +261,42 @@ def test_an_embedder_whose_folder_now_pools_differently_is_refused(tmp_path):
     loop.claim_workdir(config, workdir, prepare(config).hashes())
 
 
-def test_another_config_is_refused(finished, recipe):
+def test_another_config_is_refused_by_the_fields_that_differ(finished, recipe):
     before = (finished / "config.json").read_text()
-    with pytest.raises(InputError, match=r"another config \(it differs in seed\)"):
-        train(dataclasses.replace(recipe, seed=1), finished)
-    longer = dataclasses.replace(recipe.inverter, num_steps=100)
-    with pytest.raises(InputError, match=r"differs in inverter"):
+    optimizer = dataclasses.replace(recipe.corrector.optimizer, b1=0.8)
+    other = dataclasses.replace(recipe, seed=1, corrector=dataclasses.replace(recipe.corrector, optimizer=optimizer))
+    with pytest.raises(InputError, match=r"with seed=0, not 1; corrector.optimizer.b1=0.9, not 0.8: give a new"):
+        train(other, finished)
+    longer = dataclasses.replace(recipe.inverter, num_steps=100)  # the corrector trained on the hypotheses of 60 steps
+    with pytest.raises(InputError, match=r"inverter.num_steps=60, not 100"):
         train(dataclasses.replace(recipe, inverter=longer), finished)
     assert (finished / "config.json").read_text() == before
+
+
+def test_a_run_may_be_lengthened_logged_evaluated_and_checkpointed_differently(recipe, tmp_path):
+    """With a constant learning rate it then ends with the very weights of a run that was as long from the start."""
+
+    def run(workdir, num_steps, **changes):
+        stage = dataclasses.replace(recipe.inverter, num_steps=num_steps)
+        train(inverter_only(recipe, inverter=stage, **changes), workdir)
+        return load_file(workdir / "model" / "inverter.safetensors")
+
+    run(tmp_path / "resumed", 10)
+    resumed = run(
+        tmp_path / "resumed",
+        16,
+        log_every_steps=2,
+        evaluation=dataclasses.replace(recipe.evaluation, every_steps=6, num_steps=(0,)),
+        checkpoint=dataclasses.replace(recipe.checkpoint, every_steps=3, keep=1),
+    )
+    whole = run(tmp_path / "whole", 16)
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
+    lines = [line["step"] for line in log(tmp_path / "resumed", "inverter") if "loss" in line]
+    assert lines == [5, 10, 12, 14, 16]
+    assert json.loads((tmp_path / "resumed" / "config.json").read_text())["inverter"]["num_steps"] == 16
+    with pytest.raises(InputError, match="already at step 16; inverter.num_steps=12 would end before it"):
+        run(tmp_path / "resumed", 12)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3"])

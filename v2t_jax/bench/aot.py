@@ -79,6 +79,11 @@ def compile_recipe(
     """
     settings = dataclasses.replace(config.mesh, slices=0)
     mesh = make_mesh(settings, topology.devices)
+    if config.data.tokenizer:
+        raise InputError(
+            "A recipe with data.tokenizer retokenizes on the host, which can't be compiled here: leave data.tokenizer "
+            "empty to see what the networks need."
+        )
     embedder, piece_map, model = None, None, config.model
     if not is_endpoint(config.embedder):  # of which the recipe must say the width
         embedder, piece_map = embedder_sizes(config)

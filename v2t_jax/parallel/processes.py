@@ -291,6 +291,15 @@ def global_batch(sharding: NamedSharding, local: np.ndarray, rows: slice, batch_
     return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
 
+def local_batch(array: jax.Array, rows: slice) -> np.ndarray:
+    """The inverse of `global_batch`: this process's rows of an array that is split by rows."""
+    local = np.zeros((rows.stop - rows.start, *array.shape[1:]), array.dtype)
+    for shard in array.addressable_shards:
+        start = (shard.index[0].start or 0) - rows.start
+        local[start : start + len(shard.data)] = shard.data
+    return local
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's `value` (JSON types), in process order; all must call it."""
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)

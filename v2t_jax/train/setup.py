@@ -10,27 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
-from v2t_jax.config import Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
+from v2t_jax.config import ApiConfig, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.data.batches import Batches
 from v2t_jax.data.blocks import Column, StoredTexts
 from v2t_jax.data.dataset import StoredBatches
-from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
-from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder
+from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, shares_vocabulary
 from v2t_jax.embedders.black_box import HttpEmbedder, embed_once
-from v2t_jax.embedders.load import load_embedder
+from v2t_jax.embedders.load import KNOWN, load_embedder, load_tokenizer
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import sha256_of, weight_files
+from v2t_jax.interop.files import folder_tokenizer, sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model
 from v2t_jax.models import inverter
-from v2t_jax.models.embedder import embed_model_ids
+from v2t_jax.models.embedder import TokenMap
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
 from v2t_jax.train.precompute import EMBEDDING, check_column
-from v2t_jax.train.step import NETWORKS
+from v2t_jax.train.step import NETWORKS, FrozenParams, Tokens, make_embed
 from v2t_jax.train.texts import Stores, open_texts, tokens_sha256
 
 STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
@@ -49,29 +50,69 @@ class TrainContext:
     columns: dict[str, Column]  # of the data set, by name: what the stages read instead of making it
     held_out: list[str]  # normalized, short enough for the model
 
+    def __post_init__(self) -> None:
+        self._shortened: dict[int, JaxEmbedder] = {}  # by length: the embedder, cutting texts to it
+
     @property
     def in_step(self) -> JaxEmbedder | None:
-        """The embedder where it runs inside the training step; None: it is behind an endpoint, which isn't asked there,
-        and the model's tokenizer is its own."""
+        """The embedder if its network runs inside the training step; None: all its vectors come from columns."""
         return self.embedder if isinstance(self.embedder, JaxEmbedder) else None
+
+    @functools.cached_property
+    def shares_vocabulary(self) -> bool:
+        """Whether the model's ids reach the embedder without becoming text."""
+        return shares_vocabulary(self.embedder, self.vocabulary.tokenizer)
+
+    @property
+    def retokenizes(self) -> bool:
+        """Whether the host turns the model's ids into the embedder's."""
+        return self.in_step is not None and not self.shares_vocabulary
 
     @property
     def vocab_map(self) -> jax.Array:
         return jnp.asarray(self.vocabulary.vocab_map)
 
+    @property
+    def token_map(self) -> TokenMap | None:
+        return self.in_step.token_map() if self.in_step and self.shares_vocabulary else None
+
     def inverter(self, params: dict[Stage, Params]) -> InversionPipeline:
-        """The model of these networks: it decodes over the recipe's mesh, or where an endpoint embeds, host by host."""
-        shares_vocabulary = self.in_step is not None
-        model = InversionPipeline(
-            *(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary), shares_vocabulary
+        """The model of these networks: it decodes over the recipe's mesh, or if the host embeds, host by host."""
+        mesh = make_mesh(self.config.mesh) if self.shares_vocabulary else None
+        return InversionPipeline(
+            *(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary),
+            shares_vocabulary=self.shares_vocabulary,
+            mesh=mesh,
+            decode=self.config.mesh.decode,
         )
-        if not shares_vocabulary:
-            return model
-        return dataclasses.replace(model, mesh=make_mesh(self.config.mesh), decode=self.config.mesh.decode)
 
     def decodable(self, params: dict[Stage, Params]) -> dict[Stage, Params]:
         """Networks in training as `inverter` takes them."""
-        return params if self.in_step else processes.fetch(params)
+        return params if self.shares_vocabulary else processes.fetch(params)
+
+    def retokenize(self, ids: np.ndarray) -> Tokens:
+        """Texts of model ids [n, L] in the embedder's tokens [n, M]; M depends on L alone.
+
+        As in the correction loop, what needs more than twice as many tokens is cut.
+        """
+        embedder = self.in_step
+        assert embedder is not None
+        around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
+        length = min(embedder.config.max_length, 2 * ids.shape[1] + around)
+        if length not in self._shortened:
+            self._shortened[length] = embedder.shortened(length)
+        tokens = self._shortened[length].tokenize(self.vocabulary.decode(ids))
+        return Tokens(*(np.pad(array, ((0, 0), (0, length - array.shape[1]))) for array in tokens))
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Ids [n, L] -> embeddings [n, E] as the training step computes them."""
+        embedder = self.in_step
+        assert embedder is not None
+        embed = jax.jit(make_embed(embedder.config, self.token_map))
+        frozen = FrozenParams(embedder.params, self.vocab_map)
+        parts = [ids[i : i + 256] for i in range(0, len(ids), 256)]
+        made = [embed(frozen, part, self.retokenize(part) if self.retokenizes else None, None) for part in parts]
+        return np.concatenate([np.asarray(part) for part in made])
 
     def hashes(self) -> dict[str, Any]:
         """Of all that the config names but doesn't hold; of the embedder everything that decides its vectors."""
@@ -96,18 +137,6 @@ class TrainContext:
             ),
         }
 
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        """Ids [n, L] -> embeddings [n, E] by the path that training uses, where it makes them itself."""
-        embedder = self.in_step
-        assert embedder is not None
-        embed = jax.jit(embed_model_ids, static_argnums=(0, 1))
-        piece_map = embedder.token_map()
-        parts = [
-            embed(embedder.config, piece_map, embedder.params, self.vocab_map, ids[i : i + 256])
-            for i in range(0, len(ids), 256)
-        ]
-        return np.concatenate([np.asarray(part) for part in parts])
-
 
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Refuses batches that the mesh doesn't divide.
@@ -126,12 +155,21 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 def prepare(config: Config) -> TrainContext:
-    """Loads the embedder, reads and tokenizes the text, opens columns, settles vocabulary and widths."""
+    """Loads embedder and tokenizer, reads and tokenizes the text, opens columns, settles vocabulary and widths.
+
+    Raises:
+        InputError: any of these is missing, damaged or doesn't fit the others.
+    """
     local = None if is_endpoint(config.embedder) else load_embedder(config.embedder, config.embedder_dtype)
-    if local is not None:
-        check_length(config.model.max_length, local)
+    if local is None:
+        _check_columns(config)
+    elif config.api != ApiConfig():
+        raise InputError("api is for an embedder behind an endpoint: give its URL as embedder.")
+    tokenizer = local.tokenizer if local else None
+    if config.data.tokenizer:
+        tokenizer = find_tokenizer(config.data.tokenizer)
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
-    vocabulary, stores, held_out = open_texts(config, local.tokenizer if local else None, num_held_out)
+    vocabulary, stores, held_out = open_texts(config, tokenizer, num_held_out)
     columns: dict[str, Column] = {}
     if isinstance(stores, StoredTexts):
         names = [name for stage in config.stages for name in column_names(config, stage).values()]
@@ -146,9 +184,34 @@ def prepare(config: Config) -> TrainContext:
     if config.initial_t5:
         t5 = check_t5(config, vocabulary)
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
-    if local is None:  # asked for now: a key or a limit that won't do shows before training, and the answers are kept
+    context = TrainContext(config, model, embedder, vocabulary, stores, columns, held_out)
+    if local is not None and context.shares_vocabulary:
+        check_length(model.max_length, local)
+    if config.initial_embedding == "embedder" and not context.shares_vocabulary:
+        raise InputError(
+            f"initial_embedding=embedder needs the tokenizer and the weights of {embedder.name}: set it to random, or "
+            "leave data.tokenizer empty."
+        )
+    if local is None:  # ask now: a wrong key or limit shows before training, and the answers are kept
         embed_once(embedder, held_out)
-    return TrainContext(config, model, embedder, vocabulary, stores, columns, held_out)
+    return context
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of an embedder `v2t embedders` lists, or of a folder or a hub repository, such as t5-base."""
+    return load_tokenizer(name) if name in KNOWN else folder_tokenizer(folder_of(name, ("*.json", "*.model", "*.txt")))
+
+
+def _check_columns(config: Config) -> None:
+    """An embedder whose network doesn't run here isn't asked inside a training step: columns must hold its vectors."""
+    needed = {"embeddings": "texts' vectors with 'v2t data embed'"}
+    if "corrector" in config.stages:
+        needed["hypotheses"] = "corrector's hypotheses and their vectors with 'v2t data hypotheses'"
+    for column, what in needed.items():
+        if not getattr(config.data, column):
+            raise InputError(
+                f"{config.embedder} isn't asked while training: make the {what}, and name that column as data.{column}."
+            )
 
 
 def column_names(config: Config, stage: Stage) -> dict[str, str]:
@@ -165,18 +228,16 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     Its weights are read once and let go, to learn of damage before anything is written.
 
     Raises:
-        InputError: there is none, it is damaged, or it has another tokenizer than the embedder, or than the data set.
+        InputError: there is none, it is damaged, or it has another tokenizer than the texts.
     """
     loaded, _ = load_t5(config.initial_t5, put=lambda _: None)
-    tokenizer = read_tokenizer(folder_of(config.initial_t5) / "tokenizer.json")
+    tokenizer = folder_tokenizer(folder_of(config.initial_t5))
     in_order = np.array_equal(vocabulary.vocab_map, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
     if not in_order or tokenizer.get_vocab() != vocabulary.tokenizer.get_vocab():
-        if is_endpoint(config.embedder):
-            whose, advice = config.data.sources[0], "build the data set with T5's (v2t data build --embedder gtr-base)"
-        else:
-            whose, advice = config.embedder, "choose an embedder with T5's, such as gtr-base"
         raise InputError(
-            f"{config.initial_t5} and {whose} have different tokenizers: {advice}, or leave initial_t5 empty."
+            f"{config.initial_t5} has another tokenizer than the texts, which have that of "
+            f"{config.data.tokenizer or config.embedder}: set data.tokenizer={config.initial_t5} (and build data sets "
+            "with it), or leave initial_t5 empty."
         )
     kept = {name: getattr(config.model.t5, name) for name in ("dropout_rate", "dtype", "remat", "scan_unroll")}
     return dataclasses.replace(loaded, **kept)
@@ -194,7 +255,7 @@ def trained_inverter(setup: TrainContext, mesh: Mesh) -> Params:
     expected = jax.eval_shape(functools.partial(inverter.init, setup.model), jax.random.key(0))
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
     pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, setup.vocabulary)]
-    if found.shares_vocabulary != (setup.in_step is not None) or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
+    if found.shares_vocabulary != setup.shares_vocabulary or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
         raise InputError(
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
             "data.sources and data.vocabulary_size, or train a new one."
@@ -250,7 +311,7 @@ def initial_params(
     if config.initial_t5:
         places = iter(jax.tree.leaves(shardings["t5"]))  # in whose order the arrays are read, one at a time
         _, params["t5"] = load_t5(config.initial_t5, put=lambda array: processes.put(array, next(places)))
-    if config.initial_embedding == "embedder" and setup.in_step is not None:
+    if config.initial_embedding == "embedder" and setup.in_step is not None:  # `prepare` has checked the vocabulary
         words = setup.in_step.params["encoder"]["word_embedding"][setup.vocab_map]
         if words.shape[1] != model.t5.d_model:
             raise InputError(

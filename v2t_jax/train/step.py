@@ -1,7 +1,8 @@
 """The training step: texts' ids in, new state and metrics out; one jitted, sharded program.
 
-The frozen embedder runs inside it, and for the corrector so do the inverter's greedy hypotheses: nothing is cached on
-disk, and every span and every epoch has its own embeddings. Unless a batch brings them, from columns (columns.py).
+The frozen embedder runs inside it, and for the corrector so does the inverter's greedy decoding: nothing is cached on
+disk, and every span and every epoch has its own embeddings. A batch may bring what can't be computed here (feed.py):
+columns of a data set, and the texts in the tokens of an embedder that doesn't share the model's vocabulary.
 """
 
 import functools
@@ -20,6 +21,7 @@ from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
 from v2t_jax.models import corrector, inverter, t5
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed_model_ids
+from v2t_jax.models.embedder import embed as embed_tokens
 from v2t_jax.models.layers import Params, split_key
 from v2t_jax.parallel.mesh import (
     OnMesh,
@@ -44,21 +46,30 @@ class TrainState(NamedTuple):
     bad_updates: Any = np.zeros((), np.int32)  # [] int32, updates so far whose loss or gradient wasn't finite
 
 
+class Tokens(NamedTuple):
+    """Texts in the embedder's own tokens, int32 [B, M]."""
+
+    ids: Any
+    mask: Any
+
+
 class Batch(NamedTuple):
     """What a step learns from; what is None is computed on the fly."""
 
     ids: Any  # [B, L] int32
     embedding: Any = None  # [B, E], of ids
+    tokens: Tokens | None = None  # ids retokenized, to compute `embedding` from
     hypothesis: Any = None  # [B, max_length] int32, to be corrected
     hypothesis_embedding: Any = None  # [B, E]
+    hypothesis_tokens: Tokens | None = None
 
 
 class FrozenParams(NamedTuple):
     """Weights that training reads but doesn't change."""
 
-    embedder: Params | None  # None: it isn't here, and batches bring all that comes of it
+    embedder: Params | None  # None: its network doesn't run here, and batches bring the embeddings
     vocab_map: jax.Array  # [V] int32, model id -> embedder id
-    inverter: Params | None  # makes the corrector's hypotheses
+    inverter: Params | None = None  # makes the corrector's hypotheses
 
 
 class Metrics(NamedTuple):
@@ -136,50 +147,99 @@ def training_hypotheses(
     return both.reshape(-1, config.max_length)
 
 
+def make_embed(
+    embedder: EmbedderConfig | None, token_map: TokenMap | None
+) -> Callable[[FrozenParams, jax.Array, Tokens | None, jax.Array | None], jax.Array]:
+    """`embed(frozen, ids, tokens, embedding) -> [B, E]`, from the last of these that isn't None.
+
+    Args:
+        embedder: None if it can't run inside the step.
+        token_map: None if it has another vocabulary than the model.
+    """
+
+    def embed(frozen: FrozenParams, ids: jax.Array, tokens: Tokens | None, embedding: jax.Array | None) -> jax.Array:
+        if embedding is not None:
+            return embedding.astype(jnp.float32)
+        if embedder is None or frozen.embedder is None or (token_map is None and tokens is None):
+            raise ValueError("batches must bring embeddings, or tokens of an embedder that runs here")
+        run: Callable[..., jax.Array] = functools.partial(embed_tokens, embedder, frozen.embedder)
+        if tokens is not None:
+            return jax.lax.stop_gradient(spread_rows(run, "batch", *tokens))
+        assert token_map is not None
+        run = functools.partial(embed_model_ids, embedder, token_map, frozen.embedder, frozen.vocab_map)
+        return jax.lax.stop_gradient(spread_rows(run, "batch", ids))
+
+    return embed
+
+
 def make_loss(
     stage: Stage,
     model: ModelConfig,
     embedder: EmbedderConfig | None,
-    piece_map: TokenMap | None,
+    token_map: TokenMap | None,
     partial_hypotheses: bool = False,
     decode: DecodeLayout = "batch",
 ) -> Callable[[Params, FrozenParams, Batch, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """`loss(params, frozen, batch, dropout_key) -> (summed loss, (correct tokens, tokens))`
-
-    Args:
-        embedder, piece_map: None where it can't run inside the step: batches must bring what comes of it.
-    """
-
-    def embed(frozen: FrozenParams, ids: jax.Array) -> jax.Array:
-        if embedder is None or piece_map is None or frozen.embedder is None:
-            raise ValueError("without an embedder, batches must bring the embeddings")
-        embed = functools.partial(embed_model_ids, embedder, piece_map, frozen.embedder, frozen.vocab_map)
-        return jax.lax.stop_gradient(spread_rows(embed, "batch", ids))
-
-    def target(frozen: FrozenParams, batch: Batch) -> jax.Array:
-        return embed(frozen, batch.ids) if batch.embedding is None else batch.embedding.astype(jnp.float32)
+    """`loss(params, frozen, batch, dropout_key) -> (summed loss, (correct tokens, tokens))`; see `make_embed`."""
+    embed = make_embed(embedder, token_map)
 
     def inverter_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
-        logits = inverter.logits(model, params, target(frozen, batch), batch.ids, key)
+        e = embed(frozen, batch.ids, batch.tokens, batch.embedding)
+        logits = inverter.logits(model, params, e, batch.ids, key)
         loss, correct, tokens = cross_entropy(logits, batch.ids)
         return loss, (correct, tokens)
 
     def corrector_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
-        e = target(frozen, batch)
+        e = embed(frozen, batch.ids, batch.tokens, batch.embedding)
         partial_key, key = split_key(key, 2)
-        if batch.hypothesis is not None and batch.hypothesis_embedding is not None:
-            hypothesis, e_hat = batch.hypothesis, batch.hypothesis_embedding.astype(jnp.float32)
-        elif frozen.inverter is not None:
+        hypothesis = batch.hypothesis
+        if hypothesis is None:
+            assert frozen.inverter is not None
             partial_key = partial_key if partial_hypotheses else None
             hypothesis = training_hypotheses(model, frozen.inverter, e, batch.ids, partial_key, decode)
-            e_hat = embed(frozen, hypothesis)
-        else:
-            raise ValueError("the corrector's loss needs hypotheses or an inverter")
+        e_hat = embed(frozen, hypothesis, batch.hypothesis_tokens, batch.hypothesis_embedding)
         logits = corrector.logits(model, params, e, hypothesis, e_hat, batch.ids, key)
         loss, correct, tokens = cross_entropy(logits, batch.ids)
         return loss, (correct, tokens)
 
     return inverter_loss if stage == "inverter" else corrector_loss
+
+
+def make_hypothesize(
+    model: ModelConfig,
+    embedder: EmbedderConfig,
+    partial_hypotheses: bool,
+    decode: DecodeLayout,
+    accumulate_steps: int,
+    seed: int,
+) -> Callable[[FrozenParams, Batch, jax.Array], jax.Array]:
+    """`hypothesize(frozen, batch, step) -> [B, max_length]`: the corrector's hypotheses as a program of its own.
+
+    For an embedder with another vocabulary, which the host must retokenize them for before the step can embed them.
+    """
+    embed = make_embed(embedder, None)
+
+    def hypothesize(frozen: FrozenParams, batch: Batch, step: jax.Array) -> jax.Array:
+        def part(given: tuple[Batch, jax.Array]) -> jax.Array:
+            rows, key = given
+            e = embed(frozen, rows.ids, rows.tokens, rows.embedding)
+            assert frozen.inverter is not None
+            return training_hypotheses(model, frozen.inverter, e, rows.ids, key if partial_hypotheses else None, decode)
+
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        if accumulate_steps == 1:
+            return part((batch, key))
+        keys = jax.random.split(key, accumulate_steps)
+        found = jax.lax.map(part, (_micro_batches(batch, accumulate_steps), keys))
+        return found.swapaxes(0, 1).reshape(-1, model.max_length)
+
+    return hypothesize
+
+
+def _micro_batches(batch: Any, count: int) -> Any:
+    """A batch's arrays [B, ...] as [count, B / count, ...]."""
+    # Every n-th row, not every n-th part: a device's rows stay on it when the batch is cut over devices.
+    return jax.tree.map(lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch)
 
 
 def make_step(
@@ -193,7 +253,7 @@ def make_step(
 
     A batch is whatever the loss takes, a tree of arrays [B, ...].
 
-    With `skip_bad`, an update whose loss or gradient isn't finite leaves parameters and optimiser as they were.
+    With `skip_bad`, an update whose loss or gradient isn't finite leaves parameters and optimizer as they were.
     """
 
     def gradients(params: Params, frozen: FrozenParams, batch: Any, key: jax.Array) -> Any:
@@ -205,12 +265,7 @@ def make_step(
         if accumulate_steps == 1:
             grads, sums = gradients(state.params, frozen, batch, key)
         else:
-
-            def cut(rows: jax.Array) -> jax.Array:
-                # Every n-th row, not every n-th part: a device's rows stay on it when the batch is cut over devices.
-                return rows.reshape(-1, accumulate_steps, *rows.shape[1:]).swapaxes(0, 1)
-
-            micro = jax.tree.map(cut, batch)
+            micro = _micro_batches(batch, accumulate_steps)
             keys = jax.random.split(key, accumulate_steps)
             zeros = jax.tree.map(jnp.zeros_like, state.params), (jnp.float32(0),) * 3
 
@@ -254,6 +309,12 @@ def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[On
         donate_argnums=0,
     )
     return OnMesh(jitted, mesh), shardings
+
+
+def shard_hypothesize(hypothesize: Callable, mesh: Mesh) -> OnMesh:
+    """Jits `make_hypothesize`'s function over `mesh`, with batches as in the step."""
+    rows = batch_sharding(mesh)
+    return OnMesh(jax.jit(hypothesize, in_shardings=(None, rows, replicated(mesh)), out_shardings=rows), mesh)
 
 
 def frozen_shardings(mesh: Mesh, frozen: FrozenParams) -> Any:

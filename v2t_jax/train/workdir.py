@@ -1,12 +1,14 @@
 """A run's work directory: whose run it holds, and what is written there line by line."""
 
 import contextlib
+import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v2t_jax.config import Config, to_dict
+from v2t_jax.config import ApiConfig, Config, from_dict, to_dict
 from v2t_jax.embedders.base import EmbedderIdentity, check_identity
 from v2t_jax.errors import InputError
 from v2t_jax.parallel import processes
@@ -25,28 +27,41 @@ def check_workdir(config: Config, workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             return
-        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(to_dict(config)))
+        before = _flat(from_dict(Config, json.loads(file.read_text(encoding="utf-8"))))
     except OSError as error:
         raise InputError(f"The work directory {workdir} can't be used ({error.strerror}); give another.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is damaged ({error}); give a new --workdir.") from error
-    if not isinstance(before, dict):
-        raise InputError(f"{file} is damaged (it holds no object); give a new --workdir.")
-    changed = sorted(key for key in now | before if _decisive(now, key) != _decisive(before, key))
+    except ValueError as error:  # not JSON, not UTF-8, not a config
+        raise InputError(f"{file} is damaged ({str(error).rstrip('.')}); give a new --workdir.") from error
+    now, free = _flat(config), _free_fields(config, workdir)
+    changed = [f"{name}={before[name]!r}, not {now[name]!r}" for name in now if before[name] != now[name]]
+    changed = [change for change in changed if not change.startswith(free)]
     if changed:
         raise InputError(
-            f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
-            "give a new --workdir, or the config in its config.json."
+            f"{workdir} holds a run of another config, with {'; '.join(changed)}: give a new --workdir, or the old "
+            "values."
         )
 
 
-def _decisive(config: dict[str, Any], key: str) -> Any:
-    """A field as far as it belongs to a run: not what it runs on (the mesh decides over the last bits of its numbers
-    alone), nor how an endpoint is asked and what that may cost."""
-    value = config.get(key)
-    if key == "api" and isinstance(value, dict):
-        return value.get("model"), value.get("dimensions")
-    return None if key == "mesh" else value
+def _flat(config: Config) -> dict[str, Any]:
+    """Every setting by its full name, such as inverter.optimizer.b1."""
+
+    def walk(values: dict[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            yield from walk(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
+
+    return dict(walk(to_dict(config), ""))
+
+
+def _free_fields(config: Config, workdir: Path) -> tuple[str, ...]:
+    """Beginnings of settings that may change when a run is resumed: they decide neither batches nor parameters."""
+    api = [f"api.{field.name}=" for field in dataclasses.fields(ApiConfig) if field.name not in ("model", "dimensions")]
+    # A stage may be lengthened, but not an inverter whose corrector already trains on its hypotheses.
+    stages = [
+        f"{stage}.num_steps="
+        for i, stage in enumerate(config.stages)
+        if not any((workdir / later / "checkpoints").exists() for later in config.stages[i + 1 :])
+    ]
+    return ("mesh.", "evaluation.", "checkpoint.", "log_every_steps=", *api, *stages)
 
 
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, Any]) -> None:
