@@ -50,7 +50,7 @@ def test_there_and_back(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     (folder / ".env").write_text("SECRET=1")
     (folder / ".git").mkdir()
     dry = run(hub.url, tmp_path, V2T, "push", str(folder), "me/tiny", HF_TOKEN=hub.TOKEN)
-    assert dry.returncode == 0 and "Nothing was sent" in dry.stdout and "inverter.safetensors" in dry.stdout
+    assert dry.returncode == 0 and "Nothing was uploaded" in dry.stdout and "inverter.safetensors" in dry.stdout
     assert hub.requests == []
     sent = run(hub.url, tmp_path, V2T, "push", str(folder), "me/tiny", "--upload", HF_TOKEN=hub.TOKEN)
     assert sent.returncode == 0, sent.stderr

@@ -13,7 +13,7 @@ from tests.helpers.tiny_run import make_texts
 from v2t_jax import invert_embeddings, load
 from v2t_jax.eval.evaluate import evaluate, evaluation_texts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COUNT = 7  # not a multiple of the processes
 
 pytestmark = [pytest.mark.multihost, pytest.mark.slow]

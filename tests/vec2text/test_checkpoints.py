@@ -508,7 +508,7 @@ def test_quantized_projections_are_refused(stage: str, pair: Path) -> None:
         (("--from", "vec2text", "--to", "vec2text", "OUT"), "either --from vec2text or --to vec2text"),
         (("--from", "gpt", "OUT"), "vec2text"),
         (("--from", "vec2text", "--inverter", "I", "--t5", "T", "--embedder", "E"), "give one path"),
-        (("--from", "vec2text", "--t5", "T", "--embedder", "E", "OUT"), "--inverter is needed"),
+        (("--from", "vec2text", "--t5", "T", "--embedder", "E", "OUT"), "pass --inverter"),
         (("--to", "vec2text", "MODEL"), "give two paths"),
         (("--to", "vec2text", "--t5", "T", "MODEL", "OUT"), "belong to --from"),
         (("--to", "vec2text", "--embedder", "E", "MODEL", "OUT"), "belong to --from"),

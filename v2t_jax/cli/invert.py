@@ -1,10 +1,11 @@
-"""Commands that go from texts to vectors and back: invert, embed, eval, demo."""
+"""The commands invert, embed, eval and demo: from texts to vectors and back."""
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import tyro
 from rich.console import Console
@@ -15,9 +16,9 @@ from v2t_jax.errors import InputError, check_texts
 from v2t_jax.inversion.trace import show_trace
 
 PACKAGED_MODEL = "minilm-wordnet"
-# Enough work for one batch to be seen moving, and little enough for two minutes on a laptop's two cores.
+# One batch, enough to show progress, done in two minutes on a laptop's two cores.
 DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM = 24, 3, 8, 4
-# The documented fields of a row of `eval --json`; the table for people has the other standard errors too.
+# The fields of a row of `eval --json`; the printed table has the other standard errors too.
 JSON_ROW = (
     *("num_steps", "sequence_beam_width", "bleu", "bleu_sem", "token_f1", "exact_match", "exact_match_sem"),
     *("cosine", "texts_per_second"),
@@ -25,38 +26,38 @@ JSON_ROW = (
 
 
 def open_embedder(name: str | None, api: ApiConfig) -> Any:
-    """An endpoint by its base URL; other names are left to `v2t_jax.load` and `load_embedder`."""
+    """An endpoint's embedder for a URL; other names pass through, to `v2t_jax.load` and `load_embedder`."""
     if is_endpoint(name):
         from v2t_jax.embedders.black_box import HttpEmbedder
 
         return HttpEmbedder(name, api)
     if api != ApiConfig():
-        raise InputError("The --api options need an endpoint: give its base URL, --embedder https://HOST/v1.")
+        raise InputError("The --api options are for endpoints; pass one's base URL, as in --embedder https://HOST/v1.")
     return name
 
 
 @dataclass(frozen=True)
 class Invert:
-    """Recover texts from their embeddings; shows how each guess was corrected."""
+    """Recover texts from their embeddings, and show how each guess was corrected."""
 
     text: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """a text to embed and then recover; may be given several times"""
+    """a text to embed and then recover; can be repeated"""
     embeddings: str | None = None
     """a .npy file of vectors [n, E] to recover"""
     model: str = PACKAGED_MODEL
-    """a packaged model's name, or a model folder"""
+    """name of a packaged model, or a model folder"""
     embedder: str | None = None
-    """where the model's embedder lies, if not where it did when the model was made; or an endpoint's base URL"""
+    """the model's embedder, if it has moved since the model was made: a folder, or an endpoint's base URL"""
     num_steps: int = 8
-    """correction steps; 0 gives the nearest first guess"""
+    """correction steps; 0 returns the best first guess"""
     sequence_beam_width: int = 4
     """hypotheses kept between steps"""
     mode: Literal["best", "upstream"] = "best"
-    """best keeps the closest text ever seen; upstream selects as the original does"""
+    """best returns the closest text ever seen; upstream selects as the original vec2text does"""
     batch_size: int | None = None
-    """vectors at a time; by default what fits a small machine"""
+    """vectors at a time; the default fits a small machine"""
     json: bool = False
-    """print one JSON document and nothing else"""
+    """print a JSON document instead of a table"""
     api: ApiConfig = field(default_factory=ApiConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -72,7 +73,7 @@ class Invert:
         from v2t_jax.parallel.processes import is_main
 
         if bool(self.text) == (self.embeddings is not None):
-            raise InputError("Give either --text TEXT or --embeddings FILE.npy.")
+            raise InputError("Pass either --text TEXT or --embeddings FILE.npy.")
         check_texts(self.text)
         vectors = read_vectors(self.embeddings) if self.embeddings is not None else None
         inverter = load(self.model, open_embedder(self.embedder, self.api))
@@ -101,19 +102,19 @@ class Embed:
     """Embed the lines of a text file; writes a .npy file [lines, E], or [lines, E / 8] for --precision binary."""
 
     input: str
-    """text file, a text a line"""
+    """text file with one text per line"""
     output: str
     """the .npy file to write"""
     embedder: str = "all-MiniLM-L6-v2"
     """a name that `v2t embedders` lists, a folder, NAME@FOLDER, ORG/NAME on the hub, or an endpoint's base URL"""
     dimensions: int | None = None
-    """keep the first ones only (Matryoshka), brought to length 1 again where the embedder does that"""
+    """keep only the first ones (Matryoshka), normalized again if the embedder normalizes"""
     precision: Literal["float32", "int8", "binary"] = "float32"
-    """as a vector store keeps them: int8 by each dimension's range in this file, binary by its signs"""
+    """format of the vectors: int8 by each dimension's range in this file, binary by sign"""
     prefix: str | None = None
-    """put before every line; by default the embedder's own for stored documents"""
+    """prepended to every line; by default the embedder's own prefix for documents"""
     batch_size: int = 64
-    """texts at a time, or in one request"""
+    """texts per batch or request"""
     api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
@@ -127,81 +128,92 @@ class Embed:
         embedder = open_embedder(self.embedder, self.api)
         if not isinstance(embedder, str) and (self.dimensions is not None or self.prefix is not None):
             raise InputError(
-                "--dimensions and --prefix are for embedders that run here: ask an endpoint for --api.dimensions, and "
-                "put a prefix before the lines yourself."
+                "--dimensions and --prefix are for embedders that run here; pass --api.dimensions to an endpoint, and "
+                "put prefixes into the file."
             )
-        try:
-            content = Path(self.input).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise InputError(f"{self.input} can't be read ({error.strerror}); give a file, a text a line.") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.input} is not UTF-8 text ({error.reason}); convert it first.") from error
-        if not content.strip():
-            raise InputError(f"{self.input} is empty; give a text a line.")
-        lines = content.removesuffix("\n").split("\n")  # splitlines() would also cut at form feeds and the like
-        check_texts(lines, "Line")
-        output = Path(self.output).resolve()  # what a link points to is replaced, not the link
-        if not self.output or (output.exists() and not output.is_file()):
-            raise InputError(f"The output {self.output!r} is a folder or a device; give the name of a .npy file.")
-        if output.exists() and output.samefile(self.input):
-            raise InputError(f"The output {self.output!r} is the input itself, which would be lost; give another name.")
-        part = output.with_name(f"{output.name}.part")
-        try:
-            with part.open("wb") as file:  # opened first: nobody embeds for an hour to learn that it can't be saved
-                if isinstance(embedder, str):
-                    embedder = load_embedder(embedder, dimensions=self.dimensions, prefix=self.prefix)
+        lines = read_lines(self.input)
+        with replaced(self.output, self.input) as file:  # opened before hours of embedding
+            if isinstance(embedder, str):
+                embedder = load_embedder(embedder, dimensions=self.dimensions, prefix=self.prefix)
+                prefixed = [embedder.config.prefix + line for line in lines]
+                if cut := sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(prefixed)):
                     longest = embedder.config.max_length
-                    prefixed = [embedder.config.prefix + line for line in lines]
-                    cut = sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(prefixed))
-                    if cut:
-                        progress.note(
-                            f"{cut} of {len(lines)} texts are cut to the {longest} tokens that {embedder.name} takes"
-                        )
-                vectors = quantize(embedder.embed(lines, self.batch_size), self.precision)
-                if self.precision == "int8" and len(lines) < 100:
-                    progress.note(f"int8 cuts the range of each dimension; {len(lines)} texts say little about it")
-                np.save(file, vectors)  # to a file, not a path: that would get .npy appended
-            part.replace(output)
-        except OSError as error:
-            raise InputError(f"{self.output} can't be written ({error.strerror}); give another place.") from error
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+                    progress.note(f"{cut} of {len(lines)} texts are cut to {longest} tokens, {embedder.name}'s maximum")
+            vectors = quantize(embedder.embed(lines, self.batch_size), self.precision)
+            if self.precision == "int8" and len(lines) < 100:
+                progress.note(f"int8 splits the range of each dimension, which {len(lines)} texts hardly show")
+            np.save(file, vectors)  # to a file, not a path: numpy would append .npy to that
         print(f"{len(lines)} vectors of width {vectors.shape[1]} -> {self.output}")
+
+
+def read_lines(name: str) -> list[str]:
+    """The texts of a file, one per line.
+
+    Raises:
+        InputError: the file can't be read, or a line is empty.
+    """
+    try:
+        content = Path(name).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{name} can't be read ({error.strerror}); give a file with one text per line.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text ({error.reason}); convert it first.") from error
+    if not content.strip():
+        raise InputError(f"{name} is empty; give a file with one text per line.")
+    lines = content.removesuffix("\n").split("\n")  # splitlines() would also split at form feeds
+    check_texts(lines, "Line")
+    return lines
+
+
+@contextlib.contextmanager
+def replaced(name: str, source: str) -> Iterator[BinaryIO]:
+    """A file to write that replaces `name`, or what that links to, at the end of the block.
+
+    Raises:
+        InputError: it can't be written, or it is `source`.
+    """
+    output = Path(name).resolve()
+    if not name or (output.exists() and not output.is_file()):
+        raise InputError(f"The output {name!r} is a folder or a device; give the name of a .npy file.")
+    if output.exists() and output.samefile(source):
+        raise InputError(f"The output {name!r} is the input itself, which would be lost; give another name.")
+    part = output.with_name(f"{output.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(output)
+    except OSError as error:
+        raise InputError(f"{name} can't be written ({error.strerror}); choose another place.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a model on held-out texts, over correction steps and beam widths."""
+    """Score a model on held-out texts, for several numbers of correction steps and beam widths."""
 
     model: str = PACKAGED_MODEL
-    """a packaged model's name, or a model folder"""
+    """name of a packaged model, or a model folder"""
     embedder: str | None = None
-    """where the model's embedder lies, if not where it did when the model was made; or an endpoint's base URL"""
+    """the model's embedder, if it has moved since the model was made: a folder, or an endpoint's base URL"""
     split: str = "held_out"
     """held_out or train"""
     num_steps: tuple[int, ...] = (0, 1, 8)
     sequence_beam_width: tuple[int, ...] = (1, 4)
     limit: int | None = 500
-    """texts at most"""
+    """maximum number of texts"""
     source: str = "wordnet"
-    """where the texts come from, as data.sources of a recipe"""
+    """source of the texts, as in a recipe's data.sources"""
     plot: str | None = None
-    """write cosine and BLEU against steps to this PNG file"""
+    """PNG file to write, with cosine and BLEU by step"""
     json: bool = False
-    """print one JSON document and nothing else"""
+    """print a JSON document instead of a table"""
     api: ApiConfig = field(default_factory=ApiConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
-        from v2t_jax.eval.evaluate import (
-            check_grid,
-            check_plot_file,
-            evaluate,
-            evaluation_texts,
-            plot,
-            table,
-        )
+        from v2t_jax.eval.evaluate import check_grid, check_plot_file, evaluate, evaluation_texts, plot, table
         from v2t_jax.inversion.pipeline import load
         from v2t_jax.parallel.processes import is_main
 
@@ -224,12 +236,12 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Demo:
-    """Recover held-out sentences from their embeddings, step by step, with a table and a plot."""
+    """Recover held-out sentences from their embeddings step by step; print a table and write a plot."""
 
     text: str | None = None
     """recover this sentence instead"""
     plot: str = "demo.png"
-    """where the plot goes"""
+    """PNG file to write"""
 
     def run(self) -> None:
         from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts, plot, table
@@ -245,11 +257,10 @@ class Demo:
         best_first = sorted(range(len(found)), key=lambda i: -found[i].cosine)
         for i in best_first[:DEMO_SHOWN]:
             show_trace(found[i], f"text {i + 1} of {len(found)}")
-        report = make_report(
-            inverter, found, range(DEMO_STEPS + 1), DEMO_BEAM, "held_out" if self.text is None else "your own"
-        )
+        split = "held_out" if self.text is None else "your own"
+        report = make_report(inverter, found, range(DEMO_STEPS + 1), DEMO_BEAM, split)
         Console().print(table(report))
         plot(report, Path(self.plot))
         if len(found) > DEMO_SHOWN:
-            print(f"Shown are the {DEMO_SHOWN} recovered best; the table is over all {len(found)}.")
-        print(f'The plot is in {self.plot}. Recover a sentence of your own: make demo TEXT="..."')
+            print(f"The {DEMO_SHOWN} closest are shown; the table is over all {len(found)}.")
+        print(f'The plot is in {self.plot}. Try a sentence of your own: make demo TEXT="..."')

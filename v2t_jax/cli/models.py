@@ -1,4 +1,4 @@
-"""Commands about what there is to work with: embedders, convert, push, env."""
+"""The commands embedders, convert, push and env."""
 
 import dataclasses
 import json
@@ -19,10 +19,10 @@ from v2t_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Embedders:
-    """List the embedders known by name: pooling, normalization, prefix, licence, width and maximum length."""
+    """List the embedders known by name, with pooling, normalization, prefixes, license, width and maximum length."""
 
     json: bool = False
-    """print one JSON document and nothing else"""
+    """print a JSON document instead of a table"""
 
     def run(self) -> None:
         from rich.table import Table
@@ -47,7 +47,7 @@ class Embedders:
             sizes = (str(known.width), str(known.max_length))
             unit = "yes" if known.normalize else "no"
             table.add_row(name, known.hub, *sizes, known.pooling, unit, known.licence, prefixes)
-        # Wider than most terminals, whose lines then wrap: names and prefixes that are cut short would be of no use.
+        # Wider than most terminals, which wrap the lines: truncated names and prefixes would be useless.
         Console(width=max(Console().width, 180)).print(table)
 
 
@@ -59,40 +59,40 @@ class Convert:
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """the folder to write; with --to, the model and the folder to write"""
     source: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="from")] = None
-    """vec2text: the original's checkpoints, in PyTorch"""
+    """vec2text: PyTorch checkpoints of the original vec2text"""
     target: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="to")] = None
-    """vec2text: folders inverter and corrector that the original loads"""
+    """vec2text: folders inverter and corrector that the original vec2text loads"""
     inverter: str | None = None
-    """folder or hub name of the original's inverter"""
+    """folder or hub name of the inverter"""
     corrector: str | None = None
-    """the same of its corrector; without one, the model makes first guesses only"""
+    """folder or hub name of the corrector; without it, the model only makes first guesses"""
     t5: str | None = None
-    """folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names"""
+    """folder or hub name of the T5 they were trained from; by default the one in the inverter's config.json"""
     embedder: str | None = None
-    """the embedder that they invert: a name that `v2t embedders` lists, a folder, or an endpoint's base URL; by default
-    what the inverter's config.json names"""
+    """the embedder they invert: a name listed by `v2t embedders`, a folder, or an endpoint's base URL; by default the
+    one in the inverter's config.json"""
     api: ApiConfig = field(default_factory=ApiConfig)
 
     def run(self) -> None:
         from v2t_jax.vec2text.convert import from_vec2text, to_vec2text
 
         if (self.source is None) == (self.target is None):
-            raise InputError("Give either --from vec2text or --to vec2text.")
+            raise InputError("Pass either --from vec2text or --to vec2text.")
         if self.source is not None:
             if len(self.paths) != 1:
-                raise InputError("With --from, give one path: the model folder to write.")
+                raise InputError("With --from, pass one path: the model folder to write.")
             if self.inverter is None:
-                raise InputError("With --from vec2text, --inverter is needed.")
+                raise InputError("With --from vec2text, pass --inverter.")
             embedder = open_embedder(self.embedder, self.api)
             from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, embedder)
             print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
             return
         if len(self.paths) != 2:
-            raise InputError("With --to, give two paths: the model folder, and the folder to write.")
+            raise InputError("With --to, pass two paths: the model folder, and the folder to write.")
         if self.inverter or self.corrector or self.t5 or self.embedder or self.api != ApiConfig():
             raise InputError(
-                "--inverter, --corrector, --t5, --embedder and --api belong to --from; with --to, give the model "
-                "folder."
+                "--inverter, --corrector, --t5, --embedder and --api belong to --from; with --to, pass only the model "
+                "folder and the folder to write."
             )
         to_vec2text(self.paths[0], Path(self.paths[1]))
         print(f"The checkpoints are in {self.paths[1]}/inverter and {self.paths[1]}/corrector.")
@@ -100,18 +100,18 @@ class Convert:
 
 @dataclass(frozen=True)
 class Push:
-    """Send a model to the Hugging Face hub. Without --upload it only says what would be sent."""
+    """Upload a model to the Hugging Face hub; without --upload, only list what would be uploaded."""
 
     model: tyro.conf.Positional[str]
-    """a model folder, or a packaged model's name"""
+    """a model folder, or the name of a packaged model"""
     repository: tyro.conf.Positional[str]
-    """where to: owner/name"""
+    """the repository to upload to: OWNER/NAME"""
     embedder: str | None = None
-    """where the model's embedder lies, if not where it did when the model was made"""
+    """the model's embedder, if it has moved since the model was made"""
     public: bool = False
-    """let everybody read a repository that this makes"""
+    """if the repository has to be created, make it public"""
     upload: bool = False
-    """do it"""
+    """upload"""
 
     def run(self) -> None:
         from v2t_jax.interop.hub import push
@@ -119,21 +119,21 @@ class Push:
 
         embedder = load(self.model, self.embedder).embedder.name  # refuses what is damaged or lacks its embedder
         if os.path.isdir(embedder):
-            progress.note(f"The model names the folder {embedder} as its embedder: others have to give --embedder.")
+            progress.note(f"The model's embedder is the folder {embedder}; other users must pass --embedder.")
         sent = push(locate_model(self.model), self.repository, private=not self.public, dry_run=not self.upload)
         for name, size in sent.files:
             print(f"{size / 1e6:10.3f} MB  {name}")
-        print(f"{sent.size / 1e6:10.3f} MB  in all")
+        print(f"{sent.size / 1e6:10.3f} MB  in total")
         if sent.url is not None:
             print(f"The model is at {sent.url}; try: v2t invert --model {self.repository} --text ...")
         else:
             kind = "public" if self.public else "private"
-            print(f"Nothing was sent. With --upload it goes to {self.repository}, {kind} if it doesn't exist yet.")
+            print(f"Nothing was uploaded; --upload sends it to {self.repository} ({kind} if it doesn't exist yet).")
 
 
 @dataclass(frozen=True)
 class Env:
-    """Versions, devices and packaged assets: what a bug report needs."""
+    """Print versions, devices and packaged assets, for bug reports."""
 
     def run(self) -> None:
         import platform
@@ -155,12 +155,12 @@ class Env:
                 print(f"{name} is not installed")
         try:
             print(f"devices: {', '.join(f'{d.platform} {d.device_kind}' for d in jax.devices())}")
-        except (RuntimeError, AssertionError) as error:  # that JAX doesn't start is what the report is about
+        except (RuntimeError, AssertionError) as error:  # a failing JAX belongs in the report
             print(f"devices: none, JAX doesn't start: {error}")
         print(f"compiled programs: {enable_compilation_cache() or 'not kept'}")
         print(f"packaged text: wordnet, {WORDNET.stat().st_size / 1e6:.1f} MB" if WORDNET.is_file() else "no wordnet")
         print(f"packaged models: {', '.join(packaged_models()) or 'none'}")
-        os.environ["HF_HUB_OFFLINE"] = "1"  # say what is here; fetch nothing
+        os.environ["HF_HUB_OFFLINE"] = "1"  # report what is here; download nothing
         for name, known in KNOWN.items():
             try:
                 print(f"embedder {name}: {locate(name)}")
