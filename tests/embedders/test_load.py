@@ -1,5 +1,6 @@
 """Reading an embedder's folder: what it asks for is done, or refused in a sentence."""
 
+import io
 import json
 import os
 
@@ -7,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import processors
 
-from tests.helpers.equivalence import load, state_dict
-from tests.helpers.tiny_run import make_embedder, make_tokenizer
+from tests.helpers.plain_folder import plain
+from tests.helpers.tiny_run import PIECES, make_embedder, make_texts, make_tokenizer
 from v2t_jax.data.vocabulary import Vocabulary
-from v2t_jax.embedders.load import KNOWN, load_embedder, locate
+from v2t_jax.embedders.load import KNOWN, load_embedder, load_tokenizer, locate
 from v2t_jax.errors import InputError
+from v2t_jax.inversion.pipeline import check_length
 from v2t_jax.models.embedder import TokenMap, embed_model_ids
 
 TYPE = "sentence_transformers.models."
@@ -117,16 +120,6 @@ def test_weights_in_several_files(folder):
         load_embedder(str(folder))
 
 
-def plain(folder, name="bert"):
-    """A folder as transformers writes it, from a golden case."""
-    case = load(name)
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(str(case["config"]))
-    save_file({key: value.astype(np.float32) for key, value in state_dict(case).items()}, folder / "model.safetensors")
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    return folder
-
-
 def test_pooling_of_a_folder_without_modules(tmp_path):
     bert = plain(tmp_path / "bert")
     assert load_embedder(str(bert)).config.pooling == "pooler"
@@ -170,6 +163,57 @@ def test_a_models_pieces_are_embedded_as_their_text_is(tmp_path, name):
         embedder.config, embedder.token_map(), embedder.params, jnp.asarray(vocabulary.vocab_map), jnp.asarray(ids)
     )
     np.testing.assert_allclose(made, embedder.embed(texts), atol=2e-5)
+
+
+def test_texts_at_the_very_limit_of_the_embedder(folder):
+    """A model of the most tokens that the embedder has room for, [CLS] counted: its ids are cut so that [SEP] fits."""
+    embedder = load_embedder(str(folder))
+    check_length(31, embedder)
+    with pytest.raises(InputError, match="model.max_length is 32, but .* reads texts of 31 at most"):
+        check_length(32, embedder)
+    vocabulary, texts = Vocabulary.full(embedder.tokenizer), [" ".join(["a dog sees"] * n) for n in (20, 10)]
+    ids = np.zeros((3, 31), np.int32)
+    rows = [pieces[:31] for pieces in vocabulary.encode(texts)]
+    for row, pieces in zip(ids, [*rows, [*rows[1], 1]], strict=True):  # the last with its end token
+        row[: len(pieces)] = pieces
+    made = embed_model_ids(
+        embedder.config, embedder.token_map(), embedder.params, jnp.asarray(vocabulary.vocab_map), jnp.asarray(ids)
+    )
+    np.testing.assert_allclose(made, embedder.embed([*texts, texts[1]]), atol=2e-5)
+
+
+def test_a_vocabulary_without_tokenizer_json(folder):
+    expected = load_embedder(str(folder))
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    texts = ["A cat", "the boats near one house"]
+    np.testing.assert_array_equal(load_embedder(str(folder)).embed(texts), expected.embed(texts))
+    assert load_tokenizer(str(folder)).encode("A cats").tokens == ["[CLS]", "a", "cat", "##s", "[SEP]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "options", "before", "shift"),
+    [
+        ("t5_encoder", "spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}, [], 0),
+        ("xlm_roberta", "sentencepiece.bpe.model", {}, [0], 1),  # fairseq's numbering
+    ],
+)
+def test_a_sentencepiece_model_without_tokenizer_json(tmp_path, name, file, options, before, shift):
+    folder, content = plain(tmp_path / name, name), io.BytesIO()
+    (folder / "tokenizer.json").unlink()
+    options = {"model_writer": content, "vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2, **options}
+    SentencePieceTrainer.train(sentence_iterator=iter(make_texts(300)), **options)
+    (folder / file).write_bytes(content.getvalue())
+    owner = SentencePieceProcessor(model_proto=content.getvalue())
+    embedder = load_embedder(f"mean@{folder}")
+    for text in ("the red cat sees a dog", "two  boats"):
+        end = [2] if before else [1]
+        expected = [*before, *(piece + shift for piece in owner.encode(text)), *end]
+        assert embedder.tokenizer.encode(text).ids == expected
+    assert np.isfinite(embedder.embed(["the red cat"])).all()
+    (folder / file).write_bytes(b"no model")
+    with pytest.raises(InputError, match="The tokenizer in .* can't be converted: .*; save a tokenizer.json there"):
+        load_embedder(f"mean@{folder}")
 
 
 def test_the_first_dimensions(folder):

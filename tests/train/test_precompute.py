@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import random
 import shutil
 import signal
@@ -13,15 +14,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from tests.helpers.plain_folder import plain
 from tests.helpers.tiny_model import MAX_LENGTH, make_model
-from tests.helpers.tiny_run import make_texts
+from tests.helpers.tiny_run import make_texts, make_tokenizer
 from v2t_jax import load
 from v2t_jax.data import blocks
 from v2t_jax.data.blocks import StoredTexts
 from v2t_jax.data.build import BuildSettings, Workers, build
 from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.black_box import CallableEmbedder
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.parallel.processes import Share
@@ -218,6 +222,19 @@ def test_what_does_not_go_together(stored: StoredTexts, root: Path, model: Inver
         hypothesis_columns(stored, "guesses", [str(root / "tiny")], embeddings="short")
     with refused(match="manifest.json is missing"):
         hypothesis_columns(stored, "guesses", [str(root / "tiny")], embeddings="none")
+
+
+@pytest.mark.parametrize(("name", "end"), [("qwen3", "<|endoftext|>"), ("mistral", ""), ("clip", "<|endoftext|>")])
+def test_embedders_whose_tokenizers_have_no_pad_and_end_pair(
+    stored: StoredTexts, model: InversionPipeline, tmp_path: Path, name: str, end: str
+) -> None:
+    tokenizer = json.loads(make_tokenizer().to_str().replace("[PAD]", "<|pad|>").replace("[SEP]", end or "<|none|>"))
+    if not end:  # Llama's kind puts a token before a text and none after it
+        tokenizer["post_processor"]["single"].pop()
+    embedder = load_embedder(f"last@{plain(tmp_path / name, name, Tokenizer.from_str(json.dumps(tokenizer)))}")
+    assert embed_column(stored, name, embedder, max_length=6)
+    texts = model.vocabulary.decode(precompute.padded(all_ids(stored), 6))
+    np.testing.assert_allclose(all_rows(stored, name), embedder.embed(texts), atol=2e-2, rtol=1e-3)
 
 
 def test_a_column_names_what_differs_of_its_embedder(stored: StoredTexts, model: InversionPipeline) -> None:

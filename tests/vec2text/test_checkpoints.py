@@ -346,7 +346,7 @@ def test_missing_files(pair: Path) -> None:
 
 def test_a_tokenizer_of_another_model(pair: Path) -> None:
     shutil.copy(embedder_of(pair) / "tokenizer.json", pair / "t5-base" / "tokenizer.json")
-    with pytest.raises(InputError, match="is not the tokenizer of the T5 beside it: <pad> and </s> must be"):
+    with pytest.raises(InputError, match="tokenizer is not that of its T5: <pad> and </s> must be"):
         read_base(str(pair / "t5-base"))
 
 
@@ -384,6 +384,23 @@ def test_another_embedder(pair: Path, folders: dict[str, Path], tmp_path: Path) 
 def test_an_embedder_inside_the_inverter_is_compared_whatever_its_kind(folders: dict[str, Path]) -> None:
     folder = folders[GTR]
     check_embedder(folder / "inverter", embedder_of(folder), "gtr")
+
+
+def test_an_embedder_folder_that_holds_a_whole_t5(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its decoder's blocks have the encoder's names behind their prefix, and other values."""
+    folder = shutil.copytree(folders[GTR], tmp_path / "pair")
+    encoder = load_embedder(f"mean@{embedder_of(folder)}").params
+
+    def whole(state: dict[str, np.ndarray]) -> None:
+        state |= {key.replace("encoder", "decoder", 1): value + 1 for key, value in state.items() if "encoder" in key}
+        state |= {f"{stack}.embed_tokens.weight": state["shared.weight"] for stack in ("encoder", "decoder")}
+
+    edit(embedder_of(folder), whole)
+    check_embedder(folder / "inverter", embedder_of(folder), "gtr")
+    jax.tree.map(np.testing.assert_array_equal, load_embedder(f"mean@{embedder_of(folder)}").params, encoder)
+    edit(embedder_of(folder), lambda s: s["encoder.block.0.layer.0.SelfAttention.q.weight"].__iadd__(1))
+    with pytest.raises(InputError, match="another embedder than gtr: 'block.0.* its 'encoder.block.0"):
+        check_embedder(folder / "inverter", embedder_of(folder), "gtr")
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])

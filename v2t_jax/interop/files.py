@@ -160,9 +160,9 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return tokenizer.backend_tokenizer
     except Exception as error:  # of transformers, tokenizers, sentencepiece or protobuf
-        gist = " ".join(str(error).split())[:300]
         raise InputError(
-            f"The tokenizer in {folder} can't be converted ({gist}); save a tokenizer.json there."
+            f"The tokenizer in {folder} can't be converted: its files are damaged or of an unknown kind; save a "
+            "tokenizer.json there."
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from v2t_jax import progress
 from v2t_jax.errors import InputError
 
-PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
 
 

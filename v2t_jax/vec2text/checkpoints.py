@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, decoders
 
 from v2t_jax import progress
 from v2t_jax.config import ModelConfig, Stage, T5Config
-from v2t_jax.data.vocabulary import read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import (
     SAFETENSORS,
     ShapeError,
     StoredTensor,
+    folder_tokenizer,
     open_checkpoint,
     part,
     read_json,
@@ -99,15 +99,14 @@ def read_base(name: str) -> Base:
     Raises:
         InputError: no such T5, or its config or tokenizer is missing or damaged.
     """
-    folder = folder_of(name, ["config.json", "tokenizer*.json"])
+    folder = folder_of(name, ["config.json", "tokenizer*.json", "spiece.model"])
     config = t5_config_from_huggingface(read_json(folder / "config.json", "a T5 folder"))
-    file = folder / "tokenizer.json"
-    tokenizer = read_tokenizer(file)
+    tokenizer = folder_tokenizer(folder)
     special = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>")]
     if special != [0, 1] or tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(
-            f"{file} is not the tokenizer of the T5 beside it: <pad> and </s> must be pieces 0 and 1, and no piece "
-            f"above {config.vocab_size - 1}."
+            f"{folder}'s tokenizer is not that of its T5: <pad> and </s> must be pieces 0 and 1, and no piece above "
+            f"{config.vocab_size - 1}."
         )
     settings = folder / "tokenizer_config.json"
     if not settings.is_file() or read_json(settings, "a T5 folder").get("clean_up_tokenization_spaces", True):
@@ -288,7 +287,9 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
 def _ends(key: str) -> Iterator[str]:
     """Names that a key of an embedder's folder may have inside an inverter."""
     key = re.sub(r"LayerNorm\.(gamma|beta)$", lambda found: f"LayerNorm.{_OLD_NORM[found[1]]}", key)
-    names = [key, key.partition(".")[2]]  # with and without the folder's own prefix, such as "encoder."
+    names = [key]
+    if not key.startswith("decoder."):  # of a whole T5: an inverter holds the encoder, whose blocks have the same names
+        names.append(key.partition(".")[2])  # without the folder's own prefix, such as "encoder."
     if key == "shared.weight":
         names += ["embed_tokens.weight", "encoder.embed_tokens.weight"]
     for name in names:
