@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Runs a command as several processes on this machine, each with CPU devices of its own, as hosts of a pod would.
+"""Runs a command as several processes on this machine, each with its own CPU devices, like the hosts of a pod.
 
     python launch/local.py --processes 2 --devices 4 -- v2t train configs/tiny.py --workdir runs/tiny
 
-Each line of output is marked with its process. Ctrl-C and SIGTERM are passed on to all, and the run stops together;
-when one process fails, the others are stopped, and its exit status is this program's. A third signal kills. Nothing
-here is needed on a pod.
+Each output line starts with its process's number. Ctrl-C and SIGTERM go to all processes, so the run stops as a whole;
+when one process fails, the others are stopped and its exit status is returned. A third signal kills.
 
-Cost: none. Time: the processes share this machine's cores, so this proves a run, it doesn't speed it up.
+Cost: none. Time: the processes share this machine's cores, so this tests a run but doesn't speed it up.
 """
 
 import argparse
@@ -20,13 +19,13 @@ import threading
 import time
 from typing import BinaryIO
 
-PATIENCE = 20.0  # seconds that the others have, once one has failed
+PATIENCE = 20.0  # seconds that the other processes have once one has failed
 
 
 def environment(process: int, processes: int, devices: int, port: int) -> dict[str, str]:
-    """What the process's own environment is: its place in the run, and its CPU devices."""
+    """The environment of a process: its place in the run and its CPU devices."""
     flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={devices}"]
-    # Many devices on few cores may take long to meet: that is no deadlock.
+    # Many devices on few cores may take long to meet; that is not a deadlock.
     flags += ["--xla_cpu_multi_thread_eigen=false", "--xla_cpu_collective_call_terminate_timeout_seconds=600"]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -45,7 +44,7 @@ def free_port() -> int:
 
 
 def show(process: int, stream: BinaryIO, lock: threading.Lock) -> None:
-    """Prints a process's lines whole, marked with its number."""
+    """Prints whole lines of a process, each with its number."""
     for line in stream:
         with lock:
             sys.stdout.buffer.write(f"[{process}] ".encode() + line.rstrip(b"\n") + b"\n")
@@ -53,7 +52,7 @@ def show(process: int, stream: BinaryIO, lock: threading.Lock) -> None:
 
 
 def run(command: list[str], processes: int, devices: int) -> int:
-    """Returns the exit status: 0, or that of the first process that failed (128 + n where signal n ended it)."""
+    """Returns the exit status: 0, or that of the first process that failed (128 + n after signal n)."""
     port, lock = free_port(), threading.Lock()
     started = [
         subprocess.Popen(
@@ -70,7 +69,7 @@ def run(command: list[str], processes: int, devices: int) -> int:
 
     def pass_on(signum: int, _: object) -> None:
         nonlocal signals
-        signals += 1  # the first ends a run in order, the second at once; who waits for others in vain hears neither
+        signals += 1  # the first stops a run in order, the second at once; a process stuck in a collective ignores both
         for process in started:
             if process.poll() is None:
                 process.send_signal(signum if signals < 3 else signal.SIGKILL)

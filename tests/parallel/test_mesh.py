@@ -129,7 +129,7 @@ def test_only_the_data_axis_goes_from_slice_to_slice():
     devices = jax.devices()
     mesh = make_mesh(MeshConfig(data=4, fsdp=2, slices=2))
     assert set(mesh.devices[:2].flat) == set(devices[:4]) and set(mesh.devices[2:].flat) == set(devices[4:])
-    with pytest.raises(InputError, match="mesh.data=1 can't be laid over 2 slices"):
+    with pytest.raises(InputError, match="mesh.data=1 can't be split over 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=8, slices=2))
     with pytest.raises(InputError, match="mesh.slices=3 doesn't divide the 8 devices"):
         make_mesh(MeshConfig(slices=3))

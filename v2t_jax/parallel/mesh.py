@@ -1,7 +1,7 @@
-"""Where arrays live: one mesh of axes (data, fsdp, model), and strict tables from parameters to it.
+"""Sharding: one mesh with the axes (data, fsdp, model), and strict tables from parameters to its axes.
 
-A parameter's path is matched by a model's `PARAM_AXES` table (regex -> logical axis names); `RULES` says which mesh
-axis a logical name is cut over. Strict both ways: a parameter without a rule is an error, as is a rule without one.
+A model's `PARAM_AXES` maps parameter paths (regular expressions) to logical axes; `RULES` maps those to mesh axes. A
+parameter that matches no rule is an error, and so is a rule that matches no parameter.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("mlp", "model"),
     ("layers", None),
 )
-# Decoding reads all weights at every token, so nothing is gathered there. "batch": every device has whole weights and
-# some of the rows. "model": weights stay cut over the model axis, as large networks need it.
+# Decoding reads all weights at every token, so none are gathered. "batch": each device has whole weights and some of
+# the rows. "model": weights stay sharded over the model axis, for networks that don't fit on one device.
 DECODING_RULES: dict[DecodeLayout, tuple[tuple[str, Any], ...]] = {
     "batch": (("batch", AXES), *((name, None) for name, _ in RULES[1:])),
     "model": tuple((name, None if name == "embed" else axis) for name, axis in RULES),
@@ -38,10 +38,10 @@ DECODING_RULES: dict[DecodeLayout, tuple[tuple[str, Any], ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or those given): within a slice over its own network, from slice to slice along `data`.
+    """A mesh over all devices (or those given); only the data axis crosses from slice to slice.
 
     Raises:
-        InputError: the axes don't multiply to the number of devices, or the slices don't divide the data axis.
+        InputError: the axes don't multiply to the number of devices, or the data axis can't be split over the slices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = [config.data, config.fsdp, config.model]
@@ -55,31 +55,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     data, *others = sizes
     if data % len(slices):
         raise InputError(
-            f"mesh.data={data} can't be laid over {len(slices)} slices: make it a multiple, and fsdp x model at most "
+            f"mesh.data={data} can't be split over {len(slices)} slices; make it a multiple, and fsdp x model at most "
             f"the {len(slices[0])} devices of a slice."
         )
     sizes = [data // len(slices), *others]
     layout = [create_device_mesh(sizes, part, allow_split_physical_axes=True) for part in slices]
-    # Explicit axis types, the default of jax.make_mesh, don't work with linen's logical constraints.
+    # Explicit axis types, the default of jax.make_mesh, fail with linen's logical constraints.
     return Mesh(np.concatenate(layout), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
-    """The devices of each slice, in the order of the slices' numbers."""
+    """The devices of each slice, by slice number; devices that know no slice are split into groups of neighbors."""
     known = {device.slice_index for device in devices if getattr(device, "slice_index", None) is not None}
     if known:
         if count not in (0, len(known)):
-            raise InputError(f"mesh.slices is {count}, but the devices are of {len(known)} slices: leave it 0.")
+            raise InputError(f"mesh.slices is {count}, but the devices belong to {len(known)} slices; leave it 0.")
         return [[device for device in devices if device.slice_index == index] for index in sorted(known)]
     if len(devices) % max(count, 1):
-        raise InputError(f"mesh.slices={count} doesn't divide the {len(devices)} devices.")
-    size = len(devices) // max(count, 1)
-    return [devices[first : first + size] for first in range(0, len(devices), size)]
+        raise InputError(f"mesh.slices={count} doesn't divide the {len(devices)} devices; choose a divisor.")
+    return [part.tolist() for part in np.split(np.array(devices, object), max(count, 1))]
 
 
 @dataclass(frozen=True)
 class OnMesh:
-    """A jitted program whose arrays' axes have names that `rules` give a place on `mesh`."""
+    """A jitted program with logical axis names, which `rules` map to axes of `mesh`."""
 
     program: Any
     mesh: Mesh
@@ -90,7 +89,7 @@ class OnMesh:
             return self.program(*args)
 
     def lower(self, *args: Any) -> Any:
-        """The program for arrays, or shapes, like these, not compiled yet."""
+        """The lowered program for arrays or shapes like these."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             return self.program.lower(*args)
 
@@ -100,7 +99,7 @@ def param_specs(
 ) -> Any:
     """A tree of PartitionSpec like `params`; `table` is the model's PARAM_AXES.
 
-    A rule may name fewer axes than an array has (the stacked layer axis of a norm): the rest are not cut.
+    A rule may name fewer axes than an array has; the rest are not sharded.
 
     Raises:
         ValueError: an unmatched parameter or an unused rule.
@@ -119,13 +118,7 @@ def param_specs(
         raise ValueError(f"No sharding rule matches the parameter {name}.")
 
     specs = jax.tree_util.tree_map_with_path(spec, params)
-    optional = (
-        r"lm_head",
-        r"statistics",
-        r"bag_of_words",
-        r"pooler",
-        r"input_norm",
-    )  # present by configuration
+    optional = ("lm_head", "statistics", "bag_of_words", "pooler", "input_norm")  # present by configuration
     unused = [p for p, _ in table if p not in used and not any(name in p for name in optional)]
     if unused:
         raise ValueError(f"No parameter uses the sharding rule {unused[0]!r}.")
@@ -133,13 +126,13 @@ def param_specs(
 
 
 def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
-    """Shardings of a whole training state: what mirrors the parameters is cut like them, the rest is replicated.
+    """Shardings of a training state: what mirrors a parameter is sharded like it, the rest is replicated.
 
-    Optimisers keep trees of the parameters' own paths (Adam's moments) among others; so a leaf is recognized by the
-    end of its path and its shape having as many axes.
+    Optimizers hold trees with the parameters' own paths (Adam's moments), so a leaf is recognized by the end of its
+    path and its number of axes.
 
     Raises:
-        InputError: an array's axis isn't a multiple of the mesh axis that cuts it.
+        InputError: an array's axis isn't a multiple of the mesh axis it is split over.
     """
     by_path = {
         tuple(str(key.key) for key in path): spec
@@ -172,19 +165,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def decoding_rows(mesh: Mesh, layout: DecodeLayout) -> NamedSharding:
-    """Where the rows of a batch that is decoded lie."""
+    """Sharding of the rows of a batch during decoding."""
     return NamedSharding(mesh, PartitionSpec(dict(DECODING_RULES[layout])["batch"]))
 
 
 @contextlib.contextmanager
 def decoding_on(mesh: Mesh, layout: DecodeLayout) -> Iterator[None]:
-    """Programs that are called inside are of decoding alone, on a mesh; weights and rows are laid out for it."""
+    """Programs called inside only decode, on a mesh; weights and rows are laid out for that."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(DECODING_RULES[layout]):
         yield
 
 
 def decoding_params(params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]], layout: DecodeLayout) -> Any:
-    """Inside a program on a mesh: weights as decoding wants them. Elsewhere nothing happens."""
+    """Inside a program on a mesh, weights laid out for decoding; elsewhere, `params` itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return params
     specs = param_specs(params, table, DECODING_RULES[layout])
@@ -192,9 +185,9 @@ def decoding_params(params: Any, table: Sequence[tuple[str, tuple[str | None, ..
 
 
 def spread_rows(run: Callable[..., jax.Array], layout: DecodeLayout, *rows: jax.Array) -> jax.Array:
-    """`run(*rows)`, inside a program on a mesh with the rows laid out for decoding. Elsewhere it is just that.
+    """`run(*rows)`; inside a program on a mesh, with the rows laid out for decoding.
 
-    Rows that the devices don't divide stay as they are in training, over (data, fsdp).
+    Rows that can't be split evenly over the devices stay as in training, over (data, fsdp).
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(DECODING_RULES[layout])
     if mesh.empty:
