@@ -110,6 +110,12 @@ def test_importing_the_command_line_loads_no_torch_or_tensorflow() -> None:
     assert not loaded_by("import v2t_jax.cli.main") & FOREIGN
 
 
+def test_the_packaged_embedder_is_loaded_without_transformers() -> None:
+    assert "transformers" not in loaded_by(
+        "from v2t_jax.embedders.load import load_embedder as l; l('all-MiniLM-L6-v2')"
+    )
+
+
 @pytest.mark.oracle  # where torch is installed, a library of ours could load it
 def test_importing_the_command_line_beside_torch_does_not_load_it() -> None:
     __import__("torch")

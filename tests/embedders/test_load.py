@@ -318,7 +318,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
     ("damage", "message"),
     [
         (lambda folder: add_dense(folder, "torch.nn.modules.activation.ReLU"), "the activation 'relu'"),
-        (change_dense(in_features=15), "don't hold what config.json means"),
+        (change_dense(in_features=15), "don't have the shapes that config.json implies"),
         (change_dense(use_residual=True), "use_residual"),
         (change_dense(module_input_name="token_embeddings"), "module_input_name 'token_embeddings'"),
         (config(hidden_act="relu"), "hidden_act = 'relu'; only 'gelu' is supported"),
@@ -328,7 +328,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
         (config(hidden_size="16"), "'hidden_size' expected int, got str"),
         (config(num_attention_heads=3), "3 heads"),
         (config(layer_norm_eps=-1.0), "layer_norm_eps = -1.0; it must be a positive number"),
-        (config(hidden_size=18), "bert weight '.*' has shape .*; its config means"),
+        (config(hidden_size=18), "bert weight '.*' has shape .*; its config implies"),
         (config(num_hidden_layers=2), "bert weights lack 'encoder.layer.1."),
         (change_weights(lambda state: state.pop(QUERY)), f"bert weights lack '{QUERY}'"),
         (
@@ -340,8 +340,8 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
             f"bert weight '{QUERY}' is of dtype int8; quantized weights aren't read",
         ),
         (config(intermediate_size=10**30), "intermediate_size = 10*; it must be a whole number from 1 to 2"),
-        (config(intermediate_size=2 * 10**9), "has shape .*; its config means"),
-        (config(max_position_embeddings=2 * 10**9), "has shape .*; its config means"),
+        (config(intermediate_size=2 * 10**9), "has shape .*; its config implies"),
+        (config(max_position_embeddings=2 * 10**9), "has shape .*; its config implies"),
         (pickled, r"pytorch_model.bin is damaged, or older than torch 1.6|more than weights"),
         (another_order, "holds Normalize, Pooling, Transformer; supported are"),
         (no_pooling, "exactly one supported mode"),
@@ -379,7 +379,7 @@ def test_a_tokenizer_with_more_pieces_than_the_network(folder):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_vectors_that_are_not_finite(folder, value):
     change_weights(lambda state: state[QUERY].__setitem__((0, 0), value))(folder)
-    with pytest.raises(InputError, match="gives NaN or infinite values; its weights are damaged: fetch it again"):
+    with pytest.raises(InputError, match="gives NaN or infinite values; its weights are damaged: download it again"):
         load_embedder(str(folder)).embed(["a dog"])
 
 

@@ -76,7 +76,7 @@ def _untied(state: Case) -> None:
     [
         (_without, f"lack '{QUERY}'"),
         (_with_unknown, "unknown key 'decoder.block.1.layer.0.layer_norm.weight'"),
-        (_transposed, rf"'{QUERY}' has shape \(6, 8\); its config means \(8, 6\)"),
+        (_transposed, rf"'{QUERY}' has shape \(6, 8\); its config implies \(8, 6\)"),
         (_untied, "'lm_head.weight' differs from 'shared.weight'"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -152,7 +152,7 @@ def test_a_folder_of_ours(config: T5Config, tmp_path: Path) -> None:
 def test_parameters_of_another_config_are_not_written(tmp_path: Path) -> None:
     params = make(TINY)
     for changes, message in (
-        ({"d_ff": TINY.d_ff + 1}, "feed_forward.* has shape .* but its config means"),
+        ({"d_ff": TINY.d_ff + 1}, "feed_forward.* has shape .* but its config implies"),
         ({"num_encoder_layers": 1, "num_decoder_layers": 1}, "encoder/layers/.* has shape"),
         ({"tie_word_embeddings": False}, "'lm_head' has shape None"),
     ):

@@ -178,7 +178,7 @@ def test_a_length_of_the_embedder_that_is_none(folder, max_length):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'"text"', b"null"])
 def test_a_damaged_config(folder, content):
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match="config.json (is not readable JSON|holds no JSON object).*; fetch it again"):
+    with pytest.raises(InputError, match="(is not readable JSON|holds no JSON object).*; download it again"):
         load(str(folder))
 
 

@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from tests.helpers.tiny_run import make_tokenizer
 from v2t_jax.config import T5Config
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import Special
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.interop.hf_t5 import load_t5, save_t5
 from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
+from v2t_jax.vec2text.checkpoints import check_embedder
 
 pytestmark = pytest.mark.oracle
 
@@ -121,3 +125,28 @@ def test_a_head_that_was_left_out(tmp_path: Path) -> None:
     assert not config.tie_word_embeddings
     ours = our_logits(config, jax.tree.map(jnp.asarray, params), LABELS)
     np.testing.assert_allclose(ours, their_logits(model, LABELS), atol=1e-4)
+
+
+def test_an_embedder_folder_that_holds_a_whole_t5(tmp_path: Path) -> None:
+    """T5Model saves encoder and decoder under blocks of the same names; an embedder is the encoder."""
+    transformers, torch = importlib.import_module("transformers"), importlib.import_module("torch")
+    torch.manual_seed(4)
+    sizes = {"vocab_size": 60, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
+    model = transformers.T5Model(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "whole")
+    make_tokenizer().save(str(tmp_path / "whole" / "tokenizer.json"))
+    assert any(key.startswith("decoder.block.0") for key in load_file(tmp_path / "whole" / "model.safetensors"))
+    embedder, texts = load_embedder(f"mean@{tmp_path / 'whole'}"), ["a dog", "the old river sees one cat"]
+    ids, mask = (torch.from_numpy(array).long() for array in embedder.tokenize(texts))
+    with torch.no_grad():
+        hidden = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    expected = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    np.testing.assert_allclose(embedder.embed(texts), expected.numpy(), atol=1e-5)
+    # As vec2text saves an inverter: with the encoder of its embedder inside.
+    (tmp_path / "inverter").mkdir()
+    inside = {f"embedder.{key}": value.contiguous().clone() for key, value in model.encoder.state_dict().items()}
+    importlib.import_module("safetensors.torch").save_file(inside, tmp_path / "inverter" / "model.safetensors")
+    check_embedder(tmp_path / "inverter", tmp_path / "whole", "the T5")

@@ -317,7 +317,7 @@ def test_settings_of_training_alone_are_no_matter(pair: Path) -> None:
 def test_a_pair_of_other_sizes(folders: dict[str, Path], pair: Path) -> None:
     shutil.rmtree(pair / "t5-base")
     shutil.copytree(folders["vec2text_b"] / "t5-base", pair / "t5-base")
-    with pytest.raises(InputError, match="' has shape .*; its config means .*: give the right one, as --t5"):
+    with pytest.raises(InputError, match="' has shape .*; its config implies .*: give the right one, as --t5"):
         read_pair(pair)
 
 

@@ -203,7 +203,7 @@ class JaxEmbedder:
         if highest >= vocab_size:
             raise InputError(
                 f"The tokenizer of {self.name} gives the id {highest}, but its network's vocab_size is {vocab_size}: "
-                "they don't belong together; fetch the embedder again."
+                "they don't belong together; download the embedder again."
             )
         return ids, mask
 
@@ -229,7 +229,7 @@ class JaxEmbedder:
                 result[chosen] = np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
                 if not np.isfinite(result[chosen]).all():
                     raise InputError(
-                        f"The embedder {self.name} gives NaN or infinite values; its weights are damaged: fetch it "
+                        f"The embedder {self.name} gives NaN or infinite values; its weights are damaged: download it "
                         "again."
                     )
                 update(start + len(chosen))

@@ -196,8 +196,8 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         raise InputError(f"{body}: {error}") from error
     if known is not None and known.dense and not known.raw and not modules:
         raise InputError(
-            f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder; fetch "
-            f"{known.hub} whole, or give mean@FOLDER for the encoder and the mean alone."
+            f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder; download "
+            f"the whole {known.hub}, or pass mean@FOLDER for the encoder with mean pooling only."
         )
     if name.pooling is not None or (known is not None and known.raw) or not modules:
         pooling = name.pooling or (known.pooling if known else _default_pooling(body, settings, encoder, tensors))
@@ -303,7 +303,9 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderC
         settings = _optional_json(path / "config.json") if kind == "Normalize" else _read_json(path / "config.json")
         for field in ("module_input_name", "module_output_name"):
             if kind in ("Dense", "Normalize") and settings.get(field) not in (None, "sentence_embedding"):
-                raise InputError(f"{path}/config.json has {field} {settings[field]!r}; sentence embeddings are read.")
+                raise InputError(
+                    f"{path}/config.json has {field} {settings[field]!r}; only sentence_embedding is supported."
+                )
         if kind == "Pooling":
             pipeline.pooling = _read_pooling(path, settings)
             pipeline.prompt_excluded = settings.get("include_prompt") is False
@@ -330,7 +332,7 @@ def _read_pooling(path: Path, settings: dict[str, Any]) -> Pooling:
 def _read_dense(path: Path, settings: dict[str, Any]) -> tuple[Activation, dict[str, np.ndarray]]:
     activation: Any = settings["activation_function"].rsplit(".", 1)[-1].lower()
     if activation not in get_args(Activation):
-        raise InputError(f"{path}/config.json has the activation {activation!r}; identity and tanh are read.")
+        raise InputError(f"{path}/config.json has the activation {activation!r}; only identity and tanh are supported.")
     if settings.get("use_residual"):
         raise InputError(f"{path}/config.json asks for use_residual, which isn't supported.")
     tensors = open_checkpoint(path)
@@ -338,7 +340,7 @@ def _read_dense(path: Path, settings: dict[str, Any]) -> tuple[Activation, dict[
     if settings.get("bias", True):
         meant["linear.bias"] = (settings["out_features"],)
     if {key: tensor.shape for key, tensor in tensors.items()} != meant:
-        raise InputError(f"The weights in {path} don't hold what config.json means: {meant}.")
+        raise InputError(f"The weights in {path} don't have the shapes that config.json implies: {meant}.")
     names = {"linear.weight": "kernel", "linear.bias": "bias"}
     return activation, {names[key]: np.asarray(tensors[key][:], np.float32).T for key in meant}
 
@@ -360,7 +362,7 @@ def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) 
     given = given or [known.max_length if known else positions or _DEFAULT_LENGTH]
     longest = int(min([*given, positions or math.inf]))
     if longest < 3:
-        raise InputError(f"{body} says that texts are cut to {longest} tokens, which leaves nothing of them.")
+        raise InputError(f"{body} says that texts are cut to {longest} tokens, too few to embed anything.")
     return longest
 
 

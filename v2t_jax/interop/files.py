@@ -41,7 +41,9 @@ class StoredTensor:
         try:
             return np.asarray(self._source[index])
         except (OSError, SafetensorError, TypeError) as error:
-            raise InputError(f"{self._path} is unreadable or of an unknown dtype ({error}); fetch it again.") from error
+            raise InputError(
+                f"{self._path} is unreadable or of an unknown dtype ({error}); download it again."
+            ) from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self[:], dtype, copy=copy)
@@ -94,13 +96,13 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             shards = read_json(index, "a checkpoint").get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                raise InputError(f"{index} has no weight_map; fetch it again.")
+                raise InputError(f"{index} has no weight_map; download it again.")
             files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise InputError(f"{folder} lacks {missing[0]}, which its index names; fetch it again.")
+                raise InputError(f"{folder} lacks {missing[0]}, which its index names; download it again.")
             return files
-    raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}; fetch it again.")
+    raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}; download it again.")
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -108,7 +110,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
         file = safe_open(path, "numpy")
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
+        raise InputError(f"{path} is damaged or no safetensors file ({error}); download it again.") from error
     return {key: StoredTensor(path, values, values.get_shape()) for key, values in slices.items()}
 
 
@@ -123,9 +125,9 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {path.parent} is not {what}.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); fetch it again.") from error
+        raise InputError(f"{path} is not readable JSON ({error}); download it again.") from error
     if not isinstance(values, kind):
-        raise InputError(f"{path} holds no JSON {'object' if kind is dict else kind.__name__}; fetch it again.")
+        raise InputError(f"{path} holds no JSON {'object' if kind is dict else kind.__name__}; download it again.")
     return values
 
 
@@ -186,7 +188,7 @@ def size(config: dict[str, Any], *names: str) -> int:
 
 
 class ShapeError(InputError):
-    """A weight's shape isn't what the config means: one of them is another model's."""
+    """A weight's shape differs from the one that the config implies: one of them belongs to another model."""
 
 
 class Tensor(Protocol):
@@ -228,7 +230,7 @@ def fill(
         put: takes each array when it is full.
 
     Raises:
-        InputError: a key is missing, unknown, of a shape that the config doesn't mean, or holds no real numbers.
+        InputError: a key is missing, unknown, of another shape than the config implies, or quantized.
     """
     parts: dict[tuple[str, ...], list[Entry]] = {}
     used = set()
@@ -246,12 +248,12 @@ def fill(
 
     def filled(path: tuple[Any, ...], leaf: Any) -> Any:
         chosen = parts[tuple(step.key for step in path)]
-        for entry in chosen:  # before there is an array of the size that the config means
+        for entry in chosen:  # before there is an array of the size that the config implies
             shape = leaf.shape if entry.layer is None else leaf.shape[1:]
             shape = shape[::-1] if entry.transposed else shape
             found, meant = tensors[entry.theirs].shape, (entry.part[1] * shape[0], *shape[1:])
             if found != meant:
-                raise ShapeError(f"{what} weight {entry.theirs!r} has shape {found}; its config means {meant}.")
+                raise ShapeError(f"{what} weight {entry.theirs!r} has shape {found}; its config implies {meant}.")
         array = np.zeros(leaf.shape, kernel_dtype if chosen[0].transposed else np.float32)
         for entry in chosen:
             target = array if entry.layer is None else array[entry.layer]

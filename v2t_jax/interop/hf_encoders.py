@@ -341,7 +341,7 @@ def encoder_from_huggingface(
     """Parameters from a checkpoint of this architecture, array by array; `put` takes each.
 
     Raises:
-        InputError: a key is missing, unknown, or of a shape that `config` doesn't mean.
+        InputError: a key is missing, unknown, or of another shape than `config` implies.
     """
     architecture = ARCHITECTURES[model_type]
     for prefix in architecture.prefixes:

@@ -104,7 +104,7 @@ def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
     shapes, meant = _shapes(params), _shapes(t5.abstract_params(config))
     if differing := sorted(path for path in shapes | meant if shapes.get(path) != meant.get(path)):
         raise InputError(
-            f"The T5's parameter {differing[0]!r} has shape {shapes.get(differing[0])}, but its config means "
+            f"The T5's parameter {differing[0]!r} has shape {shapes.get(differing[0])}, but its config implies "
             f"{meant.get(differing[0])}; give the two that belong together."
         )
     with whole_folder(Path(folder)) as building:
@@ -132,7 +132,7 @@ def t5_from_huggingface(
         put: takes each array as it is read: see `fill`.
 
     Raises:
-        InputError: a key is missing, unknown, of a shape that `config` doesn't mean, or a copy that differs.
+        InputError: a key is missing, unknown, of another shape than `config` implies, or a copy that differs.
     """
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = {*_IGNORED, *copies}
