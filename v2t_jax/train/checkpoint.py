@@ -1,8 +1,8 @@
-"""Checkpoints of a training state, by Orbax, with checksums of their own.
+"""Checkpoints of a training state by Orbax, with checksums.
 
-A step's folder is written under another name and renamed when it is whole, so a kill leaves no half checkpoint. What
-Orbax doesn't notice is a file that is altered later: its arrays carry no checksums. So each folder gets
-`checksums.json`, sha256 by file name, before it is renamed; a restore checks it, each process its share of the files.
+Orbax writes a step under a temporary name and renames it when it is complete, so a kill leaves no partial checkpoint.
+It doesn't notice files that change later, so each folder also gets `checksums.json`, the sha256 of every file, before
+it is renamed; `restore` verifies them, each process a share of the files.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from v2t_jax.errors import InputError
 from v2t_jax.parallel import processes
 
 CHECKSUMS = "checksums.json"
-TIMES = "_CHECKPOINT_METADATA"  # when Orbax began and ended a folder: written once more after all else
+TIMES = "_CHECKPOINT_METADATA"  # Orbax's timestamps, rewritten after everything else
 
 
 class Checkpoints:
-    """The checkpoints in a folder; saving goes on in the background while training does."""
+    """The checkpoints in a folder; saving continues in the background."""
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self._folder = folder.absolute()
@@ -42,10 +42,10 @@ class Checkpoints:
         return set.intersection(*map(set, processes.gather(list(self._manager.all_steps()))))
 
     def save(self, step: int, state: Any) -> None:
-        """Saves once a step; a step that is there already is left alone.
+        """Saves a step, unless it is saved already.
 
         Raises:
-            InputError: this checkpoint, or the one before, which was still being written, can't be.
+            InputError: this checkpoint, or the previous one that was still being written, can't be written.
         """
         if step != self._manager.latest_step():
             with self._writing():
@@ -87,7 +87,7 @@ class Checkpoints:
             return reader.restore(self._folder / str(step) / "default", args=ocp.args.StandardRestore(abstract))
 
     def _write_checksums(self) -> None:
-        """Called in Orbax's thread when a checkpoint's files are complete, before its folder gets its name."""
+        """Runs in Orbax's thread when a checkpoint's files are complete, before its folder is renamed."""
         if processes.is_main():
             for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
                 sums = {name: _sha256(folder / name) for name in _names(folder)}
@@ -108,7 +108,7 @@ class Checkpoints:
         return ""
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames unreadable checkpoints: while they count, none of an earlier step can be saved."""
+        """Renames unreadable checkpoints: Orbax saves no step before the newest one it knows."""
         if steps:
             with processes.main_first("set unreadable checkpoints aside") as here:
                 for step in steps if here else ():
@@ -119,7 +119,7 @@ class Checkpoints:
         """Waits until everything is on disk.
 
         Raises:
-            InputError: it can't be.
+            InputError: it can't be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -133,13 +133,13 @@ class Checkpoints:
         except (ValueError, OSError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
             reason = (str(error).splitlines() or [type(error).__name__])[0].rpartition(": ")[2]
             raise InputError(
-                f"A checkpoint can't be written to {self._folder} ({reason}); earlier ones are untouched: free space "
-                "there, then run the same command to go on from the newest."
+                f"A checkpoint can't be written to {self._folder} ({reason}); earlier ones are intact: free space "
+                "there, then run the same command to resume from the newest."
             ) from error
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a checkpoint that are never written again."""
+    """The files of a checkpoint that never change."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in (CHECKSUMS, TIMES)]
     return sorted(str(file.relative_to(folder)) for file in files)
 

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, from optax."""
+"""Optimizers and learning-rate schedules, from optax."""
 
 from typing import Any
 
@@ -21,15 +21,15 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def _is_matrix(params: Any) -> Any:
-    """True for what is decayed: weights with two axes or more, not norms and biases (stacked ones have two)."""
+    """Which weights decay: matrices, not norms and biases (which have two axes where layers are stacked)."""
     names = ("scale", "bias", "mean", "std")
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and str(path[-1].key) not in names, params)
 
 
-def _orthogonalised(params: Any) -> Any:
-    """Which weights Muon takes, and along which axes: matrices, stacked ones layer by layer.
+def _orthogonalized(params: Any) -> Any:
+    """Which weights Muon updates, and along which axes: matrices, stacked ones layer by layer.
 
-    Embeddings, the head and position tables are rows to look up, not maps: they are left to Adam, as is usual.
+    Embeddings, the output layer and position tables are lookup tables, not linear maps: Adam updates them, as is usual.
     """
     tables = ("token_embedding", "lm_head", "relative_bias")
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -40,7 +40,7 @@ def _orthogonalised(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The recipe's optimiser; weight decay is scaled by the learning rate in all of them."""
+    """The recipe's optimizer; weight decay is scaled by the learning rate in all of them."""
     schedule = learning_rate(config, num_steps)
     if config.name == "adamw":
         core = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
@@ -58,7 +58,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             adam_b2=config.b2,
             weight_decay=config.weight_decay,
             weight_decay_mask=_is_matrix,
-            muon_weight_dimension_numbers=_orthogonalised,
+            muon_weight_dimension_numbers=_orthogonalized,
         )
     if config.clip_norm == 0:
         return core

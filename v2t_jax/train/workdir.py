@@ -1,4 +1,4 @@
-"""A run's work directory: whose run it holds, and what is written there line by line."""
+"""A run's work directory: the config and inputs it belongs to, and its logs."""
 
 import contextlib
 import dataclasses
@@ -15,10 +15,10 @@ from v2t_jax.parallel import processes
 
 
 def check_workdir(config: Config, workdir: Path) -> None:
-    """Makes the work directory, or refuses one that holds another config's run.
+    """Creates the work directory, or checks that the run in it can be resumed with this config.
 
     Raises:
-        InputError: that, or it can't be written, or its config.json is damaged.
+        InputError: it holds a run of another config, it can't be written, or its config.json is damaged.
     """
     if workdir == Path():
         raise InputError("The work directory is empty; give a folder of its own, such as --workdir runs/tiny.")
@@ -65,9 +65,9 @@ def _free_fields(config: Config, workdir: Path) -> tuple[str, ...]:
 
 
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, Any]) -> None:
-    """Writes the config, and hashes of what it names, to a new work directory, or checks those that are there.
+    """Writes the config and the hashes of its inputs to a new work directory, or compares them with those there.
 
-    Checkpoints mean nothing without the very embedder, word-pieces and texts that they were trained on.
+    Checkpoints are valid only with the embedder, vocabulary and texts that they were trained on.
 
     Args:
         inputs: a hash of each.
@@ -100,7 +100,7 @@ def _claim(config: Config, workdir: Path, inputs: dict[str, Any]) -> None:
 
 
 def _check_shared(file: Path, inputs: dict[str, Any]) -> None:
-    """Refuses a process that doesn't see what process 0 has written, or that has read something else."""
+    """Checks that this process sees process 0's file, and has read the same inputs."""
     try:
         first = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -116,10 +116,10 @@ def _check_shared(file: Path, inputs: dict[str, Any]) -> None:
 
 
 class Log:
-    """Appends JSON lines, each on disk when written, on process 0; the others' lines go nowhere.
+    """Appends JSON lines, flushed one by one, on process 0; on others it writes nothing.
 
     Args:
-        until: drops the lines of later steps, which a killed run wrote after the checkpoint that it goes on from.
+        until: drop the lines of later steps, written after the checkpoint that the run resumes from.
     """
 
     def __init__(self, file: Path, until: int | None = None):
