@@ -196,7 +196,7 @@ def test_a_run_goes_on_with_other_limits_but_no_other_embedder(done: Whole) -> N
     other = dataclasses.replace(done.inverter, api=dataclasses.replace(done.inverter.api, model="other"))
     with pytest.raises(InputError, match="holds a run of another config, with api.model='tiny', not 'other'"):
         check_workdir(other, workdir)
-    with pytest.raises(InputError, match="The column vectors was made with another embedder than other at http"):
+    with pytest.raises(InputError, match="The column vectors was made with an embedder whose name is 'tiny at http"):
         prepare(other)
 
 
