@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from v2t_jax.data.batches import Batches, Batching, TokenStore, tokenize
+from v2t_jax.data.batches import Batches, Batching
+from v2t_jax.data.dataset import TokenDataset
 from v2t_jax.data.vocabulary import EOS, PAD, Vocabulary
 from v2t_jax.errors import InputError
 
@@ -11,13 +12,13 @@ BUCKETS = (6, 9, 11, 13, 15, 17)
 SETTINGS = {"batch_size": 8, "max_length": 17, "span_share": 0.3, "bucket_lengths": BUCKETS, "seed": 3}
 
 
-def make_store(count, seed, longest=30):
+def make_dataset(count, seed, longest=30):
     """Texts of consecutive ids that no other text has, so that a row tells which span of which text it is."""
     lengths = np.random.default_rng(seed).integers(1, longest, count)
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])  # a gap between texts
     tokens = np.arange(offsets[-1], dtype=np.int32) + 2 + 100_000 * seed
     kept = np.concatenate([tokens[a : a + n] for a, n in zip(offsets[:-1], lengths, strict=True)])
-    return TokenStore(kept, np.concatenate([[0], np.cumsum(lengths)]))
+    return TokenDataset(kept, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def rows_of(batches, steps):
@@ -25,7 +26,7 @@ def rows_of(batches, steps):
 
 
 def test_rows_are_content_then_end_then_padding():
-    batches = Batches([make_store(200, 1)], Batching(**SETTINGS))
+    batches = Batches([make_dataset(200, 1)], Batching(**SETTINGS))
     assert batches.steps_per_epoch == 25
     for step in range(60):
         batch = batches(step)
@@ -37,43 +38,45 @@ def test_rows_are_content_then_end_then_padding():
 
 
 def test_an_epoch_uses_every_text_once_and_long_ones_as_spans():
-    store = make_store(200, 1)
-    batches = Batches([store], Batching(**SETTINGS))
-    owner = np.repeat(np.arange(200), store.lengths)
+    dataset = make_dataset(200, 1)
+    batches = Batches([dataset], Batching(**SETTINGS))
+    owner = np.repeat(np.arange(200), dataset.lengths)
     for epoch in range(2):
         seen = {}
         for row in rows_of(batches, range(25 * epoch, 25 * epoch + 25)):
-            at = np.searchsorted(store.tokens, row[0])
+            at = np.searchsorted(dataset.tokens, row[0])
             seen[owner[at]] = len(row)
         assert len(seen) == 200
-        assert all(n == min(store.lengths[i], n) and n <= 16 for i, n in seen.items())
-        long = [n for i, n in seen.items() if store.lengths[i] > 16]
+        assert all(n == min(dataset.lengths[i], n) and n <= 16 for i, n in seen.items())
+        long = [n for i, n in seen.items() if dataset.lengths[i] > 16]
         assert np.mean(np.array(long) == 16) > 0.5 and min(long) >= 3
-        whole = [n == store.lengths[i] for i, n in seen.items() if store.lengths[i] <= 16]
+        whole = [n == dataset.lengths[i] for i, n in seen.items() if dataset.lengths[i] <= 16]
         assert 0.6 < np.mean(whole) < 0.95
 
 
 def test_without_spans_short_texts_are_whole():
-    store = make_store(100, 1, longest=17)
-    rows = rows_of(Batches([store], Batching(**{**SETTINGS, "span_share": 0.0, "batch_size": 10})), range(10))
-    assert sorted(map(len, rows)) == sorted(store.lengths)
+    dataset = make_dataset(100, 1, longest=17)
+    rows = rows_of(Batches([dataset], Batching(**{**SETTINGS, "span_share": 0.0, "batch_size": 10})), range(10))
+    assert sorted(map(len, rows)) == sorted(dataset.lengths)
 
 
 def test_any_step_is_the_same_however_it_is_reached():
-    stores = [make_store(100, 1), make_store(57, 2)]
-    first = Batches(stores, Batching(**SETTINGS))
+    datasets = [make_dataset(100, 1), make_dataset(57, 2)]
+    first = Batches(datasets, Batching(**SETTINGS))
     walked = [first(step) for step in range(50)]
-    resumed = Batches(stores, Batching(**SETTINGS))
+    resumed = Batches(datasets, Batching(**SETTINGS))
     for step in (37, 38, 5, 49, 0):
         np.testing.assert_array_equal(resumed(step), walked[step])
-    other = Batches(stores, Batching(**{**SETTINGS, "seed": 4}))
+    other = Batches(datasets, Batching(**{**SETTINGS, "seed": 4}))
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(walked, map(other, range(50)), strict=True))
     epochs = [np.concatenate([row for row in rows_of(first, range(19 * e, 19 * e + 19))]) for e in (0, 1)]
     assert len(epochs[0]) != len(epochs[1]) or (epochs[0] != epochs[1]).any()
 
 
 def test_weights_repeat_and_thin_out():
-    batches = Batches([make_store(40, 1), make_store(100, 2)], Batching(**{**SETTINGS, "batch_size": 10}), [3.0, 0.2])
+    batches = Batches(
+        [make_dataset(40, 1), make_dataset(100, 2)], Batching(**{**SETTINGS, "batch_size": 10}), [3.0, 0.2]
+    )
     assert batches.steps_per_epoch == 14
     assert sum(row[0] < 200_000 for row in rows_of(batches, range(14))) == 3 * 40
     thin = [
@@ -84,20 +87,19 @@ def test_weights_repeat_and_thin_out():
 
 def test_padding_is_small():
     lengths = np.clip(np.random.default_rng(0).poisson(11, 20_000), 1, 40)
-    store = TokenStore(np.full(lengths.sum(), 5, np.int32), np.concatenate([[0], np.cumsum(lengths)]))
-    batches = Batches([store], Batching(**{**SETTINGS, "batch_size": 128}))
-    assert batches.padding_share < 0.1
+    dataset = TokenDataset(np.full(lengths.sum(), 5, np.int32), np.concatenate([[0], np.cumsum(lengths)]))
+    batches = Batches([dataset], Batching(**{**SETTINGS, "batch_size": 128}))
     measured = [batches(step) for step in range(batches.steps_per_epoch)]
     share = sum((b == PAD).sum() for b in measured) / sum(b.size for b in measured)
-    assert share == pytest.approx(batches.padding_share)
+    assert share < 0.1
 
 
-def test_texts_with_unknown_pieces_are_dropped_and_counted(tokenizer):
+def test_texts_with_unknown_tokens_are_dropped_and_counted(tokenizer):
     vocabulary = Vocabulary.full(tokenizer)
-    store = tokenize(["the cat", "the zebra", "", "dogs"], vocabulary, chunk=3)
-    assert store.dropped == 2 and store.lengths.tolist() == [2, 2]
-    assert vocabulary.decode(np.append(store.tokens[:2], EOS)) == ["the cat"]
-    assert tokenize(["zebra"], vocabulary).offsets.tolist() == [0]
+    dataset = TokenDataset.from_texts(["the cat", "the zebra", "", "dogs"], vocabulary, chunk=3)
+    assert dataset.dropped == 2 and dataset.lengths.tolist() == [2, 2]
+    assert vocabulary.decode(np.append(dataset.tokens[:2], EOS)) == ["the cat"]
+    assert TokenDataset.from_texts(["zebra"], vocabulary).offsets.tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,13 @@ def test_texts_with_unknown_pieces_are_dropped_and_counted(tokenizer):
 )
 def test_bad_settings_are_refused(changed):
     with pytest.raises(InputError):
-        Batches([make_store(20, 1)], Batching(**{**SETTINGS, **changed}))
+        Batches([make_dataset(20, 1)], Batching(**{**SETTINGS, **changed}))
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [-1.0]])
 def test_bad_weights_are_refused(weights):
     with pytest.raises(InputError, match="one weight"):
-        Batches([make_store(20, 1)], Batching(**SETTINGS), weights)
+        Batches([make_dataset(20, 1)], Batching(**SETTINGS), weights)
 
 
 def share(batch_size, index, count):
@@ -129,7 +131,7 @@ def share(batch_size, index, count):
 
 
 def test_processes_share_a_batch():
-    batches = Batches([make_store(200, 1)], Batching(**SETTINGS))
+    batches = Batches([make_dataset(200, 1)], Batching(**SETTINGS))
     for count in (1, 2, 4, 8):
         for step in (0, 31):
             parts = [batches(step, share(8, i, count)) for i in range(count)]

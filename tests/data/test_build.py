@@ -1,9 +1,7 @@
 """Built data sets: the same bytes whoever makes them and however often they are killed, and nothing leaks."""
 
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +13,23 @@ import numpy as np
 import pytest
 
 from v2t_jax.data import build as build_module
-from v2t_jax.data import shards
-from v2t_jax.data.blocks import ROWS, ColumnWriter, StoredTexts, is_stored
-from v2t_jax.data.build import BuildSettings, Workers, build
-from v2t_jax.data.sources import is_held_out, normalize_for_split, read_texts, unique
+from v2t_jax.data import columns
+from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.data.columns import ColumnWriter, open_column
+from v2t_jax.data.dataset import FILES, TokenDataset, is_built
+from v2t_jax.data.split import is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.data.vocabulary import EOS, Vocabulary
 from v2t_jax.errors import InputError
-from v2t_jax.parallel.processes import Share
 
 from .conftest import WORDS
 
-SETTINGS = BuildSettings(held_out_share=0.1, max_tokens=12, chunk_bytes=4000, shard_bytes=20_000)
+SETTINGS = BuildSettings(held_out_share=0.1, max_tokens=12)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces_of_work(monkeypatch):
+    monkeypatch.setattr(build_module, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(build_module, "PART_BYTES", 20_000)
 
 
 def make_texts(count, seed=0):
@@ -47,15 +51,19 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def build_here(source, folder, tokenizer, settings=SETTINGS, **workers):
-    return build([str(source)], folder, tokenizer, settings, Workers(**workers))
+def build_here(source, folder, tokenizer, settings=SETTINGS, processes=1):
+    return build([str(source)], folder, tokenizer, settings, processes)
+
+
+def rows_of(dataset):
+    return np.split(dataset.tokens, dataset.offsets[1:-1])
 
 
 def test_it_holds_what_the_files_hold_but_no_leaks(source, tmp_path, tokenizer):
     stored = build_here(source, tmp_path / "built", tokenizer)
     vocabulary = stored.vocabulary(tokenizer)
-    assert len(stored.manifest["shards"]) == 3 and stored.token_dtype == np.uint16
-    rows = [row for shard in range(3) for block in stored.texts(shard) for row in block]
+    assert stored.tokens.dtype == np.uint16 and stored.offsets.dtype == np.int64
+    rows = rows_of(stored)
     # By the in-memory reader, which is another path: the same texts on either side of the split.
     train = read_texts(str(source), "train", held_out_share=0.1)
     held_out = read_texts(str(source), "held_out", held_out_share=0.1)
@@ -70,52 +78,40 @@ def test_it_holds_what_the_files_hold_but_no_leaks(source, tmp_path, tokenizer):
     names = ("rows", "held_out", "blank", "duplicates", "given_away", "unknown")
     assert sum(counts[name] for name in names) == counts["texts"]
     assert counts["cut"] == sum(len(row) > 12 for row in vocabulary.encode(list(source.read_text().split("\n"))))
-    assert stored.manifest["longest"] == 12 and counts["rows"] == len(rows) == stored.block_rows.sum()
-    assert not (tmp_path / "built" / "work").exists() and is_stored(str(tmp_path / "built"))
+    assert stored.lengths.max() == 12 and counts["rows"] == len(rows) == len(stored)
+    assert not (tmp_path / "built" / "work").exists() and is_built(str(tmp_path / "built"))
 
 
 def test_neighbours_in_the_source_are_none_in_the_data_set(source, tmp_path, tokenizer):
     rng = np.random.default_rng(0)
     groups = np.repeat(["red", "blue", "house"], 1000)
     source.write_text("\n".join(f"{group} {' '.join(rng.choice([*'abcdefghij'], 12))}" for group in groups))
-    stored = build_here(source, tmp_path / "built", tokenizer, BuildSettings(chunk_bytes=9000))
-    first = np.array([row[0] for block in stored.texts(0) for row in block])
+    stored = build_here(source, tmp_path / "built", tokenizer, BuildSettings())
+    first = stored.tokens[stored.offsets[:-1]]
     parts = first[: len(first) // 10 * 10].reshape(10, -1)
     for group in np.unique(first):
         assert (parts == group).mean(1).min() > 0.2 and (parts == group).mean(1).max() < 0.47
 
 
-def test_processes_and_hosts_and_chunks_make_the_same_bytes(source, tmp_path, tokenizer):
+def test_processes_and_chunks_make_the_same_bytes(source, tmp_path, tokenizer, monkeypatch):
     alone = contents(build_here(source, tmp_path / "one", tokenizer).folder)
+    assert set(alone) == {*FILES, "made_of.json", "manifest.json"}
     assert contents(build_here(source, tmp_path / "two", tokenizer, processes=2).folder) == alone
-    hosts = [
-        threading.Thread(
-            target=lambda i=i: subprocess.run([*COMMAND(source, tmp_path / "hosts"), str(i), "2", "1"], check=True)
-        )
-        for i in range(2)
-    ]
-    for host in hosts:
-        host.start()
-    for host in hosts:
-        host.join()
-    assert contents(tmp_path / "hosts") == alone
-    # How the source is cut into chunks decides nothing but the settings that are recorded.
-    other = BuildSettings(held_out_share=0.1, max_tokens=12, chunk_bytes=999, shard_bytes=20_000)
-    rechunked = contents(build_here(source, tmp_path / "rechunked", tokenizer, other).folder)
-    assert {name for name in alone if alone[name] != rechunked[name]} == {"made_of.json", "manifest.json"}
+    monkeypatch.setattr(build_module, "CHUNK_BYTES", 999)
+    monkeypatch.setattr(build_module, "PART_BYTES", 7000)
+    assert contents(build_here(source, tmp_path / "other", tokenizer).folder) == alone
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from tokenizers import Tokenizer
-from v2t_jax.data.build import BuildSettings, Workers, build
-from v2t_jax.parallel.processes import Share
+from v2t_jax.data import build as module
 if __name__ == "__main__":
-    source, folder, tokenizer, index, count, processes = sys.argv[1:]
-    settings = BuildSettings(held_out_share=0.1, max_tokens=12, chunk_bytes=4000, shard_bytes=20_000)
-    workers = Workers(int(processes), Share(int(index), int(count)), 60.0)
-    build([source], Path(folder), Tokenizer.from_file(tokenizer), settings, workers)
+    source, folder, tokenizer, processes = sys.argv[1:]
+    module.CHUNK_BYTES, module.PART_BYTES = 4000, 20_000
+    settings = module.BuildSettings(held_out_share=0.1, max_tokens=12)
+    module.build([source], Path(folder), Tokenizer.from_file(tokenizer), settings, int(processes))
 """
 
 
@@ -133,7 +129,7 @@ def test_a_build_that_is_killed_goes_on_and_nothing_is_lost_or_doubled(source, t
     folder, kills = tmp_path / "killed", 0
     rng = np.random.default_rng(0)
     for at_least in (1, 4, 7, 10):  # files in work/ when it is killed
-        process = subprocess.Popen([*COMMAND(source, folder), "0", "1", "1"])
+        process = subprocess.Popen([*COMMAND(source, folder), "1"])
         while process.poll() is None and len([*folder.glob("work/*")]) < at_least:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.003)
@@ -143,8 +139,7 @@ def test_a_build_that_is_killed_goes_on_and_nothing_is_lost_or_doubled(source, t
         process.wait()
     assert kills >= 2 and not (folder / "manifest.json").exists()
     (folder / "work" / ".chunk-000001.arrow.dead").write_bytes(b"half")
-    (folder / "tokens").mkdir(exist_ok=True)
-    (folder / "tokens" / ".00000.array_record.dead").write_bytes(b"half")
+    (folder / ".tokens.npy.dead").write_bytes(b"half")
     assert contents(build_here(source, folder, tokenizer).folder) == whole
 
 
@@ -165,17 +160,19 @@ def test_a_killed_worker_process_is_reported_and_the_build_goes_on(source, tmp_p
     assert contents(build_here(source, tmp_path / "built", tokenizer).folder) == whole
 
 
-def test_ctrl_c_ends_workers_too_and_the_build_goes_on(source, tmp_path, tokenizer):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_workers_too_and_the_build_goes_on(source, tmp_path, tokenizer, stop):
     folder = tmp_path / "built"
-    command = [*COMMAND(source, folder), "0", "1", "2"]
+    command = [*COMMAND(source, folder), "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while (
         process.poll() is None and not (folder / "made_of.json").exists()
     ):  # the workers are about to start: that takes a second or two
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to parent and workers
+    os.killpg(process.pid, stop)  # as a terminal and a scheduler send it: to parent and workers
     _, errors = process.communicate(timeout=60)  # and so stderr has been closed by all of them
-    assert process.returncode and "KeyboardInterrupt" in errors and not (folder / "manifest.json").exists()
+    assert process.returncode and (stop == signal.SIGTERM or "KeyboardInterrupt" in errors)
+    assert not (folder / "manifest.json").exists()
     whole = contents(build_here(source, tmp_path / "whole", tokenizer).folder)
     assert contents(build_here(source, folder, tokenizer).folder) == whole
 
@@ -185,12 +182,12 @@ def test_what_is_done_is_not_done_again(source, tmp_path, tokenizer, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "write_shard", die)
+        patched.setattr(build_module, "_write_part", die)
         with pytest.raises(KeyboardInterrupt):
             build_here(source, tmp_path / "built", tokenizer)
-    monkeypatch.setattr(shards, "write_chunk", die)
+    monkeypatch.setattr(build_module, "_write_chunk", die)
     build_here(source, tmp_path / "built", tokenizer)
-    monkeypatch.setattr(shards, "write_shard", die)
+    monkeypatch.setattr(build_module, "_write_part", die)
     assert build_here(source, tmp_path / "built", tokenizer).manifest["counts"]["texts"] == 2000
 
 
@@ -201,19 +198,19 @@ def test_a_small_vocabulary_keeps_the_commonest_pieces(source, tmp_path, tokeniz
     vocabulary = stored.vocabulary(tokenizer)
     kept = {tokenizer.id_to_token(int(i)) for i in vocabulary.vocab_map[2:]}
     assert vocabulary.size == 6 and {"the", "cat", "sleep"} < kept
-    assert all(row.min() > EOS and row.max() < 6 for block in stored.texts(0) for row in block)
+    assert stored.tokens.min() > EOS and stored.tokens.max() < 6
     assert stored.manifest["counts"]["unknown"] > 0
 
 
 def test_a_full_disk_stops_in_one_sentence_and_the_build_goes_on_later(source, tmp_path, tokenizer):
     whole = contents(build_here(source, tmp_path / "whole", tokenizer).folder)
     command = COMMAND(source, tmp_path / "built")
-    for limit in (3, 60):  # KB a file may have: a chunk doesn't fit, then an ArrayRecord file
+    for limit in (1, 12):  # KB a file may have: a chunk doesn't fit, then a part
         script = command[2].replace(
-            "    build(",
-            f"    import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit << 10},) * 2)\n    build(",
+            "    module.build(",
+            f"    import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit << 10},) * 2)\n    module.build(",
         )
-        done = subprocess.run([*command[:2], script, *command[3:], "0", "1", "1"], stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([*command[:2], script, *command[3:], "1"], stderr=subprocess.PIPE, text=True)
         assert done.returncode == 1
         assert "InputError: The build stopped at" in done.stderr and "File too large" in done.stderr
         assert done.stderr.strip().endswith("run the same command to go on.")
@@ -221,62 +218,61 @@ def test_a_full_disk_stops_in_one_sentence_and_the_build_goes_on_later(source, t
 
 
 def damage(folder, what):
-    tokens = folder / "tokens" / "00001.array_record"
+    file = folder / "tokens.npy" if what in ("byte", "cut", "missing") else folder / "manifest.json"
     if what == "byte":
-        data = bytearray(tokens.read_bytes())
-        (ids,) = StoredTexts(folder).tokens.read([3], np.dtype("<u2"))
-        data[data.index(ids.tobytes()) + 7] ^= 1
-        tokens.write_bytes(data)
+        data = bytearray(file.read_bytes())
+        data[-7] ^= 1
+        file.write_bytes(data)
+    elif what == "offset":
+        damage_byte = bytearray((folder / "offsets.npy").read_bytes())
+        damage_byte[-1] ^= 128
+        (folder / "offsets.npy").write_bytes(damage_byte)
     elif what == "cut":
-        os.truncate(tokens, tokens.stat().st_size // 2)
-    elif what == "missing":
-        tokens.unlink()
-    elif what == "swapped":  # whole records in the wrong place
-        shutil.copyfile(folder / "tokens" / "00000.array_record", tokens)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["shards"][1]["tokens"] = manifest["shards"][0]["tokens"]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-    elif what == "manifest":
-        (folder / "manifest.json").unlink()
+        os.truncate(file, file.stat().st_size // 2)
+    elif what in ("missing", "manifest"):
+        file.unlink()
     elif what == "json":
-        (folder / "manifest.json").write_text("{")
+        file.write_text("{")
     elif what == "format":
-        (folder / "manifest.json").write_text('{"format": 99}')
+        file.write_text('{"format": 99}')
+    elif what == "older":  # shards of ArrayRecord files
+        file.write_text('{"format": 2, "shards": []}')
     elif what == "keys":
-        (folder / "manifest.json").write_text('{"format": 2}')
+        file.write_text('{"format": 3}')
     elif what == "tokenizer":
         (folder / "tokenizer.json").write_text("{}")
-    elif what == "pieces":
-        (folder / "pieces.npy").write_bytes(bytes((folder / "pieces.npy").stat().st_size))
+    elif what == "vocabulary":
+        (folder / "vocabulary.npy").write_bytes(bytes((folder / "vocabulary.npy").stat().st_size))
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("byte", r"Block \d of .*tokens/00001.array_record is damaged"),
-        ("swapped", r"Block 0 of .*tokens/00001.array_record is damaged"),
-        ("cut", r"00001.array_record has \d+ bytes where its manifest says \d+ \(is it cut off\?\)"),
-        ("missing", r"00001.array_record is missing"),
-        ("manifest", "manifest.json is missing: .* was never finished; run v2t data build"),
+        ("offset", "offsets.npy is damaged .its sha256 differs"),
+        ("cut", r"tokens.npy has \d+ bytes instead of \d+ \(is it truncated\?\)"),
+        ("missing", "tokens.npy is missing"),
+        ("manifest", "manifest.json is missing: .* was never finished; run 'v2t data build'"),
         ("json", "manifest.json is damaged"),
-        ("format", "is of format 99, not 2"),
-        ("keys", "manifest.json is damaged .*it lacks or garbles 'shards'"),
-        ("pieces", "pieces.npy is damaged"),
-        ("tokenizer", r"tokenizer.json has 2 bytes where its manifest says \d+"),
+        ("format", "was built by another version of v2t: build it again"),
+        ("older", "was built by an older version of v2t: build it again"),
+        ("keys", "manifest.json is damaged .'files' is missing"),
+        ("vocabulary", "vocabulary.npy is damaged"),
+        ("tokenizer", r"tokenizer.json has 2 bytes instead of \d+"),
     ],
 )
 def test_damage_is_named(source, tmp_path, tokenizer, what, message):
     folder = build_here(source, tmp_path / "built", tokenizer).folder
     damage(folder, what)
     with pytest.raises(InputError, match=message) as caught:
-        stored = StoredTexts(folder)
-        for shard in range(2):
-            for _ in stored.texts(shard):
-                pass
+        TokenDataset.open(folder)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-    if what == "byte":  # what is not read is found by building again
-        with pytest.raises(InputError, match="is damaged .its sha256"):
-            build_here(source, folder, tokenizer)
+
+
+def test_a_damaged_token_is_found_by_building_again(source, tmp_path, tokenizer):
+    folder = build_here(source, tmp_path / "built", tokenizer).folder
+    damage(folder, "byte")
+    with pytest.raises(InputError, match="tokens.npy is damaged .its sha256 differs"):
+        build_here(source, folder, tokenizer)
 
 
 def test_settings_and_folders_that_do_not_fit_are_refused(source, tmp_path, tokenizer):
@@ -292,7 +288,7 @@ def test_settings_and_folders_that_do_not_fit_are_refused(source, tmp_path, toke
     with pytest.raises(InputError, match="is a file"):
         build_here(source, source, tokenizer)
     with pytest.raises(InputError, match="nothing to build from"):
-        build([], tmp_path / "x", tokenizer, SETTINGS, Workers())
+        build([], tmp_path / "x", tokenizer, SETTINGS)
     with pytest.raises(InputError, match="none falls into the held-out share"):
         build_here(source, tmp_path / "x", tokenizer)
     source.write_text("?\n!\n")
@@ -300,7 +296,7 @@ def test_settings_and_folders_that_do_not_fit_are_refused(source, tmp_path, toke
         build_here(source, tmp_path / "y", tokenizer)
     tokenizer.add_tokens(["zebra"])
     with pytest.raises(InputError, match="another tokenizer"):
-        StoredTexts(folder).vocabulary(tokenizer)
+        TokenDataset.open(folder).vocabulary(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -311,58 +307,54 @@ def test_bad_settings_are_refused(changed):
         BuildSettings(**changed)
 
 
-@pytest.mark.parametrize("changed", [{"processes": 0}, {"timeout": 0.0}])
-def test_bad_workers_are_refused(changed):
-    with pytest.raises(InputError):
-        Workers(**changed)
+def test_no_processes_are_refused(source, tmp_path, tokenizer):
+    with pytest.raises(InputError, match="processes must be at least 1"):
+        build_here(source, tmp_path / "x", tokenizer, processes=0)
 
 
-def test_a_host_may_find_the_work_done_and_cleared_away(source, tmp_path, tokenizer, monkeypatch):
-    def others_work(_):
-        monkeypatch.undo()
-        build_here(source, tmp_path / "built", tokenizer)
-
-    monkeypatch.setattr(build_module.time, "sleep", others_work)
-    found = build_here(source, tmp_path / "built", tokenizer, share=Share(1, 2))
-    assert found.manifest["counts"]["texts"] == 2000 and not (tmp_path / "built" / "work").exists()
+def test_a_folder_of_an_older_version_is_refused(source, tmp_path, tokenizer):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "made_of.json").write_text('{"format": 2}')
+    with pytest.raises(InputError, match="was built by an older version of v2t: build it again, in a new folder"):
+        build_here(source, tmp_path / "old", tokenizer)
 
 
-def test_a_host_that_does_not_come_is_named(source, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(build_module, "POLL_SECONDS", 0.01)
-    with pytest.raises(InputError, match=r"Host 1 of 2 has not made .*chunk-000001.arrow .* run alone"):
-        build_here(source, tmp_path / "built", tokenizer, share=Share(0, 2), timeout=0.05)
-    assert build_here(source, tmp_path / "built", tokenizer).manifest["counts"]["texts"] == 2000
-
-
-def test_columns_are_written_shard_by_shard_and_keyed_by_what_made_them(source, tmp_path, tokenizer):
+def test_columns_are_written_by_pieces_and_keyed_by_what_made_them(source, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(columns, "PIECE_ROWS", 700)
     stored = build_here(source, tmp_path / "built", tokenizer)
     made_by = {"embedder": "abc", "dtype": "float16", "max_length": 13}
     writer = ColumnWriter(stored, "vectors", "float16", (3,), made_by)
-
-    def blocks(shard):
-        for block in stored.texts(shard):
-            yield np.array([[len(row), row[0], row[-1]] for row in block], np.float32)
-
-    assert writer.missing() == [0, 1, 2]
-    for shard in (2, 0):
-        writer.write(shard, blocks(shard))
-    with pytest.raises(InputError, match="manifest.json is missing: .* was never finished"):
-        stored.column("vectors")
-    again = ColumnWriter(StoredTexts(stored.folder), "vectors", "float16", (3,), made_by)
+    expected = np.stack([stored.lengths, stored.offsets[1:] % 99, stored.tokens[stored.offsets[:-1]]], 1)
+    assert writer.missing() == [0, 1, 2] and 1400 < len(stored) < 2100
+    for piece in (2, 0):
+        writer.write(piece, expected[writer.rows(piece)])
+    with pytest.raises(InputError, match="columns/vectors was never finished: run the command"):
+        open_column(stored, "vectors")
+    again = ColumnWriter(TokenDataset.open(stored.folder), "vectors", "float16", (3,), made_by)
     assert again.missing() == [1]
-    for shard in again.missing():
-        again.write(shard, blocks(shard))
+    again.write(1, expected[again.rows(1)])
     again.finish()
-    column = stored.column("vectors")
-    expected = [np.concatenate(list(blocks(shard))) for shard in range(3)]
-    np.testing.assert_array_equal(column.read(range(len(stored.block_rows))), np.concatenate(expected))
-    assert column.made_by == made_by and len(expected[0]) > ROWS
+    writer.finish()  # another process that sees nothing missing any more
+    column = open_column(stored, "vectors", whole=True)
+    np.testing.assert_array_equal(column.values, expected)
+    folder = stored.folder / "columns" / "vectors"
+    assert column.made_by == made_by and sorted(os.listdir(folder)) == ["manifest.json", "values.npy"]
+    np.testing.assert_array_equal(np.load(folder / "values.npy"), expected)
+    assert ColumnWriter(stored, "vectors", "float16", (3,), made_by).missing() == []
     with pytest.raises(InputError, match=r"made of something else \(it differs in made_by\)"):
         ColumnWriter(stored, "vectors", "float16", (3,), made_by | {"embedder": "def"})
+    with (folder / "values.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    with pytest.raises(InputError, match="values.npy is damaged"):
+        open_column(stored, "vectors", whole=True)
+    os.truncate(folder / "values.npy", 200)
+    with pytest.raises(InputError, match="values.npy has 200 bytes instead of"):
+        open_column(stored, "vectors")
     manifest = Path(stored.folder / "manifest.json")
     manifest.write_text(manifest.read_text() + "\n")
     with pytest.raises(InputError, match="belongs to another build"):
-        StoredTexts(stored.folder).column("vectors")
+        open_column(TokenDataset.open(stored.folder), "vectors")
 
 
 def test_vocabulary_of_the_whole_tokenizer(source, tmp_path, tokenizer):

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from v2t_jax.data.vocabulary import EOS, PAD, Vocabulary, frequent_pieces
+from v2t_jax.data.vocabulary import EOS, PAD, Vocabulary, commonest_pieces
 from v2t_jax.errors import InputError
 
 from .conftest import WORDS
@@ -40,9 +40,10 @@ def test_decode_stops_at_end_and_skips_what_is_no_piece(tokenizer):
 def test_pruned_vocabulary_marks_missing_pieces(tokenizer):
     full = Vocabulary.full(tokenizer)
     corpus = [full.vocab_map[ids] for ids in full.encode(["the cat", "the red cat", "the dog"])]
-    common = frequent_pieces(corpus, tokenizer, 3)
+    counts = np.bincount(np.concatenate(corpus), minlength=full.size)
+    common = commonest_pieces(counts, tokenizer, 3)
     assert [tokenizer.id_to_token(i) for i in common] == ["the", "cat", "dog"]
-    assert len(frequent_pieces(corpus, tokenizer, 99)) == 4
+    assert len(commonest_pieces(counts, tokenizer, 99)) == 4
     pruned = Vocabulary.of_pieces(tokenizer, common)
     assert pruned.size == 5
     assert [ids.tolist() for ids in pruned.encode(["the cat", "the red dog", ""])] == [[2, 3], [2, -1, 4], []]

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny_run import make_recipe, make_tokenizer
-from v2t_jax.data.build import BuildSettings, Workers, build
+from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.data.dataset import BLOCK_ROWS
+from v2t_jax.data.recipe import make_batches
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.train import loop
 from v2t_jax.train.loop import train
-from v2t_jax.train.precompute import embed_column, hypothesis_columns, padded
+from v2t_jax.train.precompute import embed_column, hypothesis_columns
 from v2t_jax.train.setup import prepare
-from v2t_jax.train.texts import make_batches
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,8 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     made = make_recipe(folder)
     embedder = load_embedder(made.embedder)
-    settings = BuildSettings(held_out_share=0.1, chunk_bytes=2000, shard_bytes=6000)
-    built = str(build(list(made.data.sources), folder / "data", embedder.tokenizer, settings, Workers()).folder)
+    settings = BuildSettings(held_out_share=0.1)
+    built = str(build(list(made.data.sources), folder / "data", embedder.tokenizer, settings).folder)
     stage = dataclasses.replace(made.inverter, num_steps=2)
     return dataclasses.replace(
         made,
@@ -44,10 +45,10 @@ def test_a_run_trains_from_it(recipe, tmp_path):
 
 def test_the_held_out_texts_are_its_own_cut_to_the_model(recipe):
     setup = prepare(recipe)
-    stored = setup.stores
+    (stored,) = setup.datasets
     texts = stored.held_out(max(recipe.evaluation.num_examples, loop.NORM_TEXTS))
     assert setup.held_out == [t for t in setup.vocabulary.normalize(texts, recipe.model.max_length) if t]
-    assert setup.hashes()["tokens"] == stored.sha256 and setup.model.t5.vocab_size == setup.vocabulary.size
+    assert setup.hashes()["tokens"] == stored.manifest_sha256 and setup.model.t5.vocab_size == setup.vocabulary.size
 
 
 def changed(recipe, **fields):
@@ -76,11 +77,11 @@ def test_a_data_set_of_another_tokenizer_or_half_a_one_is_refused(recipe, tmp_pa
     source = tmp_path / "texts.txt"
     source.write_text("\n".join(f"the cat sees {'a ' * i}dog" for i in range(1, 90)))
     settings = BuildSettings(held_out_share=0.3)
-    folder = build([str(source)], tmp_path / "built", other, settings, Workers()).folder
+    folder = build([str(source)], tmp_path / "built", other, settings).folder
     with pytest.raises(InputError, match="was built with another tokenizer than the embedder's"):
         prepare(changed(recipe, sources=(str(folder),), held_out=str(folder)))
     (folder / "manifest.json").unlink()
-    with pytest.raises(InputError, match="manifest.json is missing: .* was never finished; run v2t data build"):
+    with pytest.raises(InputError, match="manifest.json is missing: .* was never finished; run 'v2t data build'"):
         prepare(changed(recipe, sources=(str(folder),), held_out=str(folder)))
     with pytest.raises(InputError, match="is a built data set"):  # its held-out texts are no source of texts
         prepare(changed(recipe, sources=("wordnet",), held_out=str(folder)))
@@ -95,7 +96,8 @@ def test_columns_stand_for_what_is_made_on_the_fly(recipe, tmp_path):
     """Embeddings and guesses read from columns train as those that a step makes, but for their rounding to float16."""
     recipe = dataclasses.replace(changed(recipe, span_share=0.0), log_every_steps=1)
     model = str(train(recipe, tmp_path / "first"))
-    stored, setup = prepare(recipe).stores, prepare(recipe)
+    setup = prepare(recipe)
+    (stored,) = setup.datasets
     length = recipe.model.max_length
     assert embed_column(stored, "vectors", setup.embedder, max_length=length)
     assert hypothesis_columns(stored, "guesses", [model])
@@ -114,15 +116,15 @@ def test_columns_stand_for_what_is_made_on_the_fly(recipe, tmp_path):
 
 def test_a_fold_is_left_out(recipe):
     recipe = changed(recipe, span_share=0.0)
-    stored = prepare(recipe).stores
+    datasets = prepare(recipe).datasets
     seen = []
     for fold in range(2):
-        batches = make_batches(changed(recipe, folds=2, fold=fold), stored, 8)
+        batches = make_batches(changed(recipe, folds=2, fold=fold), datasets, 8)
         rows = np.concatenate([batches(step) for step in range(batches.steps_per_epoch)])
         seen.append({tuple(row) for row in rows.tolist()})
-    ids = [block for shard in range(len(stored.manifest["shards"])) for block in stored.texts(shard)]
-    for i, block in enumerate(ids):
-        whole = {tuple(row) for row in padded(block, recipe.model.max_length).tolist()}
+    for i, first in enumerate(range(0, len(datasets[0]), BLOCK_ROWS)):
+        block = datasets[0].padded(slice(first, first + BLOCK_ROWS), recipe.model.max_length)
+        whole = {tuple(row) for row in block.tolist()}
         assert not whole & seen[i % 2]
 
 

@@ -18,13 +18,14 @@ from tests.helpers.fake_endpoint import Endpoint, Reply, serve, status, vector
 from tests.helpers.tiny_run import BERT, make_recipe
 from v2t_jax.cli import main as cli
 from v2t_jax.config import ApiConfig, Config, from_dict, to_dict
-from v2t_jax.data.blocks import StoredTexts
+from v2t_jax.data.columns import open_column
+from v2t_jax.data.dataset import TokenDataset
+from v2t_jax.data.recipe import make_batches
 from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.train.loop import train
 from v2t_jax.train.setup import prepare
-from v2t_jax.train.texts import make_batches
 from v2t_jax.train.workdir import check_workdir
 
 WIDTH = BERT.hidden_size
@@ -135,7 +136,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_each_text_is_asked_for_once_and_none_by_a_step(done: Whole) -> None:
-    stored = StoredTexts(Path(done.data))
+    stored = TokenDataset.open(Path(done.data))
     held_out = len(prepare(done.inverter).held_out)
     assert done.asked["embed"] == stored.manifest["counts"]["rows"] + 1  # the width, first
     assert held_out <= done.asked["inverter"] <= held_out + 2 * done.inverter.evaluation.num_examples
@@ -154,7 +155,7 @@ def test_training_is_that_of_an_embedder_that_runs_here(done: Whole, tmp_path: P
 
 def test_batches_hold_what_the_endpoint_said_of_their_texts(done: Whole) -> None:
     setup = prepare(done.corrector)
-    batches = make_batches(done.corrector, setup.stores, 16, [*setup.columns.values()])
+    batches = make_batches(done.corrector, setup.datasets, 16, [*setup.columns.values()])
     for step in range(3):
         ids, read = batches(step), batches.columns(step)
         for rows, name in ((ids, "vectors"), (read["guesses"], "guesses.embedding")):
@@ -268,9 +269,8 @@ def test_a_killed_embed_goes_on_and_asks_for_nothing_twice(done: Whole, tmp_path
     v2t(*command)
     paid = done.endpoint.paid - before
     assert set(paid.values()) == {1} and len(paid) == done.asked["embed"]
-    stored = StoredTexts(Path(done.data))
-    every = np.arange(len(stored.block_rows))
-    np.testing.assert_array_equal(stored.column("again").read(every), stored.column("vectors").read(every))
+    stored = TokenDataset.open(Path(done.data))
+    np.testing.assert_array_equal(open_column(stored, "again").values, open_column(stored, "vectors").values)
 
 
 @pytest.mark.slow

@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec
 
 from tests.helpers.tiny_run import make_recipe
 from v2t_jax.config import MeshConfig
+from v2t_jax.data.recipe import make_batches
 from v2t_jax.parallel.mesh import make_mesh, param_specs
 from v2t_jax.train import setup as starting
 from v2t_jax.train.setup import initial_params, prepare, random_params
 from v2t_jax.train.step import NETWORKS
-from v2t_jax.train.texts import make_batches
 
 # The random bits are equal; of what each program computes from them XLA may round the last bits in its own way. (jax
 # 0.10.2 does so only where it multiplies two constants first, 0.12 also from mesh to mesh, by 3 units.)
@@ -35,7 +35,7 @@ def first(setup, mesh):
     """Both stages' parameters; the corrector's start from the inverter's."""
     found = {}
     for stage in setup.config.stages:
-        batches = make_batches(setup.config, setup.stores, getattr(setup.config, stage).batch_size)
+        batches = make_batches(setup.config, setup.datasets, getattr(setup.config, stage).batch_size)
         found[stage] = initial_params(setup, stage, found, batches, mesh)
     return found
 

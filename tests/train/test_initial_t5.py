@@ -41,7 +41,7 @@ def test_both_networks_start_from_it(recipe: Config) -> None:
     config, params = load_t5(recipe.initial_t5)
     kept = recipe.model.t5
     assert setup.model.t5 == dataclasses.replace(config, dropout_rate=kept.dropout_rate, dtype=kept.dtype)
-    batches = Batches(setup.stores, Batching(batch_size=2, max_length=24, bucket_lengths=(24,)))
+    batches = Batches(setup.datasets, Batching(batch_size=2, max_length=24, bucket_lengths=(24,)))
     for stage in recipe.stages:
         start = initial_params(setup, stage, {"inverter": {}}, batches, make_mesh(recipe.mesh))
         jax.tree.map(np.testing.assert_array_equal, start["t5"], params)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import v2t_jax
 from tests.helpers.tiny_run import make_recipe
 from v2t_jax.config import MeshConfig, StageConfig, to_dict
-from v2t_jax.data.sources import read_texts
+from v2t_jax.data.split import read_texts
 from v2t_jax.errors import InputError
 from v2t_jax.train import loop, texts
 from v2t_jax.train.checkpoint import Checkpoints
@@ -200,7 +200,7 @@ def test_bad_updates_may_be_left_out(recipe, tmp_path, monkeypatch):
         config = inverter_only(recipe, inverter=stage, checkpoint=checkpoint, log_every_steps=1)
         train(config, tmp_path / str(allowed))
 
-    batches = loop.make_batches(recipe, prepare(recipe).stores, recipe.inverter.batch_size)
+    batches = loop.make_batches(recipe, prepare(recipe).datasets, recipe.inverter.batch_size)
     bad = np.stack([batches(step)[0] for step in (3, 6)])
     monkeypatch.setattr(loop, "make_loss", breaking)
     run(2)

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import v2t_jax
 from tests.helpers.tiny_run import WORDS, make_recipe
 from v2t_jax.config import Config
+from v2t_jax.data.recipe import make_batches
 from v2t_jax.errors import InputError
 from v2t_jax.parallel.mesh import make_mesh
 from v2t_jax.train.feed import Feed
 from v2t_jax.train.loop import train
 from v2t_jax.train.setup import prepare, random_params
 from v2t_jax.train.step import FrozenParams
-from v2t_jax.train.texts import make_batches
 
 
 def make_own_tokenizer(folder: Path) -> Path:
@@ -71,7 +71,7 @@ def test_both_stages_train_and_the_model_is_loaded_and_inverts(recipe: Config, t
 def test_batches_bring_texts_and_hypotheses_in_the_embedders_tokens(recipe: Config) -> None:
     context, mesh = prepare(recipe), make_mesh(recipe.mesh)
     assert context.retokenizes and context.in_step is not None
-    batches = make_batches(recipe, context.stores, recipe.corrector.batch_size)
+    batches = make_batches(recipe, context.datasets, recipe.corrector.batch_size)
     params = random_params("inverter", context.model, mesh)[0](np.asarray(jax.random.key_data(jax.random.key(0))))
     frozen = FrozenParams(context.in_step.params, context.vocab_map, params)
     feed = Feed(context, "corrector", batches, frozen, mesh)

@@ -20,9 +20,10 @@ from tests.helpers.plain_folder import plain
 from tests.helpers.tiny_model import MAX_LENGTH, make_model
 from tests.helpers.tiny_run import make_texts, make_tokenizer
 from v2t_jax import load
-from v2t_jax.data import blocks
-from v2t_jax.data.blocks import StoredTexts
-from v2t_jax.data.build import BuildSettings, Workers, build
+from v2t_jax.data import columns
+from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.data.columns import ColumnWriter, open_column
+from v2t_jax.data.dataset import BLOCK_ROWS, TokenDataset
 from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.embedders.load import load_embedder
@@ -36,7 +37,7 @@ from v2t_jax.train.step import greedy_hypotheses
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of several shards, and two models that share its vocabulary."""
+    """A data set of several pieces, and two models that share its vocabulary."""
     root = tmp_path_factory.mktemp("columns")
     (root / "texts.txt").write_text("\n".join(make_texts(2500)) + "\n")
     model = load(str(make_model(root)))
@@ -45,15 +46,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = {"folds": 2, "fold": fold}
         half = dataclasses.replace(model, params={"inverter": inverter})
         half.save(root / f"fold{fold}", record={"recipe": {"data": data}})
-    settings = BuildSettings(held_out_share=0.05, shard_bytes=15_000)
-    build([str(root / "texts.txt")], root / "data", model.vocabulary.tokenizer, settings, Workers())
+    build([str(root / "texts.txt")], root / "data", model.vocabulary.tokenizer, BuildSettings(held_out_share=0.05))
     return root
 
 
 @pytest.fixture
-def stored(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoredTexts:
-    monkeypatch.setattr(precompute, "PIECE_BLOCKS", 1)
-    return StoredTexts(shutil.copytree(root / "data", tmp_path / "data"))
+def stored(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenDataset:
+    monkeypatch.setattr(columns, "PIECE_ROWS", 200)
+    return TokenDataset.open(shutil.copytree(root / "data", tmp_path / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -61,25 +61,24 @@ def model(root: Path) -> InversionPipeline:
     return load(str(root / "tiny"))
 
 
-def all_ids(stored: StoredTexts) -> list[np.ndarray]:
-    shards = range(len(stored.manifest["shards"]))
-    return [ids for shard in shards for block in stored.texts(shard) for ids in block]
+def all_ids(stored: TokenDataset, length: int) -> np.ndarray:
+    return stored.padded(slice(0, len(stored)), length)
 
 
-def all_rows(stored: StoredTexts, name: str) -> np.ndarray:
-    return stored.column(name).read(np.arange(len(stored.block_rows)))
+def all_rows(stored: TokenDataset, name: str) -> np.ndarray:
+    return open_column(stored, name).values
 
 
-def files(stored: StoredTexts) -> dict[str, bytes]:
+def files(stored: TokenDataset) -> dict[str, bytes]:
     folder = stored.folder / "columns"
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model: InversionPipeline) -> None:
-    assert len(stored.manifest["shards"]) > 2 and len(stored.block_rows) > len(stored.manifest["shards"])
+def test_embeddings_are_those_of_the_texts_beginnings(stored: TokenDataset, model: InversionPipeline) -> None:
+    assert len(stored) > 5 * columns.PIECE_ROWS
     settings = {"max_length": 6, "batch_size": 100}
     assert embed_column(stored, "by-ids", model.embedder, **settings)
-    texts = model.vocabulary.decode(precompute.padded(all_ids(stored), 6))
+    texts = model.vocabulary.decode(all_ids(stored, 6))
     expected = model.embedder.embed(texts)
     np.testing.assert_allclose(all_rows(stored, "by-ids"), expected, atol=1e-3)
     asked: list[str] = []
@@ -94,15 +93,17 @@ def test_embeddings_are_those_of_the_texts_beginnings(stored: StoredTexts, model
 
 
 @pytest.mark.parametrize("embeddings", [None, "mine"])
-def test_guesses_out_of_fold(stored: StoredTexts, root: Path, model: InversionPipeline, embeddings: str | None) -> None:
+def test_guesses_out_of_fold(
+    stored: TokenDataset, root: Path, model: InversionPipeline, embeddings: str | None
+) -> None:
     if embeddings:
         embed_column(stored, "mine", model.embedder, max_length=MAX_LENGTH)
     models = [str(root / f"fold{fold}") for fold in range(2)]
     assert hypothesis_columns(stored, "guesses", models, embeddings=embeddings)
     guesses, vectors = all_rows(stored, "guesses"), all_rows(stored, "guesses.embedding")
-    ids = precompute.padded(all_ids(stored), MAX_LENGTH)
+    ids = all_ids(stored, MAX_LENGTH)
     e = model.embedder.embed(model.vocabulary.decode(ids))
-    folds = np.repeat(np.arange(len(stored.block_rows)), stored.block_rows) % 2  # a block is in one fold
+    folds = np.arange(len(stored)) // BLOCK_ROWS % 2  # a block is in one fold
     for fold, name in enumerate(models):
         own = load(name)
         expected = np.asarray(greedy_hypotheses(own.config, own.params["inverter"], jnp.asarray(e[folds == fold])))
@@ -112,7 +113,7 @@ def test_guesses_out_of_fold(stored: StoredTexts, root: Path, model: InversionPi
         assert not (guesses[folds != fold][: len(same)] == expected[: (folds != fold).sum()]).all()
     full = [i for i, text in enumerate(model.vocabulary.decode(guesses)) if text.strip()]
     spelt = [text for text in model.vocabulary.decode(guesses) if text.strip()]
-    again = precompute.padded(model.vocabulary.encode(spelt), MAX_LENGTH)
+    again = all_ids(TokenDataset.from_texts(spelt, model.vocabulary), MAX_LENGTH)
     canonical = (again == guesses[full]).all(axis=1)  # a guess can be spelt otherwise than its text would be
     np.testing.assert_allclose(
         vectors[full][canonical],
@@ -121,33 +122,32 @@ def test_guesses_out_of_fold(stored: StoredTexts, root: Path, model: InversionPi
     )
 
 
-def test_hosts_share_the_work_and_the_bytes_are_the_same(stored: StoredTexts, root: Path, tmp_path: Path) -> None:
+def test_hosts_share_the_work_and_the_bytes_are_the_same(stored: TokenDataset, root: Path, tmp_path: Path) -> None:
     models = [str(root / f"fold{fold}") for fold in range(2)]
-    together = StoredTexts(shutil.copytree(stored.folder, tmp_path / "together"))
+    together = TokenDataset.open(shutil.copytree(stored.folder, tmp_path / "together"))
     hypothesis_columns(stored, "guesses", models, batch_size=64)
     done = [hypothesis_columns(together, "guesses", models, batch_size=64, share=Share(i, 3)) for i in (2, 0, 1)]
     assert done == [False, False, True]
     assert files(together) == files(stored)
-    assert not [name for name in files(stored) if "pieces" in name]
+    assert not [name for name in files(stored) if "done" in name]
 
 
 def test_an_interruption_costs_the_piece_in_hand(
-    stored: StoredTexts, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: TokenDataset, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = [str(root / "tiny")]
-    whole = StoredTexts(shutil.copytree(stored.folder, tmp_path / "whole"))
+    whole = TokenDataset.open(shutil.copytree(stored.folder, tmp_path / "whole"))
     hypothesis_columns(whole, "guesses", models)
-    pieces: list[Path] = []
+    pieces: list[int] = []
 
-    def stopping(path: Path, content: bytes) -> dict:
-        if path.suffix == ".npz":
-            if len(pieces) % 5 == 4:
-                pieces.append(path)
+    class Stopping(ColumnWriter):
+        def write(self, piece: int, values: np.ndarray) -> None:
+            pieces.append(piece)
+            if len(pieces) % 5 == 0:
                 raise KeyboardInterrupt
-            pieces.append(path)
-        return blocks.write_file(path, content)
+            super().write(piece, values)
 
-    monkeypatch.setattr(precompute, "write_file", stopping)
+    monkeypatch.setattr(precompute, "ColumnWriter", Stopping)
     interruptions = 0
     while True:
         try:
@@ -155,8 +155,9 @@ def test_an_interruption_costs_the_piece_in_hand(
             break
         except KeyboardInterrupt:
             interruptions += 1
-    # Each piece was made once, and once more for each interruption.
-    assert len(pieces) == len(stored.block_rows) + interruptions and interruptions > 1
+    # Both columns of each piece were made once, and once or twice more for each interruption.
+    total = 2 * -(-len(stored) // columns.PIECE_ROWS)
+    assert total + interruptions <= len(pieces) <= total + 2 * interruptions and interruptions > 1
     assert files(stored) == files(whole)
 
 
@@ -164,27 +165,30 @@ SLOWLY = """
 import sys, time
 from pathlib import Path
 from v2t_jax.parallel.compile_cache import enable_compilation_cache
-from v2t_jax.data import blocks
+from v2t_jax.data import columns
+from v2t_jax.data.dataset import TokenDataset
 from v2t_jax.train import precompute
 
-def write(path, content):
-    time.sleep(0.5)  # so that there are moments to be killed at
-    return blocks.write_file(path, content)
+class Slow(columns.ColumnWriter):
+    def write(self, piece, values):
+        time.sleep(0.3)  # so that there are moments to be killed at
+        super().write(piece, values)
 
 enable_compilation_cache()
-precompute.PIECE_BLOCKS, precompute.write_file = 1, write
-precompute.hypothesis_columns(blocks.StoredTexts(Path(sys.argv[1])), "guesses", sys.argv[2:])
+columns.PIECE_ROWS, precompute.ColumnWriter = 200, Slow
+precompute.hypothesis_columns(TokenDataset.open(Path(sys.argv[1])), "guesses", sys.argv[2:])
 """
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_and_double_nothing(stored: StoredTexts, root: Path, tmp_path: Path) -> None:
+def test_kills_at_random_moments_lose_and_double_nothing(stored: TokenDataset, root: Path, tmp_path: Path) -> None:
     models = [str(root / f"fold{fold}") for fold in range(2)]
-    whole = StoredTexts(shutil.copytree(stored.folder, tmp_path / "whole"))
+    whole = TokenDataset.open(shutil.copytree(stored.folder, tmp_path / "whole"))
     hypothesis_columns(whole, "guesses", models)
     command = [sys.executable, "-c", SLOWLY, str(stored.folder), *models]
     folder, rng, kills = stored.folder / "columns", random.Random(0), 0
-    while kills < 30 and not (folder / "guesses" / "manifest.json").is_file():
+    finished = folder / "guesses.embedding" / "manifest.json"
+    while kills < 30 and not (finished.is_file() and json.loads(finished.read_text())["file"]):
         before = set(folder.rglob("*"))
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while process.poll() is None and set(folder.rglob("*")) == before:
@@ -198,7 +202,7 @@ def test_kills_at_random_moments_lose_and_double_nothing(stored: StoredTexts, ro
     assert sorted(files(stored)) == sorted(files(whole))
 
 
-def test_what_does_not_go_together(stored: StoredTexts, root: Path, model: InversionPipeline, tmp_path: Path) -> None:
+def test_what_does_not_go_together(stored: TokenDataset, root: Path, model: InversionPipeline, tmp_path: Path) -> None:
     folds = [str(root / f"fold{fold}") for fold in range(2)]
     embed_column(stored, "short", model.embedder, max_length=4)
     refused = functools.partial(pytest.raises, InputError)
@@ -226,18 +230,18 @@ def test_what_does_not_go_together(stored: StoredTexts, root: Path, model: Inver
 
 @pytest.mark.parametrize(("name", "end"), [("qwen3", "<|endoftext|>"), ("mistral", ""), ("clip", "<|endoftext|>")])
 def test_embedders_whose_tokenizers_have_no_pad_and_end_pair(
-    stored: StoredTexts, model: InversionPipeline, tmp_path: Path, name: str, end: str
+    stored: TokenDataset, model: InversionPipeline, tmp_path: Path, name: str, end: str
 ) -> None:
     tokenizer = json.loads(make_tokenizer().to_str().replace("[PAD]", "<|pad|>").replace("[SEP]", end or "<|none|>"))
     if not end:  # Llama's kind puts a token before a text and none after it
         tokenizer["post_processor"]["single"].pop()
     embedder = load_embedder(f"last@{plain(tmp_path / name, name, Tokenizer.from_str(json.dumps(tokenizer)))}")
     assert embed_column(stored, name, embedder, max_length=6)
-    texts = model.vocabulary.decode(precompute.padded(all_ids(stored), 6))
+    texts = model.vocabulary.decode(all_ids(stored, 6))
     np.testing.assert_allclose(all_rows(stored, name), embedder.embed(texts), atol=2e-2, rtol=1e-3)
 
 
-def test_a_column_names_what_differs_of_its_embedder(stored: StoredTexts, model: InversionPipeline) -> None:
+def test_a_column_names_what_differs_of_its_embedder(stored: TokenDataset, model: InversionPipeline) -> None:
     assert isinstance(model.embedder, JaxEmbedder)
     settings = {"max_length": 4}
     embed_column(stored, "vectors", model.embedder, **settings)

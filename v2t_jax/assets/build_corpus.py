@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from v2t_jax.data.sources import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
+from v2t_jax.data.split import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.errors import InputError
 
 WORDNET_FOLDER = Path("/usr/share/wordnet")
@@ -141,9 +141,7 @@ def build_wordnet() -> list[str]:
     lines = unique(wordnet_lines())
     held_out = [normalized for normalized in lines if is_held_out(normalized)]
     rest = [normalized for normalized in lines if not is_held_out(normalized)]
-    bad = {
-        normalized for normalized, found in zip(rest, HeldOutFilter(held_out).given_away_by(rest), strict=True) if found
-    }
+    bad = {normalized for normalized, found in zip(rest, HeldOutFilter(held_out).leaking(rest), strict=True) if found}
     print(f"wordnet: {len(lines)} lines, {len(held_out)} held out, {len(bad)} dropped for overlap with those")
     return [text for normalized, text in lines.items() if normalized not in bad]
 
@@ -156,7 +154,7 @@ def build_extra(sources: Iterable[str]) -> list[str]:
     for source in sources:
         lines = unique(_tidy(EXTRA[source]()))
         new = [normalized for normalized in lines if normalized not in known and normalized not in kept]
-        bad = HeldOutFilter(held_out).given_away_by(new)
+        bad = HeldOutFilter(held_out).leaking(new)
         kept |= {normalized: lines[normalized] for normalized, found in zip(new, bad, strict=True) if not found}
         print(f"{source}: {len(lines)} lines, {len(new)} of them new, {int(bad.sum())} dropped for overlap")
     print(f"together {len(kept)} lines")

@@ -1,14 +1,12 @@
-"""How fast a built data set becomes batches on the device: v2t bench data
+"""Times the input pipeline: a data set on disk, batches on the device.
 
-WordNet's texts, over and over with a number in front, are built into a data set by `v2t data build`'s own code; then
-every batch is read through `StoredBatches`, put on the device and waited for. The files may be in the operating
-system's cache: on the disk of a training machine, a run reads them at a few megabytes a second.
+Texts made of the packaged corpus are built into a data set by `v2t data build`'s own code; then every batch is read,
+put on the device and waited for. The files may be in the operating system's cache.
 """
 
 import json
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ import jax
 import numpy as np
 
 from v2t_jax.bench import num_cores
-from v2t_jax.data.batches import Batching
-from v2t_jax.data.blocks import ColumnWriter, StoredTexts
-from v2t_jax.data.build import BuildSettings, Workers, build
-from v2t_jax.data.dataset import StoredBatches
+from v2t_jax.data.batches import Batches, Batching
+from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.data.columns import Column, ColumnWriter, open_column
+from v2t_jax.data.dataset import TokenDataset
 from v2t_jax.data.readers import open_source
 from v2t_jax.embedders.load import load_tokenizer
 from v2t_jax.errors import InputError
@@ -28,7 +26,7 @@ from v2t_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Data:
-    """Times a built data set's way from disk to device, without vectors and with."""
+    """Time a built data set's way from disk to device, without vectors and with them."""
 
     num_texts: int = 400_000
     batch_size: int = 1024
@@ -41,13 +39,15 @@ class Data:
     steps: int = 0
     """batches to time; 0 times an epoch"""
     embedder: str = "all-MiniLM-L6-v2"
-    """whose pieces the texts are cut into"""
+    """whose tokenizer is used"""
     folder: str | None = None
-    """where the data set is built, or lies since the last time; by default in a folder that is removed"""
+    """where the data set is built, or found from an earlier run; by default a temporary folder"""
     json: bool = False
     """print one JSON document and nothing else"""
 
     def run(self) -> None:
+        if min(self.num_texts, self.bucket_width) < 1 or self.max_length < 4:
+            raise InputError("num_texts and bucket_width must be at least 1, max_length at least 4.")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(self.folder or temporary)
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,43 +68,38 @@ class Data:
 
 
 def write_texts(file: Path, count: int) -> None:
-    """WordNet's texts again and again, each time after another number, so that none is a duplicate."""
+    """The packaged texts again and again, each time with another number inside, so that none is a duplicate."""
     texts = list(open_source("wordnet").read(lambda _: None))
     with file.open("w", encoding="utf-8") as out:
         for i in range(count):
-            # Not at the end: what gives a held-out text away, its words in a row, would be everywhere.
+            # In the middle: with the same beginning, a text would leak a held-out one by eight words in a row.
             words = texts[i % len(texts)].split()
             out.write(" ".join([*words[: len(words) // 2], str(i // len(texts)), *words[len(words) // 2 :]]) + "\n")
 
 
-def write_vectors(stored: StoredTexts, width: int) -> None:
-    """Random vectors under the name "bench"."""
-    writer = ColumnWriter(stored, "bench", "float16", (width,), {"seed": 0})
-    rng = np.random.default_rng(0)
-
-    def blocks(shard: int) -> Iterator[np.ndarray]:
-        for rows in stored.block_rows[stored.first_block[shard] : stored.first_block[shard + 1]]:
-            yield rng.standard_normal((rows, width), np.float32)
-
-    for shard in writer.missing():
-        writer.write(shard, blocks(shard))
+def write_vectors(dataset: TokenDataset, width: int) -> Column:
+    """A column "bench" of random float16 vectors."""
+    writer, rng = ColumnWriter(dataset, "bench", "float16", (width,), {"seed": 0}), np.random.default_rng(0)
+    for piece in writer.missing():
+        rows = writer.rows(piece)
+        writer.write(piece, rng.standard_normal((rows.stop - rows.start, width), np.float32))
     writer.finish()
+    return open_column(dataset, "bench")
 
 
-def measure(stored: StoredTexts, batching: Batching, steps: int, columns: tuple[str, ...]) -> dict[str, Any]:
+def measure(dataset: TokenDataset, batching: Batching, steps: int, columns: tuple[Column, ...]) -> dict[str, Any]:
     """Examples a second from disk to the device over an epoch or `steps`, the first batch's wait included."""
-    batches = StoredBatches(stored, batching, [stored.column(name) for name in columns])
-    steps = steps or batches.steps_per_epoch
+    batches = Batches([dataset], batching, columns=columns)
     examples = positions = tokens = 0
     began = time.perf_counter()
-    for step in range(steps):
+    for step in range(steps or batches.steps_per_epoch):
         ids = batches(step)
         jax.block_until_ready(jax.device_put((ids, batches.columns(step))))
         examples, positions, tokens = examples + len(ids), positions + ids.size, tokens + int((ids != 0).sum())
     seconds = time.perf_counter() - began
     batches.close()
     return {
-        "columns": list(columns),
+        "columns": [column.name for column in columns],
         "examples": examples,
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / seconds),
@@ -113,30 +108,22 @@ def measure(stored: StoredTexts, batching: Batching, steps: int, columns: tuple[
 
 
 def timed(options: Data, folder: Path) -> dict[str, Any]:
-    """Builds (or finds) the data set and times it.
-
-    Raises:
-        InputError: an option is out of range.
-    """
-    if min(options.num_texts, options.bucket_width) < 1 or options.max_length < 4:
-        raise InputError("num_texts and bucket_width must be at least 1, max_length at least 4.")
+    """Builds (or finds) the data set and times it."""
     source = folder / "texts.txt"
     if not source.is_file():
         write_texts(source, options.num_texts)
     began = time.perf_counter()
-    settings = BuildSettings(chunk_bytes=2 << 20, shard_bytes=8 << 20)
     tokenizer = load_tokenizer(options.embedder)
-    stored = build([str(source)], folder / "built", tokenizer, settings, Workers(processes=num_cores()))
+    dataset = build([str(source)], folder / "built", tokenizer, BuildSettings(), processes=num_cores())
     seconds = time.perf_counter() - began
     lengths = tuple(sorted({*range(options.max_length, 3, -options.bucket_width)}))
     batching = Batching(options.batch_size, options.max_length, lengths)
-    results = [measure(stored, batching, options.steps, ())]
+    results = [measure(dataset, batching, options.steps, ())]
     if options.vector_width:
-        write_vectors(stored, options.vector_width)
-        results.append(measure(stored, batching, options.steps, ("bench",)))
+        results.append(measure(dataset, batching, options.steps, (write_vectors(dataset, options.vector_width),)))
     return {
         "cores": num_cores(),
-        "texts": stored.manifest["counts"]["rows"],
+        "texts": dataset.manifest["counts"]["rows"],
         "build_texts_per_second": round(options.num_texts / seconds),
         "batch_size": options.batch_size,
         "max_length": options.max_length,

@@ -23,7 +23,7 @@ class Build:
     sources: tyro.conf.Positional[tuple[str, ...]]
     """files, folders or globs"""
     output: str
-    """the folder to write; all hosts must see the same"""
+    """the folder to write"""
     embedder: str | None = None
     """the embedder whose pieces the texts are cut into: a name that `v2t embedders` lists, or a folder"""
     tokenizer: str | None = None
@@ -35,43 +35,35 @@ class Build:
     max_tokens: int = 512
     """tokens of a text that are kept"""
     processes: int | None = None
-    """at work on this host; by default one for each core"""
-    host_timeout: float = 3600.0
-    """seconds without a new file from another host after which it is given up"""
+    """at work; by default one for each core"""
     json: bool = False
     """print one JSON document and nothing else"""
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
         from v2t_jax.bench import num_cores
-        from v2t_jax.data.build import BuildSettings, Workers, build
+        from v2t_jax.data.build import BuildSettings, build
         from v2t_jax.data.vocabulary import read_tokenizer
         from v2t_jax.embedders.load import load_tokenizer
-        from v2t_jax.parallel.processes import find_share
 
         if (self.embedder is None) == (self.tokenizer is None):
             raise InputError("Give either --embedder NAME or --tokenizer FILE: it decides the pieces.")
         settings = BuildSettings(self.vocabulary_size, self.held_out_share, self.max_tokens)
         processes = num_cores() if self.processes is None else self.processes
-        workers = Workers(processes, find_share(self.distributed), self.host_timeout)
         if self.embedder is not None:
             tokenizer = load_tokenizer(self.embedder)
         else:
             tokenizer = read_tokenizer(Path(os.path.expanduser(str(self.tokenizer))))
-        stored = build(
-            self.sources, Path(os.path.abspath(os.path.expanduser(self.output))), tokenizer, settings, workers
-        )
-        counts = stored.manifest["counts"]
+        folder = Path(os.path.abspath(os.path.expanduser(self.output)))
+        counts = build(self.sources, folder, tokenizer, settings, processes).manifest["counts"]
         if self.json:
-            print(json.dumps({"folder": str(stored.folder), **counts}))
+            print(json.dumps({"folder": str(folder), **counts}))
             return
         dropped = sum(counts[name] for name in ("blank", "duplicates", "given_away", "unknown"))
         print(
-            f"{stored.folder}: {counts['rows']:,} texts for training in {len(stored.manifest['shards'])} shards, "
-            f"{counts['held_out']:,} held out, {dropped:,} of {counts['texts']:,} dropped "
-            f"({counts['blank']:,} blank, {counts['duplicates']:,} duplicates, {counts['given_away']:,} that give a "
-            f"held-out text away, {counts['unknown']:,} with unknown pieces)\n"
-            f"In a recipe: DataConfig(sources=({str(stored.folder)!r},), held_out={str(stored.folder)!r})"
+            f"{folder}: {counts['rows']:,} texts for training, {counts['held_out']:,} held out, {dropped:,} of "
+            f"{counts['texts']:,} dropped ({counts['blank']:,} blank, {counts['duplicates']:,} duplicates, "
+            f"{counts['given_away']:,} that leak a held-out text, {counts['unknown']:,} with unknown tokens)\n"
+            f"In a recipe: DataConfig(sources=({str(folder)!r},), held_out={str(folder)!r})"
         )
 
 
@@ -95,17 +87,17 @@ class EmbedColumn:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
-        from v2t_jax.data.blocks import StoredTexts
+        from v2t_jax.data.dataset import TokenDataset
         from v2t_jax.embedders.load import load_embedder
         from v2t_jax.parallel.processes import find_share
         from v2t_jax.train.precompute import embed_column
 
-        stored, share = StoredTexts(Path(os.path.expanduser(self.folder))), find_share(self.distributed)
+        dataset, share = TokenDataset.open(Path(os.path.expanduser(self.folder))), find_share(self.distributed)
         embedder = open_embedder(self.embedder, self.api)
         if isinstance(embedder, str):
             embedder = load_embedder(embedder, self.dtype)
         options: dict[str, Any] = {"max_length": self.max_length, "batch_size": self.batch_size, "share": share}
-        done = embed_column(stored, self.name, embedder, **options)
+        done = embed_column(dataset, self.name, embedder, **options)
         _say(done, f'in a recipe: DataConfig(..., embeddings="{self.name}")')
 
 
@@ -130,12 +122,12 @@ class Hypotheses:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
-        from v2t_jax.data.blocks import StoredTexts
+        from v2t_jax.data.dataset import TokenDataset
         from v2t_jax.parallel.processes import find_share
         from v2t_jax.train.precompute import hypothesis_columns
 
         done = hypothesis_columns(
-            StoredTexts(Path(os.path.expanduser(self.folder))),
+            TokenDataset.open(Path(os.path.expanduser(self.folder))),
             self.name,
             self.model,
             open_embedder(self.embedder, self.api),

@@ -1,29 +1,28 @@
-"""Sources of any size into a built data set (`blocks`): tokenized once, shuffled, without duplicates and leaks.
+"""Builds a data set (`dataset`) from sources of any size: tokenized once, shuffled, without duplicates and leaks.
 
-Everything goes by a text's hash, the one that decides the split (`sources.split_hash`): a random number that depends
-on nothing but the text. The hashes' range is cut into as many parts as there will be shards.
+Texts are placed by the hash that also decides the split (`split.split_hash`): a random number that depends on nothing
+but the text. The range of hashes is cut into as many parts as memory asks for.
 
-1. *Chunks*: the sources are read from beginning to end; every few megabytes go to a worker, which tokenizes them and
-   writes chunk-N.arrow to DIR's folder `work`, its texts sorted into parts by their hashes.
-2. *Shards*: a worker collects a part from all chunks and sorts it by hash. That shuffles it and puts equal texts side
-   by side, of which the first stays; those that give a held-out text away are dropped (`sources.HeldOutFilter`).
-3. The held-out texts (the lowest hashes) and the manifest, which makes the folder count.
+1. *Chunks*: the sources are read from beginning to end; every few megabytes go to a worker process, which tokenizes
+   them and writes DIR/work/chunk-N.arrow, sorted into parts: part 0 is held out, part 1 + p is for training.
+2. *Parts*: a worker collects a part from all chunks and sorts it by hash. That shuffles it and puts equal texts side by
+   side, of which the first stays; those that leak a held-out text are dropped. It writes DIR/work/part-N.npz.
+3. The parts one after the other are the data set; the manifest, written last, makes the folder one.
 
-What a chunk or a shard holds depends on the sources and the settings alone, and its file appears whole or not at all.
-So it doesn't matter which process of which host makes it, nor how often they were killed: the bytes are the same.
-Several hosts work in one shared folder; each makes every so-manieth file and waits for those of the others.
+The files depend on the sources and the settings alone and appear whole or not at all. So the bytes are the same for any
+number of processes, and a build that was killed goes on where it was.
 """
 
-import errno
-import hashlib
+import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -33,70 +32,69 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
-from v2t_jax.data import shards
-from v2t_jax.data.blocks import (
-    FORMAT,
-    LENGTH_DTYPE,
-    StoredTexts,
-    as_json,
-    check_file,
-    claim,
-    tokenizer_sha256,
-    write_file,
-)
+from v2t_jax.data.dataset import FORMAT, TokenDataset, as_json, claim, npy_bytes, npy_header, tokenizer_sha256
 from v2t_jax.data.readers import Source, Watch, open_source
-from v2t_jax.data.shards import Job
-from v2t_jax.data.sources import HELD_OUT_SHARE
+from v2t_jax.data.split import HELD_OUT_SHARE, HeldOutFilter, normalize_for_split, split_hash
 from v2t_jax.data.vocabulary import Vocabulary, commonest_pieces
 from v2t_jax.errors import InputError
-from v2t_jax.parallel.processes import Share
+from v2t_jax.interop.files import sha256_of, write_file
 
-POLL_SECONDS = 0.2  # between two looks for another host's files
+CHUNK_BYTES = 8 << 20  # of text that are tokenized at once
+PART_BYTES = 128 << 20  # of text, about, that are sorted at once
+MOST_TOKENS = 2**16 - 1  # of a text
+
+_SCHEMA = pa.schema([("hash", pa.uint64()), ("text", pa.string()), ("ids", pa.large_list(pa.int32()))])
 
 
 @dataclass(frozen=True)
 class BuildSettings:
     """What decides a built data set's content, beside sources and tokenizer."""
 
-    vocabulary_size: int = 0  # commonest pieces to keep; 0 keeps all
+    vocabulary_size: int = 0  # commonest tokens to keep; 0 keeps all
     held_out_share: float = HELD_OUT_SHARE
-    max_tokens: int = 512  # of a text; what is behind them is cut off
-    chunk_bytes: int = 8 << 20  # of text that are tokenized at once
-    shard_bytes: int = 128 << 20  # of text in a shard, more or less
+    max_tokens: int = 512  # of a text; the rest is cut off
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "chunk_bytes", "shard_bytes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.max_tokens > np.iinfo(LENGTH_DTYPE).max:
-            raise InputError(f"max_tokens must be at most {np.iinfo(LENGTH_DTYPE).max}, not {self.max_tokens}.")
+        if not 1 <= self.max_tokens <= MOST_TOKENS:
+            raise InputError(f"max_tokens must be from 1 to {MOST_TOKENS}, not {self.max_tokens}.")
         if self.vocabulary_size < 0:
-            raise InputError("vocabulary_size must not be negative; 0 keeps all pieces.")
+            raise InputError("vocabulary_size must not be negative; 0 keeps all tokens.")
         if not 0 < self.held_out_share < 1:
             raise InputError(f"held_out_share must lie in (0, 1), not {self.held_out_share}: a run is scored on some.")
 
 
 @dataclass(frozen=True)
-class Workers:
-    """Who does the work; nothing of it shows in the result."""
+class _Job:
+    """What a worker process needs to know."""
 
-    processes: int = 1
-    share: Share = Share()
-    timeout: float = 3600.0  # seconds without a new file from another host after which it is given up
+    work: Path
+    tokenizer: str  # as JSON
+    settings: BuildSettings
+    num_parts: int  # of training texts
 
-    def __post_init__(self) -> None:
-        if self.processes < 1:
-            raise InputError(f"processes must be at least 1, not {self.processes}.")
-        if not self.timeout > 0:
-            raise InputError(f"timeout must be a number of seconds above 0, not {self.timeout}.")
+    @property
+    def vocab_map(self) -> Path:
+        return self.work.parent / "vocabulary.npy"
+
+    def chunk(self, index: int) -> Path:
+        return self.work / f"chunk-{index:06d}.arrow"
+
+    def part(self, index: int) -> Path:
+        return self.work / f"part-{index:05d}.npz"
+
+    @functools.cached_property
+    def full(self) -> Vocabulary:
+        """The vocabulary of the ids in chunks: every token of the tokenizer."""
+        return Vocabulary.full(Tokenizer.from_str(self.tokenizer))
 
 
 def build(
-    sources: Sequence[str], folder: Path, tokenizer: Tokenizer, settings: BuildSettings, workers: Workers
-) -> StoredTexts:
+    sources: Sequence[str], folder: Path, tokenizer: Tokenizer, settings: BuildSettings, processes: int = 1
+) -> TokenDataset:
     """Builds a data set, or goes on where an earlier call was cut off; of one that is finished, checks every byte.
 
     Raises:
@@ -104,22 +102,27 @@ def build(
     """
     if not sources:
         raise InputError("There is nothing to build from: name at least one source of text.")
+    if processes < 1:
+        raise InputError(f"processes must be at least 1, not {processes}.")
     opened = [open_source(name) for name in sources]
     try:
-        return _build(opened, folder, tokenizer, settings, workers)
+        return _build(opened, folder, tokenizer, settings, processes)
     except OSError as error:
-        if workers.share.index and isinstance(error, FileNotFoundError) and (folder / "manifest.json").is_file():
-            return StoredTexts(folder)  # the other hosts needed nothing more of this one, and have cleared up
         raise InputError(
-            f"The build stopped at {error.filename or folder} ({error.strerror or error}); mend that, or free space, "
+            f"The build stopped at {error.filename or folder} ({error.strerror or error}); fix that or free space, "
             "then run the same command to go on."
         ) from error
 
 
 def _build(
-    sources: Sequence[Source], folder: Path, tokenizer: Tokenizer, settings: BuildSettings, workers: Workers
-) -> StoredTexts:
-    _check_folder(folder)
+    sources: Sequence[Source], folder: Path, tokenizer: Tokenizer, settings: BuildSettings, processes: int
+) -> TokenDataset:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".made_of.json.")]
+    if others and "made_of.json" not in others:
+        raise InputError(f"{folder} holds something else ({others[0]}): give a new or an empty folder.")
     made_of = {
         "format": FORMAT,
         "sources": _fingerprints(sources),
@@ -128,61 +131,28 @@ def _build(
     }
     claim(folder / "made_of.json", made_of, folder)
     if (folder / "manifest.json").is_file():
-        return _check(folder)
-    num_shards = -(-sum(source.size for source in sources) // settings.shard_bytes)
-    job = Job(folder, tokenizer.to_str(), settings.held_out_share, settings.max_tokens, num_shards)
-    with _pool(job, workers.processes) as run:
-        chunks = _make_chunks(job, sources, settings.chunk_bytes, workers, run)
-        counts, pieces = shards.read_counts(job, chunks)
-        held_out, duplicates = shards.read_part(job, chunks, 0)
-        if counts["texts"] == counts["blank"]:
-            raise InputError("The sources hold no text: give at least one text of letters or digits.")
-        if not len(held_out):
-            raise InputError(
-                f"Of {counts['texts']} texts none falls into the held-out share of {settings.held_out_share}: use more "
-                "text or a larger share, in a new folder."
-            )
-        vocabulary = job.every_piece
-        if settings.vocabulary_size:
-            by_token_id = np.zeros(1 + vocabulary.vocab_map.max(), np.int64)
-            by_token_id[vocabulary.vocab_map] = pieces
-            kept = commonest_pieces(by_token_id, tokenizer, settings.vocabulary_size)
-            vocabulary = Vocabulary.of_pieces(tokenizer, kept)
-        buffer = io.BytesIO()
-        np.save(buffer, vocabulary.vocab_map)
-        entries = {"pieces.npy": write_file(folder / "pieces.npy", buffer.getvalue())}
-        entries["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.tokenizer.to_str().encode())
-        token_dtype = "uint16" if vocabulary.size <= 2**16 else "int32"
-        _make_shards(job, chunks, token_dtype, workers, run)
-    if workers.share.index > 0:
-        _wait([folder / "manifest.json"], workers, lambda _: 0, folder / "manifest.json")
-        return StoredTexts(folder)
-
-    made = [json.loads(job.shard(i).read_text()) for i in range(num_shards)]
-    counts |= {name: sum(shard.pop(name) for shard in made) for name in ("duplicates", "given_away", "unknown")}
-    counts["duplicates"] += duplicates
-    counts |= {"held_out": len(held_out), "rows": sum(shard["rows"] for shard in made)}
-    if not counts["rows"]:
-        raise InputError(f"No text is left for training ({json.dumps(counts)}): use more text, in a new folder.")
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in held_out["text"].to_pylist())
-    entries["held_out.jsonl"] = write_file(folder / "held_out.jsonl", lines.encode())
-    described = {"vocabulary_size": vocabulary.size, "token_dtype": token_dtype, "counts": counts}
-    described["longest"] = max(shard.pop("longest") for shard in made)
-    manifest = {"format": FORMAT, "made_of": made_of, **described, **entries, "shards": made}
-    write_file(folder / "manifest.json", as_json(manifest))
-    shutil.rmtree(folder / "work", ignore_errors=True)
-    for left in folder.rglob(".*.*"):  # by those who were killed while they wrote
+        dataset = TokenDataset.open(folder)
+        dataset.check()
+        return dataset
+    work = folder / "work"
+    num_parts = -(-sum(source.size for source in sources) // PART_BYTES)
+    claim(work / "layout.json", {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, "num_parts": num_parts}, folder)
+    job = _Job(work, tokenizer.to_str(), settings, num_parts)
+    with _pool(job, processes) as run:
+        chunks = _make_chunks(job, sources, run)
+        counts, vocabulary, held_out = _read_chunks(job, chunks, tokenizer)
+        files = {"vocabulary.npy": write_file(job.vocab_map, npy_bytes(vocabulary.vocab_map.astype("<i4")))}
+        _make_parts(job, chunks, run)
+    files |= _join_parts(folder, job, np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4"), counts)
+    files["tokenizer.json"] = write_file(folder / "tokenizer.json", [vocabulary.tokenizer.to_str().encode()])
+    lines = (json.dumps({"text": text}).encode() + b"\n" for text in held_out)
+    files["held_out.jsonl"] = write_file(folder / "held_out.jsonl", lines)
+    described = {"vocabulary_size": vocabulary.size, "counts": counts, "files": files}
+    write_file(folder / "manifest.json", [as_json({"format": FORMAT, "made_of": made_of, **described})])
+    shutil.rmtree(work, ignore_errors=True)
+    for left in folder.glob(".*.*"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
-    return StoredTexts(folder)
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    others = [path.name for path in folder.iterdir() if not path.name.startswith(".made_of.json.")]
-    if others and "made_of.json" not in others:
-        raise InputError(f"{folder} holds something else ({others[0]}): give a new or an empty folder.")
+    return TokenDataset.open(folder)
 
 
 def _fingerprints(sources: Sequence[Source]) -> list[list[dict[str, Any]]]:
@@ -192,42 +162,45 @@ def _fingerprints(sources: Sequence[Source]) -> list[list[dict[str, Any]]]:
     with progress.bar(sum(sizes.values()) // 1024, "hashing the sources", unit="KB") as update:
         done = 0
         for path, size in sizes.items():
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            known[path] = {"name": path.name, "bytes": size, "sha256": sha256}
+            known[path] = {"name": path.name, "bytes": size, "sha256": sha256_of([path])}
             done += size
             update(done // 1024)
     return [[known[path] for path in source.files] for source in sources]
 
 
-def _check(folder: Path) -> StoredTexts:
-    """A finished data set, every file of it compared with its sha256."""
-    stored = StoredTexts(folder)
-    entries = stored.manifest["shards"]
-    with progress.bar(len(entries), f"checking {folder}", unit="shards") as update:
-        for i, entry in enumerate(entries):
-            for family in ("tokens", "lengths"):
-                check_file(folder / family / f"{i:05d}.array_record", entry[family], whole=True)
-            update(i + 1)
-    return stored
+_job: _Job  # a worker's
 
 
-def _run_here(function: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> Iterator[None]:
-    """What `_pool` gives for one process: this one."""
-    for task in tasks:
-        function(*task)
-        yield
+def _start(job: _Job) -> None:
+    """Tells this process its job."""
+    global _job
+    _job = job
+    _held_out_filter.cache_clear()
+
+
+def _start_worker(job: _Job) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # a parent that is killed leaves no orphans
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _start(job)
 
 
 Run = Callable[[Callable[..., None], Iterable[tuple[Any, ...]]], Iterator[None]]
 
 
 @contextmanager
-def _pool(job: Job, processes: int) -> Iterator[Run]:
+def _pool(job: _Job, processes: int) -> Iterator[Run]:
     """Gives `run(function, tasks)`: it calls the function with each task's arguments and yields when one is done."""
     if processes == 1:
-        shards.start(job)
-        yield _run_here
+        _start(job)
+        yield lambda function, tasks: (function(*task) for task in tasks)  # type: ignore[func-returns-value]
         return
     # Not forked: JAX may be running in this process.
     context = multiprocessing.get_context("spawn")
@@ -254,22 +227,8 @@ def _pool(job: Job, processes: int) -> Iterator[Run]:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(job: Job) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:  # a parent that is killed leaves no orphans
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    shards.start(job)
-
-
-def _make_chunks(job: Job, sources: Sequence[Source], chunk_bytes: int, workers: Workers, run: Run) -> int:
-    """Makes this host's chunks that aren't there, waits for the others', and says how many there are."""
+def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
+    """Makes the chunks that aren't there, and says how many there are."""
     total, read, count, texts = sum(source.size for source in sources), 0, 0, 0
 
     def position(before: int) -> Watch:
@@ -279,71 +238,164 @@ def _make_chunks(job: Job, sources: Sequence[Source], chunk_bytes: int, workers:
 
         return watch
 
-    def tasks() -> Iterator[tuple[int, list[str]]]:
-        nonlocal count, texts
+    def every() -> Iterator[list[str]]:
         chunk: list[str] = []
         before, size = 0, 0
         for source in sources:
             for text in source.read(position(before)):
                 chunk.append(text)
                 size += len(text)
-                if size >= chunk_bytes:
-                    yield count, chunk
-                    count, texts, chunk, size = count + 1, texts + len(chunk), [], 0
+                if size >= CHUNK_BYTES:
+                    yield chunk
+                    chunk, size = [], 0
             before += source.size
-        yield count, chunk
-        count, texts = count + 1, texts + len(chunk)
+        yield chunk
 
     def missing() -> Iterator[tuple[int, Path]]:
-        for index, chunk in tasks():
-            if workers.share.has(index) and not job.chunk(index).is_file():
-                yield index, shards.hand_over(job, index, chunk)
+        nonlocal count, texts
+        for index, chunk in enumerate(every()):
+            count, texts = index + 1, texts + len(chunk)
+            if not job.chunk(index).is_file():
+                # Not through the pipe: if a worker is killed while megabytes are on their way, Python waits for ever.
+                file = job.work / f".texts-{index:06d}.json"
+                file.write_text(json.dumps(chunk), encoding="utf-8")
+                yield index, file
 
     with progress.bar(total // 1024, "tokenizing", unit="KB") as update:
-        for _ in run(shards.write_chunk, missing()):
+        for _ in run(_write_chunk, missing()):
             update(min(read, total) // 1024, texts=texts)
-    _wait([job.chunk(i) for i in range(count)], workers, workers.share.host_of, job.folder / "manifest.json")
     return count
 
 
-def _make_shards(job: Job, chunks: int, token_dtype: str, workers: Workers, run: Run) -> None:
-    mine = [i for i in range(job.num_shards) if workers.share.has(i)]
-    missing = [i for i in mine if not job.shard(i).is_file()]
-    done = len(mine) - len(missing)
-    with progress.bar(len(mine), "writing shards", unit="shards", start=done) as update:
-        for _ in run(shards.write_shard, ((i, chunks, token_dtype) for i in missing)):
+def _write_chunk(index: int, handed_over: Path) -> None:
+    """Tokenizes the texts of a file, writes them to the chunk's and deletes the first."""
+    texts = json.loads(handed_over.read_text(encoding="utf-8"))
+    normalized = [normalize_for_split(text) for text in texts]
+    kept = [i for i, text in enumerate(normalized) if text]
+    hashes = [split_hash(normalized[i]) for i in kept]
+    held_out = np.array([h < _job.settings.held_out_share * 2**64 for h in hashes], bool)
+    part = np.where(held_out, 0, [1 + (h * _job.num_parts >> 64) for h in hashes])
+    rows, most = _job.full.encode([texts[i] for i in kept]), _job.settings.max_tokens
+    counts = {"texts": len(texts), "blank": len(texts) - len(kept), "cut": sum(len(row) > most for row in rows)}
+    rows = [row[:most] for row in rows]
+    trained = np.concatenate([np.zeros(0, np.int32), *(rows[i] for i in np.flatnonzero(~held_out))])
+    frequency = np.bincount(trained[trained >= 0], minlength=_job.full.size).astype("<i8")
+    schema = _SCHEMA.with_metadata({"counts": json.dumps(counts), "frequency": zlib.compress(frequency.tobytes(), 1)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as file:
+        for p in range(1 + _job.num_parts):
+            mine = np.flatnonzero(part == p)
+            of = texts if p == 0 else normalized  # of a training text, only the leak filter reads more than the ids
+            offsets = np.cumsum([0, *(len(rows[i]) for i in mine)])
+            flat = np.concatenate([np.zeros(0, np.int32), *(rows[i] for i in mine)])
+            columns = [
+                pa.array([hashes[i] for i in mine], pa.uint64()),
+                pa.array([of[kept[i]] for i in mine], pa.string()),
+                pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat)),
+            ]
+            file.write_batch(pa.record_batch(columns, schema=schema))
+    write_file(_job.chunk(index), [memoryview(sink.getvalue())])
+    handed_over.unlink()
+
+
+def _collect(job: _Job, chunks: int, part: int) -> tuple[pa.Table, int]:
+    """A part of all chunks, sorted by hash, the first of equal texts alone; and how many others there were."""
+    batches = []
+    for i in range(chunks):
+        with pa.memory_map(str(job.chunk(i))) as mapped:
+            columns = pa.ipc.open_file(mapped).get_batch(part).columns
+            batches.append(pa.record_batch(columns, schema=_SCHEMA))
+    table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
+    first = np.unique(table["hash"].to_numpy(), return_index=True)[1]
+    return table.take(first), len(table) - len(first)
+
+
+def _read_chunks(job: _Job, chunks: int, tokenizer: Tokenizer) -> tuple[dict[str, int], Vocabulary, list[str]]:
+    """What the chunks have counted, the vocabulary that follows from it, and the held-out texts."""
+    counts, frequency = dict.fromkeys(("texts", "blank", "cut"), 0), np.zeros(job.full.size, np.int64)
+    for i in range(chunks):
+        with pa.memory_map(str(job.chunk(i))) as mapped:
+            found = pa.ipc.open_file(mapped).schema.metadata
+        for name, count in json.loads(found[b"counts"]).items():
+            counts[name] += count
+        frequency += np.frombuffer(zlib.decompress(found[b"frequency"]), "<i8")
+    held_out, duplicates = _collect(job, chunks, 0)
+    if counts["texts"] == counts["blank"]:
+        raise InputError("The sources hold no text: give at least one text of letters or digits.")
+    if not len(held_out):
+        raise InputError(
+            f"Of {counts['texts']} texts none falls into the held-out share of {job.settings.held_out_share}: use more "
+            "text or a larger share, in a new folder."
+        )
+    vocabulary = job.full
+    if job.settings.vocabulary_size:
+        by_token_id = np.zeros(1 + vocabulary.vocab_map.max(), np.int64)
+        by_token_id[vocabulary.vocab_map] = frequency
+        kept = commonest_pieces(by_token_id, tokenizer, job.settings.vocabulary_size)
+        vocabulary = Vocabulary.of_pieces(tokenizer, kept)
+    counts |= {"held_out": len(held_out), "duplicates": duplicates}
+    return counts, vocabulary, held_out["text"].to_pylist()
+
+
+def _make_parts(job: _Job, chunks: int, run: Run) -> None:
+    missing = [i for i in range(job.num_parts) if not job.part(i).is_file()]
+    done = job.num_parts - len(missing)
+    with progress.bar(job.num_parts, "sorting and filtering", unit="parts", start=done) as update:
+        for _ in run(_write_part, ((i, chunks) for i in missing)):
             done += 1
             update(done)
-    if workers.share.index == 0:
-        files = [job.shard(i) for i in range(job.num_shards)]
-        _wait(files, workers, workers.share.host_of, job.folder / "manifest.json")
 
 
-def _wait(files: Sequence[Path], workers: Workers, host_of: Callable[[int], int], finished: Path) -> None:
-    """Until other hosts' files are there.
+@functools.lru_cache(maxsize=1)
+def _held_out_filter(chunks: int) -> HeldOutFilter:
+    texts, _ = _collect(_job, chunks, 0)
+    return HeldOutFilter([normalize_for_split(text) for text in texts["text"].to_pylist()])
 
-    Args:
-        finished: what is written last of all.
-    Raises:
-        FileNotFoundError: that is there, and the files are deleted.
-        InputError: for too long no further one has appeared.
-    """
-    lacking = [i for i, file in enumerate(files) if not file.is_file()]
-    since = time.monotonic()
-    if not lacking:
-        return
-    with progress.stage(f"waiting for {', '.join(sorted({f'host {host_of(i)}' for i in lacking}))}"):
-        while lacking:
-            time.sleep(POLL_SECONDS)
-            if finished.is_file() and finished not in files:
-                raise FileNotFoundError(errno.ENOENT, "cleared away", str(files[lacking[0]]))
-            still = [i for i in lacking if not files[i].is_file()]
-            if len(still) < len(lacking):
-                since = time.monotonic()
-            elif time.monotonic() - since > workers.timeout:
-                raise InputError(
-                    f"Host {host_of(still[0])} of {workers.share.count} has not made {files[still[0]]} in "
-                    f"{workers.timeout:.0f} seconds: start it, or run alone "
-                    "(--distributed.coordinator none) to do its part here."
-                )
-            lacking = still
+
+def _write_part(index: int, chunks: int) -> None:
+    """Collects a part from all chunks and keeps the texts that are good for training."""
+    table, duplicates = _collect(_job, chunks, 1 + index)
+    leaks = _held_out_filter(chunks).leaking(table["text"].to_pylist())
+    vocabulary = Vocabulary(_job.full.tokenizer, np.load(_job.vocab_map, allow_pickle=False))
+    model_id = np.append(vocabulary.model_ids(_job.full.vocab_map), -1)  # -1, no token, stays that
+    lists = table["ids"].combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    tokens = model_id[lists.values.to_numpy()]
+    lengths = np.diff(offsets)
+    # A running count of missing tokens tells which texts have one.
+    missing = np.concatenate([[0], np.cumsum(tokens < 0)])
+    unknown = (missing[offsets[1:]] > missing[offsets[:-1]]) | (lengths == 0)
+    kept = ~leaks & ~unknown
+    counts = {"duplicates": duplicates, "given_away": leaks.sum(), "unknown": (unknown & ~leaks).sum()}
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        allow_pickle=False,
+        tokens=tokens[np.repeat(kept, lengths)],
+        lengths=lengths[kept],
+        **{name: np.array(count) for name, count in counts.items()},
+    )
+    write_file(_job.part(index), [buffer.getbuffer()])
+
+
+def _join_parts(folder: Path, job: _Job, dtype: np.dtype, counts: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Writes the tokens and offsets of all parts, and adds what was counted on the way."""
+
+    def each(name: str) -> Iterator[np.ndarray]:
+        for i in range(job.num_parts):
+            with np.load(job.part(i), allow_pickle=False) as arrays:
+                yield arrays[name]
+
+    for name in ("duplicates", "given_away", "unknown"):
+        counts[name] = counts.get(name, 0) + sum(map(int, each(name)))
+    offsets = np.cumsum(np.concatenate([[0], *each("lengths")]), dtype="<i8")
+    counts["rows"] = len(offsets) - 1
+    if not counts["rows"]:
+        raise InputError(f"No text is left for training ({json.dumps(counts)}): use more text, in a new folder.")
+    with progress.stage("writing the data set"):
+        header = npy_header((int(offsets[-1]),), dtype)
+        tokens = (part.astype(dtype).tobytes() for part in each("tokens"))
+        return {
+            "tokens.npy": write_file(folder / "tokens.npy", itertools.chain([header], tokens)),
+            "offsets.npy": write_file(folder / "offsets.npy", npy_bytes(offsets)),
+        }

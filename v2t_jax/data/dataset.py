@@ -1,196 +1,247 @@
-"""Batches of a built data set (`blocks`), read while they are needed: like `pipeline.Batches`, a function of
-(seed, step) alone, for data sets that don't fit into memory and any number of hosts.
+"""Tokenized texts as two flat arrays, in memory or memory-mapped from a built data set.
 
-An epoch is a random order of blocks; as the build has shuffled texts over the whole data set, a block's texts have
-nothing in common. Their rows, in this order, are cut into *windows* of some ten thousand, and a window's rows are
-shuffled and sorted into batches as `pipeline.Batching` does, by their lengths, which take two bytes a row to read. So
-every host knows the shape of every batch, and the batches, whatever part of them it reads itself.
-
-A window's rows belong to *lanes*: the first batch rows come from the window's first rows, and so on. The rows of one
-host are then a run of the window's rows: it reads the ids (and vectors) of the blocks that these lie in, and no others.
-The number of lanes depends on the batch size alone, so the batches are the same on any number of hosts.
-
-Grain (https://github.com/google/grain) prefetches: its `MapDataset` calls `_read` in a thread, ahead of the training
-loop. Its own shuffle and sharding aren't used: they shuffle records, which here are blocks, know nothing of lengths,
-and a host's part of them depends on the number of hosts. Its iterator's state is {"next_index": step}: the step in a
-checkpoint holds it.
+DIR/manifest.json    what it was made of, counts, and the size and sha256 of every file; written last
+DIR/tokens.npy       uint16 or uint32 [T]: the model ids of all texts, end to end, without end-of-sequence
+DIR/offsets.npy      int64 [N + 1]: text i is tokens[offsets[i]:offsets[i + 1]]
+DIR/vocabulary.npy   int32 [V]: the tokenizer id of each model id
+DIR/tokenizer.json   the tokenizer that those are of
+DIR/held_out.jsonl   texts that are not among the N
+DIR/columns/NAME/    an array for each text, such as its embedding (`columns`)
 """
 
-import math
-import sys
-import threading
+from __future__ import annotations
+
+import hashlib
+import io
+import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from v2t_jax.data.batches import WHOLE, Batching, Plan, fill, steps_per_epoch
-from v2t_jax.data.blocks import LENGTH_DTYPE, Column, StoredTexts, fold_of
+from v2t_jax import progress
+from v2t_jax.data.vocabulary import EOS, PAD, Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
+from v2t_jax.interop.files import sha256_of, write_file
 
-LANES = 8  # at most; more would agree less on lengths and pad more, and of more hosts, several read the same lane
-WINDOW_ROWS = 65536  # about: with wider windows lanes agree better, and more must be in memory
-PREFETCHED = 16  # steps
-
-
-class _Item(NamedTuple):
-    """Some rows of a batch."""
-
-    ids: np.ndarray  # int32 [rows, width]
-    columns: dict[str, np.ndarray]  # each [rows, ...]
+FORMAT = 3
+BLOCK_ROWS = 256  # consecutive texts of a built data set that are read together, and belong to one fold
+FILES = ("tokens.npy", "offsets.npy", "vocabulary.npy", "tokenizer.json", "held_out.jsonl")
 
 
-class _Part(NamedTuple):
-    """Consecutive rows of a window, in memory."""
+@dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """Tokenized texts; those of a built data set stay on disk until they are used."""
 
-    first: int  # row in the window
-    tokens: np.ndarray  # [T], end to end
-    starts: np.ndarray  # int64 [rows], where each row begins
-    columns: dict[str, np.ndarray]
+    tokens: np.ndarray  # [T] model ids without end-of-sequence
+    offsets: np.ndarray  # int64 [N + 1], text i is tokens[offsets[i]:offsets[i + 1]]
+    block_rows: int = 1  # consecutive texts that stay together when texts are shuffled
+    dropped: int = 0  # texts left out: empty, or with tokens that the vocabulary lacks
+    folder: Path = Path()  # of a built data set, as are the rest
+    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest_sha256: str = ""
 
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], vocabulary: Vocabulary, chunk: int = 20_000) -> TokenDataset:
+        """Tokenizes texts; drops (and counts) those that are empty or have tokens outside the vocabulary."""
+        kept: list[np.ndarray] = []
+        for i in range(0, len(texts), chunk):
+            kept += [ids for ids in vocabulary.encode(texts[i : i + chunk]) if len(ids) and ids.min() >= 0]
+        offsets = np.cumsum([0, *(len(ids) for ids in kept)], dtype=np.int64)
+        return cls(np.concatenate([np.zeros(0, np.int32), *kept]), offsets, dropped=len(texts) - len(kept))
 
-class StoredBatches:
-    """Shuffled, length-bucketed batches of a built data set.
+    @classmethod
+    def open(cls, folder: Path) -> TokenDataset:
+        """Opens a built data set; compares sizes, and the sha256 of all files but the tokens', with its manifest.
 
-    In an epoch every text appears once, but the last few that fill no batch. Use one reader from one thread.
+        Raises:
+            InputError: the folder holds no finished data set of this version, or a file is missing or damaged.
+        """
+        manifest, sha256 = read_manifest(folder / "manifest.json", "v2t data build")
+        try:
+            for name in FILES:
+                check_file(folder / name, manifest["files"][name], whole=name != "tokens.npy")
+            tokens, offsets = (open_array(folder / name) for name in FILES[:2])
+            return cls(tokens, offsets, BLOCK_ROWS, 0, folder, manifest, sha256)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder}/manifest.json is damaged ({error} is missing): build it again.") from error
 
-    Args:
-        stored: the data set.
-        batching: how its texts become batches.
-        columns: what else to read of each text, of `stored`'s columns. They belong to the beginnings of texts, so there
-            are no random spans with them.
-        folds, fold: with 2 folds or more, the texts of this one (`blocks.fold_of`) are left out.
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
-    Raises:
-        InputError: fewer texts than one batch, or columns and spans; in reading, damaged files.
-    """
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], tokens in each text, end-of-sequence not counted."""
+        return np.diff(self.offsets)
 
-    def __init__(
-        self, stored: StoredTexts, batching: Batching, columns: Sequence[Column] = (), folds: int = 1, fold: int = 0
-    ):
-        self.batching = batching
-        self._stored = stored
-        self._columns = columns
-        if columns and batching.span_share:
-            raise InputError(
-                f"{columns[0].name} belongs to whole texts, not to spans of them: set data.span_share to 0."
-            )
-        self._blocks_used = np.arange(len(stored.block_rows))
-        if folds > 1:
-            self._blocks_used = self._blocks_used[fold_of(self._blocks_used, folds) != fold]
-        self.steps_per_epoch = steps_per_epoch(int(stored.block_rows[self._blocks_used].sum()), batching.batch_size)
-        self._lanes = math.gcd(batching.batch_size, LANES)
-        self._window_steps = max(1, WINDOW_ROWS // batching.batch_size)
-        self._lock = threading.Lock()
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._planned: dict[tuple[int, int], Plan] = {}
-        self._parts: dict[tuple[int, ...], _Part] = {}
-        self._ahead: _Ahead | None = None
+    def padded(self, rows: slice, length: int) -> np.ndarray:
+        """Ids int32 [rows, length] of some texts: their first `length - 1` tokens, end-of-sequence, padding."""
+        starts, ends = self.offsets[:-1][rows], self.offsets[1:][rows]
+        return pad_rows(self.tokens, starts, np.minimum(ends - starts, length - 1), length)
 
-    def __call__(self, step: int, rows: slice = WHOLE) -> np.ndarray:
-        """The batch of a step: int32 [batch_size, one of bucket_lengths], content ids + EOS + PAD.
+    def sha256(self) -> str:
+        """A hash of all texts: of a built data set, its manifest's."""
+        return self.manifest_sha256 or hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+    def check(self) -> None:
+        """Compares every byte of a built data set with its manifest.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        with progress.bar(len(FILES), f"checking {self.folder}", unit="files") as update:
+            for i, name in enumerate(FILES, 1):
+                check_file(self.folder / name, self.manifest["files"][name], whole=True)
+                update(i)
+
+    def vocabulary(self, tokenizer: Tokenizer | None = None) -> Vocabulary:
+        """The vocabulary of a built data set's ids.
 
         Args:
-            rows: those that are wanted: of several processes, each reads its own. Other rows begin to read anew.
+            tokenizer: the one it should have been built with; by default the one it was.
+
+        Raises:
+            InputError: it was built with another tokenizer.
         """
-        return self._item(step, rows).ids
+        if tokenizer is None:
+            tokenizer = read_tokenizer(self.folder / "tokenizer.json")
+        if tokenizer_sha256(tokenizer) != self.manifest["made_of"]["tokenizer_sha256"]:
+            raise InputError(
+                f"{self.folder} was built with another tokenizer than the embedder's: run 'v2t data build' with this "
+                "embedder, or train with the one it was built for."
+            )
+        return Vocabulary(tokenizer, np.load(self.folder / "vocabulary.npy", allow_pickle=False))
 
-    def columns(self, step: int, rows: slice = WHOLE) -> dict[str, np.ndarray]:
-        """What the columns hold for these rows: by name, an array [rows, ...] each."""
-        return self._item(step, rows).columns
-
-    def close(self) -> None:
-        """Stops reading ahead."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-
-    def _item(self, step: int, rows: slice) -> _Item:
-        if self._ahead is None or self._ahead.rows != rows:
-            self.close()
-            self._ahead = _Ahead(self, rows)
-        return self._ahead.get(step)
-
-    def _read(self, step: int, rows: slice) -> _Item:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        window, index = divmod(index, self._window_steps)
-        with self._lock:
-            plan = self._plan(epoch, window)
-            mine = plan.order[index][rows]
-            lane_rows = plan.order.size // self._lanes
-            first, last = mine.min() // lane_rows * lane_rows, -(-(mine.max() + 1) // lane_rows) * lane_rows
-            part = self._part(epoch, window, int(first), int(last))
-        local = mine - part.first
-        ids = fill(part.tokens, part.starts[local] + plan.skipped[mine], plan.cut[mine], plan.widths[index])
-        return _Item(ids, {name: column[local] for name, column in part.columns.items()})
-
-    def _plan(self, epoch: int, window: int) -> Plan:
-        if (epoch, window) not in self._planned:
-            _drop_oldest(self._planned)
-            steps = min(self._window_steps, self.steps_per_epoch - window * self._window_steps)
-            blocks, rows = self._blocks(epoch, window, 0, steps * self.batching.batch_size)
-            lengths = np.concatenate(self._stored.lengths.read(blocks, LENGTH_DTYPE))[rows].astype(np.int64)
-            # Not (seed, epoch): that gives the order of the blocks, and numpy takes (seed, epoch, 0) for the same.
-            rng = np.random.default_rng((self.batching.seed, epoch, 1 + window))
-            self._planned[epoch, window] = self.batching.plan(rng, lengths, self._lanes, spans=not self._columns)
-        return self._planned[epoch, window]
-
-    def _part(self, epoch: int, window: int, first: int, last: int) -> _Part:
-        key = (epoch, window, first, last)
-        if key not in self._parts:
-            _drop_oldest(self._parts)
-            blocks, rows = self._blocks(epoch, window, first, last)
-            lengths = np.concatenate(self._stored.lengths.read(blocks, LENGTH_DTYPE))
-            tokens = np.concatenate(self._stored.tokens.read(blocks, self._stored.token_dtype))
-            starts = np.cumsum(lengths, dtype=np.int64) - lengths
-            columns = {column.name: column.read(blocks)[rows] for column in self._columns}
-            self._parts[key] = _Part(first, tokens, starts[rows], columns)
-        return self._parts[key]
-
-    def _blocks(self, epoch: int, window: int, first: int, last: int) -> tuple[np.ndarray, slice]:
-        """The blocks in which rows `first` to `last` of a window lie, and where in them."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng((self.batching.seed, epoch)).permutation(self._blocks_used)
-            self._epoch = epoch, order, np.cumsum(self._stored.block_rows[order])
-        _, order, ends = self._epoch
-        begin = window * self._window_steps * self.batching.batch_size
-        a, b = np.searchsorted(ends, begin + first, side="right"), np.searchsorted(ends, begin + last)
-        skipped = begin + first - (int(ends[a - 1]) if a else 0)
-        return order[a : b + 1], slice(skipped, skipped + last - first)
+    def held_out(self, limit: int | None = None) -> list[str]:
+        """The texts of a built data set that training doesn't see, in random order."""
+        with (self.folder / "held_out.jsonl").open(encoding="utf-8") as file:
+            return [json.loads(line)["text"] for line, _ in zip(file, range(limit or 2**62), strict=False)]
 
 
-def _drop_oldest(cache: dict[Any, Any]) -> None:
-    """Two windows are enough: the one that is used and the one that is read ahead."""
-    while len(cache) > 1:
-        del cache[next(iter(cache))]
+def pad_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Rows int32 [n, width]: `lengths` [n] ids of the flat `tokens` from `starts` [n] on, end-of-sequence, padding."""
+    position, lengths = np.arange(width), lengths[:, None]
+    inside = position < lengths
+    ids = tokens[np.where(inside, starts[:, None] + position, 0)]
+    return np.where(inside, ids, np.where(position == lengths, EOS, PAD)).astype(np.int32)
 
 
-class _Ahead:
-    """Grain's iterator over some rows of every step, which may be set to any step."""
+def fold_of(rows: np.ndarray, folds: int) -> np.ndarray:
+    """Which of K folds texts belong to, by their block. The build shuffles: a block's texts have nothing in common."""
+    return rows // BLOCK_ROWS % folds
 
-    def __init__(self, batches: StoredBatches, rows: slice):
-        import grain  # a second's work that the in-memory batches do without
 
-        class Steps:
-            def __len__(self) -> int:
-                return sys.maxsize
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """A hash of everything that decides how texts are tokenized."""
+    return hashlib.sha256(Vocabulary.full(tokenizer).tokenizer.to_str().encode()).hexdigest()
 
-            def __getitem__(self, step: Any) -> _Item:
-                return batches._read(int(step), rows)
 
-        self.rows = rows
-        steps: Any = grain.MapDataset.source(Steps())
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
-        self._iterator = iter(steps.to_iter_dataset(options))
-        self._latest: tuple[int, _Item] | None = None
+def is_built(source: str) -> bool:
+    """Whether a source names the folder of a built data set, finished or not."""
+    return (Path(source).expanduser() / "made_of.json").is_file()
 
-    def get(self, step: int) -> _Item:
-        if self._latest is None or self._latest[0] != step:
-            if step != (self._latest[0] + 1 if self._latest else 0):
-                self._iterator.set_state({"next_index": step})
-            self._latest = None  # an error leaves nothing to go on from
-            self._latest = step, next(self._iterator)
-        return self._latest[1]
 
-    def close(self) -> None:
-        self._iterator.close()
+def open_array(path: Path) -> np.ndarray:
+    """A memory-mapped .npy file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}): download or make it again.") from error
+
+
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The beginning of an .npy file of this array."""
+    header = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> list[bytes]:
+    """An .npy file of a contiguous array, in two pieces."""
+    return [npy_header(array.shape, array.dtype), array.tobytes()]
+
+
+def check_file(path: Path, entry: dict[str, Any], whole: bool = False) -> None:
+    """Compares a file's size with its manifest entry, and its sha256 too if `whole`.
+
+    Raises:
+        InputError: they differ.
+    """
+    advice = "download it again, or delete the folder and make it again"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {advice}.")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise InputError(f"{path} has {size} bytes instead of {entry['bytes']} (is it truncated?): {advice}.")
+    if whole and sha256_of([path]) != entry["sha256"]:
+        raise InputError(f"{path} is damaged (its sha256 differs from the manifest's): {advice}.")
+
+
+def read_manifest(path: Path, maker: str) -> tuple[dict[str, Any], str]:
+    """A manifest, and its sha256.
+
+    Args:
+        maker: the command that writes it.
+
+    Raises:
+        InputError: it is missing, damaged, or an older version's.
+    """
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        found = manifest["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} is missing: {path.parent} was never finished; run '{maker}' (again).") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): download it again, or run '{maker}' again.") from error
+    check_format(path.parent, found)
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+def check_format(folder: Path, found: Any) -> None:
+    """Refuses what another version wrote.
+
+    Raises:
+        InputError: the format isn't this version's.
+    """
+    if found != FORMAT:
+        raise InputError(
+            f"{folder} was built by {'an older' if found in (1, 2) else 'another'} version of v2t: build it again, in "
+            "a new folder."
+        )
+
+
+def claim(file: Path, described: dict[str, Any], folder: Path) -> None:
+    """Records what a folder is being made of, or compares that with the record that is there.
+
+    Raises:
+        InputError: it is being made of something else, or by another version.
+    """
+    if not file.is_file():
+        write_file(file, [as_json(described)])
+        return
+    try:
+        before = json.loads(file.read_bytes())
+        check_format(folder, before["format"])
+        # A column's record gains its file when it is finished.
+        changed = sorted(key for key in described if key != "file" and described[key] != before[key])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}): delete {folder} and start again.") from error
+    if changed:
+        raise InputError(
+            f"{folder} is being made of something else (it differs in {', '.join(changed)}): give another folder or "
+            "name, or delete this one."
+        )
+
+
+def as_json(value: Any) -> bytes:
+    """JSON as manifests are written."""
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -113,20 +113,12 @@ class Vocabulary:
         return [item.ids for item in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def frequent_pieces(token_ids: Iterable[np.ndarray], tokenizer: Tokenizer, limit: int) -> np.ndarray:
-    """The commonest tokenizer ids in a corpus, at most `limit`, commonest first; special pieces never count.
+def commonest_pieces(counts: np.ndarray, tokenizer: Tokenizer, limit: int) -> np.ndarray:
+    """The commonest tokenizer ids, at most `limit`, commonest first; special ones and those never seen don't count.
 
     Args:
-        token_ids: tokenizer ids (not model ids) of the corpus, in any chunks.
+        counts: how often each tokenizer id occurs in a corpus [tokenizer's size].
     """
-    counts = np.zeros(1 + max(tokenizer.get_vocab(with_added_tokens=True).values()), np.int64)
-    for ids in token_ids:
-        counts += np.bincount(np.asarray(ids, np.int64), minlength=len(counts))
-    return commonest_pieces(counts, tokenizer, limit)
-
-
-def commonest_pieces(counts: np.ndarray, tokenizer: Tokenizer, limit: int) -> np.ndarray:
-    """The same by how often each tokenizer id stands in the corpus: counts [tokenizer's size]."""
     counts = counts.copy()
     counts[sorted(_special_ids(tokenizer))] = 0
     order = np.argsort(-counts, kind="stable")

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from v2t_jax import progress
-from v2t_jax.data.sources import read_texts
+from v2t_jax.data.split import read_texts
 from v2t_jax.errors import InputError
 from v2t_jax.eval.metrics import score, text_scores
 from v2t_jax.inversion.api import BATCH_SIZE, InversionResult, invert_on_all_hosts, invert_strings

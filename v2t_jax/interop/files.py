@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -76,6 +77,26 @@ def sha256_of(files: Iterable[Path]) -> str:
         with path.open("rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file, whole or not at all; it is on disk when this returns.
+
+    Returns:
+        Its entry for a manifest: "bytes" and "sha256".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    digest, size = hashlib.sha256(), 0
+    with temporary.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def part(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:

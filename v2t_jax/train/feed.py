@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from v2t_jax.config import Stage, StageConfig
 from v2t_jax.data.batches import Batches
-from v2t_jax.data.dataset import StoredBatches
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding
 from v2t_jax.train.setup import TrainContext, column_names
@@ -31,9 +30,7 @@ class Fed(NamedTuple):
 class Feed:
     """Makes the batch of any step of a stage."""
 
-    def __init__(
-        self, context: TrainContext, stage: Stage, batches: Batches | StoredBatches, frozen: FrozenParams, mesh: Mesh
-    ) -> None:
+    def __init__(self, context: TrainContext, stage: Stage, batches: Batches, frozen: FrozenParams, mesh: Mesh) -> None:
         config = context.config
         settings: StageConfig = getattr(config, stage)
         self._context, self._batches, self._frozen = context, batches, frozen
@@ -54,7 +51,7 @@ class Feed:
     def start(self, step: int) -> Callable[[], Fed]:
         """Begins to make a step's batch; the function returned waits for it."""
         ids = self._batches(step, self._rows)
-        read = self._batches.columns(step, self._rows) if isinstance(self._batches, StoredBatches) else {}
+        read = self._batches.columns(step, self._rows)
         columns: dict[str, Any] = {field: read[name] for field, name in self._columns.items()}
         local = Batch(ids, **columns)
         if self._context.retokenizes and local.embedding is None:

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from v2t_jax import progress
 from v2t_jax.config import Config, Stage, StageConfig, to_dict
+from v2t_jax.data.recipe import make_batches
 from v2t_jax.embedders.black_box import embed_once
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
@@ -58,7 +59,6 @@ from v2t_jax.train.step import (
     make_step,
     shard_step,
 )
-from v2t_jax.train.texts import make_batches
 from v2t_jax.train.workdir import Log, check_workdir, claim_workdir
 
 
@@ -150,7 +150,7 @@ def train_stage(
     settings: StageConfig = getattr(config, stage)
     mesh, last = make_mesh(config.mesh), settings.num_steps
     names = column_names(config, stage).values()
-    batches = make_batches(config, context.stores, settings.batch_size, [context.columns[name] for name in names])
+    batches = make_batches(config, context.datasets, settings.batch_size, [context.columns[name] for name in names])
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
     step_fn, state = _start(context, stage, trained, batches, mesh, checkpoints)
     frozen = _frozen(context, stage, trained, mesh)

@@ -1,21 +1,20 @@
-"""What training can read of each text instead of computing it: embeddings, and inverters' guesses with theirs.
+"""Columns that training can read instead of computing them: embeddings, and inverters' hypotheses with theirs.
 
-Both are columns of a built data set (`data/blocks.py`), for embedders behind an API, and to repeat a run exactly. On
-the fly, the default, needs neither.
+Both are columns of a built data set (`data/columns.py`), for embedders behind an API and to repeat a run exactly. By
+default, training computes them in the step and needs neither.
 
-    DIR/columns/NAME                    embeddings: float16 [E]
-    DIR/columns/NAME, NAME.embedding    guesses: ids [L] with their end, padded; and float16 [E]
+    DIR/columns/NAME                    embeddings: float16 [N, E]
+    DIR/columns/NAME, NAME.embedding    hypotheses: ids [N, L], ended and padded; and float16 [N, E]
 
-The work goes piece by piece: a piece is written whole or not at all, and one that is there is not made again. So a kill
-at any moment loses the piece in hand. Several hosts share a folder and the work, each its shards, without talking.
+The work is done piece by piece: a piece on disk is not computed again, so a kill at any moment loses the piece in hand.
+Several hosts share a folder and the work: host i of n makes every n-th piece, without talking to the others.
 
-An inverter's guesses at its own training texts are better than those that the corrector will meet. *Out of fold*, K
-inverters each learn without one K-th of the texts (`data.folds`), and each guesses those.
+An inverter's hypotheses of its own training texts are better than those that the corrector will meet. *Out of fold*, K
+inverters are each trained without one K-th of the texts (`data.folds`), and each makes the hypotheses of those.
 """
 
 import functools
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
-from v2t_jax.data.batches import fill
-from v2t_jax.data.blocks import Column, ColumnWriter, StoredTexts, fold_of, write_file
+from v2t_jax.data.columns import Column, ColumnWriter, open_column
+from v2t_jax.data.dataset import TokenDataset, fold_of
 from v2t_jax.data.vocabulary import PAD
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, embed_texts, shares_vocabulary
 from v2t_jax.errors import InputError
@@ -35,19 +34,18 @@ from v2t_jax.models.embedder import embed_model_ids
 from v2t_jax.parallel.processes import Share
 from v2t_jax.train.step import greedy_hypotheses
 
-PIECE_BLOCKS = 16  # blocks that are computed, and kept, at a time
 EMBEDDING = ".embedding"  # behind a column of guesses, the name of their embeddings'
 
 Arrays = dict[str, np.ndarray]
-"""for each column, an array of each text"""
+"""for each column, the values [rows, ...]"""
 Specs = dict[str, tuple[str, tuple[int, ...]]]
-"""for each column, dtype and shape of a text's array"""
-Compute = Callable[[list[np.ndarray], np.ndarray], Arrays]
-"""of texts (ids without their end) and their row numbers in the data set"""
+"""for each column, dtype and shape of a text's value"""
+Compute = Callable[[slice], Arrays]
+"""of some rows of the data set"""
 
 
 def embed_column(
-    stored: StoredTexts,
+    dataset: TokenDataset,
     name: str,
     embedder: TextEmbedder,
     *,
@@ -72,7 +70,7 @@ def embed_column(
         raise InputError(f"max_length is {max_length}; it must be at least 2: one id and the end.")
     made_by = {"kind": "embeddings", "embedder": _embedder_record(embedder), "max_length": max_length}
     specs: Specs = {name: ("float16", (embedder.width,))}
-    vocabulary = stored.vocabulary()
+    vocabulary = dataset.vocabulary()
     if isinstance(embedder, JaxEmbedder) and shares_vocabulary(embedder, vocabulary.tokenizer):
         check_length(max_length, embedder)
         piece_map = embedder.token_map()
@@ -82,19 +80,20 @@ def embed_column(
 
         run = OnAllDevices(program, {"embedder": embedder.params, "pieces": vocabulary.vocab_map}, batch_size)
 
-        def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-            (vectors,) = run(padded(texts, max_length))
+        def compute(rows: slice) -> Arrays:
+            (vectors,) = run(dataset.padded(rows, max_length))
             return {name: vectors}
     else:
 
-        def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-            return {name: embed_texts(embedder, vocabulary.decode(padded(texts, max_length)), batch_size)}
+        def compute(rows: slice) -> Arrays:
+            texts = vocabulary.decode(dataset.padded(rows, max_length))
+            return {name: embed_texts(embedder, texts, batch_size)}
 
-    return _fill(stored, specs, made_by, compute, "embedding texts", share)
+    return _fill(dataset, specs, made_by, compute, "embedding texts", share)
 
 
 def hypothesis_columns(
-    stored: StoredTexts,
+    dataset: TokenDataset,
     name: str,
     models: Sequence[str],
     embedder: str | TextEmbedder | None = None,
@@ -124,14 +123,14 @@ def hypothesis_columns(
     for other in loaded[1:]:
         if (other.config, _embedder_record(other.embedder)) != (first.config, _embedder_record(first.embedder)):
             raise InputError(f"{models[0]} and {other.name} have other sizes or embedders: give models of one recipe.")
-    stored_pieces = stored.vocabulary(first.vocabulary.tokenizer).vocab_map
+    stored_pieces = dataset.vocabulary(first.vocabulary.tokenizer).vocab_map
     if not np.array_equal(stored_pieces, first.vocabulary.vocab_map):
         raise InputError(
-            f"The ids of {stored.folder} are of another vocabulary than {first.name}'s: give a model that was trained "
+            f"The ids of {dataset.folder} are of another vocabulary than {first.name}'s: give a model that was trained "
             "on this data set."
         )
     length = first.config.max_length
-    column = None if embeddings is None else stored.column(embeddings)
+    column = None if embeddings is None else open_column(dataset, embeddings)
     victim, shared = first.embedder, first.shares_vocabulary
     if column is None and not shared:
         raise InputError(
@@ -148,17 +147,15 @@ def hypothesis_columns(
     }
     if column is not None:
         check_column(column, "embeddings", victim, length)
-    ends = np.cumsum(stored.block_rows)
     programs = [_guessing(model, column is None, batch_size) for model in loaded]
 
-    def compute(texts: list[np.ndarray], rows: np.ndarray) -> Arrays:
-        blocks = np.searchsorted(ends, rows, side="right")
-        # A piece is whole blocks.
-        inputs = padded(texts, length) if column is None else column.read(np.unique(blocks)).astype(np.float32)
-        guesses = np.full((len(rows), length), PAD, np.int32)
-        vectors = np.zeros((len(rows), victim.width), np.float32)
+    def compute(rows: slice) -> Arrays:
+        inputs = dataset.padded(rows, length) if column is None else column.values[rows].astype(np.float32)
+        guesses = np.full((len(inputs), length), PAD, np.int32)
+        vectors = np.zeros((len(inputs), victim.width), np.float32)
+        folds = fold_of(np.arange(rows.start, rows.stop), len(programs))
         for fold, run in enumerate(programs):
-            chosen = fold_of(blocks, len(programs)) == fold
+            chosen = folds == fold
             if not chosen.any():
                 continue
             guesses[chosen], *made = run(inputs[chosen])
@@ -167,7 +164,7 @@ def hypothesis_columns(
         return {name: guesses, name + EMBEDDING: vectors}
 
     specs: Specs = {name: ("int32", (length,)), name + EMBEDDING: ("float16", (victim.width,))}
-    return _fill(stored, specs, made_by, compute, "guessing texts", share)
+    return _fill(dataset, specs, made_by, compute, "guessing texts", share)
 
 
 def _check_folds(models: Sequence[str]) -> None:
@@ -212,12 +209,6 @@ def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
     identity = embedder.identity
     # The folder of an embedder may move; of others the name is all there is.
     return identity.to_dict() | ({"name": Path(identity.name).name} if identity.weights_sha256 else {})
-
-
-def padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Ids int32 [n, length]: what fits with its end, padded."""
-    lengths = np.array([len(text) for text in texts], np.int64)
-    return fill(np.concatenate(texts), np.cumsum(lengths) - lengths, np.minimum(lengths, length - 1), length)
 
 
 def _guessing(model: InversionPipeline, on_the_fly: bool, batch_size: int) -> "OnAllDevices":
@@ -266,73 +257,30 @@ class OnAllDevices:
 
 
 def _fill(
-    stored: StoredTexts, specs: Specs, made_by: dict[str, Any], compute: Compute, doing: str, share: Share
+    dataset: TokenDataset, specs: Specs, made_by: dict[str, Any], compute: Compute, doing: str, share: Share
 ) -> bool:
     """Writes columns, those of one text always together; True if no host has anything left to do."""
-    writers = {name: ColumnWriter(stored, name, dtype, shape, made_by) for name, (dtype, shape) in specs.items()}
-    shards = {shard for writer in writers.values() for shard in writer.missing()}
-    mine = [shard for shard in sorted(shards) if share.has(shard)]
-    first_row = np.concatenate([[0], np.cumsum(stored.block_rows)])
-    work = stored.folder / "columns" / f".{next(iter(specs))}.pieces"
-    total = sum(int(first_row[stored.first_block[shard + 1]] - first_row[stored.first_block[shard]]) for shard in mine)
-    done = 0
     try:
-        with progress.bar(total, doing, unit="texts") as update:
-            for shard in mine:
-                pieces = []
-                for piece, (block, texts) in enumerate(_pieces(stored, shard)):
-                    file = work / f"{shard:05d}-{piece:05d}.npz"
-                    rows = np.arange(first_row[block], first_row[block] + len(texts))
-                    if not file.is_file():
-                        arrays = compute(texts, rows)
-                        if not all(np.isfinite(array).all() for array in arrays.values()):
-                            raise InputError(
-                                "The weights give NaN or infinite values; they are damaged: fetch them again."
-                            )
-                        buffer = io.BytesIO()
-                        np.savez(buffer, allow_pickle=False, **arrays)
-                        write_file(file, buffer.getvalue())
-                    pieces.append(file)
-                    done += len(texts)
-                    update(done)
+        writers = {name: ColumnWriter(dataset, name, dtype, shape, made_by) for name, (dtype, shape) in specs.items()}
+        missing = sorted({piece for writer in writers.values() for piece in writer.missing()})
+        some, done = next(iter(writers.values())), 0
+        mine = [(piece, some.rows(piece)) for piece in missing if share.has(piece)]
+        with progress.bar(sum(rows.stop - rows.start for _, rows in mine), doing, unit="texts") as update:
+            for piece, rows in mine:
+                arrays = compute(rows)
+                if not all(np.isfinite(array).all() for array in arrays.values()):
+                    raise InputError("The weights give NaN or infinite values: download them again.")
                 for name, writer in writers.items():
-                    if shard in writer.missing():
-                        writer.write(shard, _blocks(stored, shard, pieces, name))
-                for file in pieces:
-                    file.unlink()
+                    writer.write(piece, arrays[name])
+                done += rows.stop - rows.start
+                update(done)
         if any(writer.missing() for writer in writers.values()):
             return False
         for writer in writers.values():
             writer.finish()
-        if work.is_dir():
-            for left in work.iterdir():  # by those who were killed while they wrote
-                left.unlink(missing_ok=True)
-            work.rmdir()
     except OSError as error:
         raise InputError(
-            f"The work stopped at {error.filename or work} ({error.strerror or error}); mend that, or free space, then "
-            "run the same command to go on."
+            f"The work stopped at {error.filename or dataset.folder} ({error.strerror or error}); fix that or free "
+            "space, then run the same command to go on."
         ) from error
     return True
-
-
-def _pieces(stored: StoredTexts, shard: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """First block and texts of each piece of a shard."""
-    block, texts = int(stored.first_block[shard]), []
-    for i, rows in enumerate(stored.texts(shard), 1):
-        texts += rows
-        if i % PIECE_BLOCKS == 0:
-            yield block, texts
-            block, texts = block + PIECE_BLOCKS, []
-    if texts:
-        yield block, texts
-
-
-def _blocks(stored: StoredTexts, shard: int, pieces: list[Path], name: str) -> Iterator[np.ndarray]:
-    """A column of a shard's pieces, a block at a time."""
-    sizes = stored.block_rows[stored.first_block[shard] : stored.first_block[shard + 1]]
-    for i, file in enumerate(pieces):
-        with np.load(file, allow_pickle=False) as arrays:
-            values = arrays[name]
-        ends = np.cumsum(sizes[i * PIECE_BLOCKS : (i + 1) * PIECE_BLOCKS])
-        yield from np.split(values, ends[:-1])

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from v2t_jax.config import ApiConfig, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.data.batches import Batches
-from v2t_jax.data.blocks import Column, StoredTexts
-from v2t_jax.data.dataset import StoredBatches
+from v2t_jax.data.columns import Column, open_column
+from v2t_jax.data.dataset import TokenDataset
+from v2t_jax.data.recipe import open_texts, texts_sha256
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, shares_vocabulary
 from v2t_jax.embedders.black_box import HttpEmbedder, embed_once
@@ -32,7 +33,6 @@ from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
 from v2t_jax.train.precompute import EMBEDDING, check_column
 from v2t_jax.train.step import NETWORKS, FrozenParams, Tokens, make_embed
-from v2t_jax.train.texts import Stores, open_texts, tokens_sha256
 
 STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
 NORM_TEXTS = 256  # texts whose vectors' lengths are recorded in the model: by them it knows foreign vectors
@@ -46,7 +46,7 @@ class TrainContext:
     model: ModelConfig  # with the embedder's width and the vocabulary's size filled in
     embedder: TextEmbedder
     vocabulary: Vocabulary
-    stores: Stores
+    datasets: list[TokenDataset]
     columns: dict[str, Column]  # of the data set, by name: what the stages read instead of making it
     held_out: list[str]  # normalized, short enough for the model
 
@@ -120,7 +120,7 @@ class TrainContext:
             "identity": self.embedder.identity.to_dict(),
             "embedder": self.embedder.weights_sha256 or self.embedder.name,
             "pieces": hashlib.sha256(self.vocabulary.vocab_map.tobytes()).hexdigest(),
-            "tokens": tokens_sha256(self.stores),
+            "tokens": texts_sha256(self.datasets),
             **{
                 f"column {name}": hashlib.sha256(json.dumps(column.made_by).encode()).hexdigest()
                 for name, column in self.columns.items()
@@ -169,13 +169,12 @@ def prepare(config: Config) -> TrainContext:
     if config.data.tokenizer:
         tokenizer = find_tokenizer(config.data.tokenizer)
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
-    vocabulary, stores, held_out = open_texts(config, tokenizer, num_held_out)
+    vocabulary, datasets, held_out = open_texts(config, tokenizer, num_held_out)
     columns: dict[str, Column] = {}
-    if isinstance(stores, StoredTexts):
-        names = [name for stage in config.stages for name in column_names(config, stage).values()]
-        columns = {name: stores.column(name) for name in names}
+    for stage in config.stages:
+        columns |= {name: open_column(datasets[0], name) for name in column_names(config, stage).values()}
     embedder: TextEmbedder = local or HttpEmbedder(
-        config.embedder, config.api, width=columns[config.data.embeddings].shape[0]
+        config.embedder, config.api, width=columns[config.data.embeddings].values.shape[1]
     )
     for name, column in columns.items():
         kind = "embeddings" if name == config.data.embeddings else "hypotheses"
@@ -184,7 +183,7 @@ def prepare(config: Config) -> TrainContext:
     if config.initial_t5:
         t5 = check_t5(config, vocabulary)
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
-    context = TrainContext(config, model, embedder, vocabulary, stores, columns, held_out)
+    context = TrainContext(config, model, embedder, vocabulary, datasets, columns, held_out)
     if local is not None and context.shares_vocabulary:
         check_length(model.max_length, local)
     if config.initial_embedding == "embedder" and not context.shares_vocabulary:
@@ -279,7 +278,7 @@ def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, An
     return jax.jit(program, out_shardings=shardings), shardings
 
 
-def input_statistics(setup: TrainContext, batches: Batches | StoredBatches) -> Params:
+def input_statistics(setup: TrainContext, batches: Batches) -> Params:
     """Mean and deviation [E] of the first training texts' embeddings, as training takes them: process 0's, for all to
     have the same to the bit."""
     mean, std = np.zeros((2, setup.embedder.width), np.float32)
@@ -287,7 +286,7 @@ def input_statistics(setup: TrainContext, batches: Batches | StoredBatches) -> P
         parts: list[np.ndarray] = []
         name, longest = setup.config.data.embeddings, setup.model.max_length
         while sum(map(len, parts)) < STATISTICS_TEXTS:
-            if name and isinstance(batches, StoredBatches):
+            if name:
                 parts.append(batches.columns(len(parts))[name].astype(np.float32))
             else:
                 ids = batches(len(parts))
@@ -301,7 +300,7 @@ def input_statistics(setup: TrainContext, batches: Batches | StoredBatches) -> P
 
 
 def initial_params(
-    setup: TrainContext, stage: Stage, trained: dict[Stage, Params], batches: Batches | StoredBatches, mesh: Mesh
+    setup: TrainContext, stage: Stage, trained: dict[Stage, Params], batches: Batches, mesh: Mesh
 ) -> Params:
     """Random parameters, with the recipe's options laid over them; cut over the mesh, and nowhere whole."""
     config, model = setup.config, setup.model

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from v2t_jax.config import Stage
-from v2t_jax.data.sources import read_texts
+from v2t_jax.data.split import read_texts
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder
 from v2t_jax.embedders.load import load_embedder, locate

@@ -1,8 +1,7 @@
-"""Texts of the packaged corpus, of files and of TFDS (`readers`), with a split that never leaks.
+"""The split into training and held-out texts, and the filter that keeps the first from leaking the second.
 
-Whether a text is held out depends on nothing but its *normalized* form (lower case, no punctuation), so
-adding, removing or reordering lines moves no other line across the split. Training texts that share a long
-word n-gram with a held-out text, contain one or are contained in one, are dropped.
+Whether a text is held out depends on nothing but its *normalized* form (lower case, no punctuation), so adding,
+removing or reordering lines moves no other line across the split.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ def normalize_for_split(text: str) -> str:
 
 
 def split_hash(normalized: str) -> int:
-    """A normalized text's place in [0, 2**64): the held-out texts are those below the share."""
+    """A normalized text's hash in [0, 2**64): the texts below the share of this range are held out."""
     return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest(), "big")
 
 
 def is_held_out(normalized: str, share: float = HELD_OUT_SHARE) -> bool:
-    """Whether a normalized text falls in the held-out `share` (0..1) by its own hash."""
+    """Whether a normalized text belongs to the held-out `share` (0..1)."""
     return split_hash(normalized) < share * 2**64
 
 
@@ -74,13 +73,13 @@ class _Words:
 
 
 class HeldOutFilter:
-    """Held-out texts, made ready to say of any number of other texts which of them give one away.
+    """Detects training texts that leak a held-out text.
 
     A text does if it equals a held-out one, shares `OVERLAP_WORDS` words in a row with one, or contains one
-    or is contained in one as whole words (of at least `SHORTEST_CONTAINED` words: "of the" betrays nothing).
+    or is contained in one as whole words (of at least `SHORTEST_CONTAINED` words: "of the" leaks nothing).
 
     Args:
-        held_out: texts to protect, each through `normalize_for_split`.
+        held_out: texts to protect, each normalized by `normalize_for_split`.
     """
 
     def __init__(self, held_out: Sequence[str]):
@@ -96,8 +95,8 @@ class HeldOutFilter:
             short = every if n == OVERLAP_WORDS else theirs.lengths == n
             self._grams[n] = np.unique(theirs.grams(n, short)[0]), np.unique(theirs.grams(n, every)[0])
 
-    def given_away_by(self, normalized: Sequence[str]) -> np.ndarray:
-        """Which of the texts [M], normalized likewise, give a held-out text away: bool [M]."""
+    def leaking(self, normalized: Sequence[str]) -> np.ndarray:
+        """Which of M texts, normalized likewise, leak a held-out text: bool [M]."""
         found = np.array([text in self._texts for text in normalized], bool)
         if not self._texts or not len(normalized):
             return found
@@ -119,14 +118,14 @@ def read_texts(
     avoid: Sequence[str] = (),
     limit: int | None = None,
 ) -> list[str]:
-    """Texts of one split of a source, deduplicated on their normalized form, in the source's order.
+    """Reads the texts of one split of a source, without duplicates of their normalized form, in the source's order.
 
     Args:
-        source: whatever `readers.open_source` takes; "wordnet" has a fixed split.
+        source: anything that `readers.open_source` takes; "wordnet" has a fixed split.
         split: "train" or "held_out".
         held_out_share: for sources without a fixed split, the share of texts held out; 0 holds out none.
-        avoid: held-out texts of other sources; training texts that overlap one of these are dropped.
-        limit: at most so many texts.
+        avoid: held-out texts of other sources; training texts that leak one of these are dropped.
+        limit: the most texts to return.
 
     Raises:
         InputError: the source is missing, unreadable or holds no text.
@@ -147,8 +146,8 @@ def read_texts(
         rest = [normalized for normalized in found if normalized not in held]
         # The packaged file was cleaned against its own held-out texts when it was built (a test checks it).
         protected = ([] if packaged else list(held)) + [normalize_for_split(text) for text in avoid]
-        given_away = HeldOutFilter(protected).given_away_by(rest)
-        chosen = [found[text] for text, bad in zip(rest, given_away, strict=True) if not bad]
+        leaks = HeldOutFilter(protected).leaking(rest)
+        chosen = [found[text] for text, bad in zip(rest, leaks, strict=True) if not bad]
     if not chosen:
         raise InputError(
             f"The {split} split of {source} is empty (of {len(found)} texts): use more text or another share."

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from v2t_jax.assets.build_corpus import write
-from v2t_jax.data import sources
+from v2t_jax.data import split
 from v2t_jax.data.readers import WORDNET
-from v2t_jax.data.sources import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
+from v2t_jax.data.split import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.errors import InputError
 
 SENTENCES = [f"Sentence number {i} speaks of thing {i * 7}, and of nothing else." for i in range(400)]
@@ -28,7 +28,7 @@ def test_packaged_split_is_fixed_and_never_leaks():
     assert len(train) > 140_000 and 0.015 < len(held_out) / len(train) < 0.025
     assert all(is_held_out(normalize_for_split(text)) for text in held_out[:100])
     sample = [normalize_for_split(text) for text in train]
-    assert not HeldOutFilter([normalize_for_split(text) for text in held_out]).given_away_by(sample).any()
+    assert not HeldOutFilter([normalize_for_split(text) for text in held_out]).leaking(sample).any()
     assert "a former copper coin of Pakistan and India" in train
 
 
@@ -67,7 +67,7 @@ def test_duplicates_differ_in_letters_only():
 )
 def test_overlap(text, bad):
     held_out = ["one two three four five six seven eight nine", "red green blue"]
-    assert HeldOutFilter(held_out).given_away_by(["nothing at all like it", text]).tolist() == [False, bad]
+    assert HeldOutFilter(held_out).leaking(["nothing at all like it", text]).tolist() == [False, bad]
 
 
 def test_overlap_agrees_with_plain_search():
@@ -89,7 +89,7 @@ def test_overlap_agrees_with_plain_search():
             for other in held_out
         )
 
-    assert HeldOutFilter(held_out).given_away_by(mine).tolist() == [bool(plain(text)) for text in mine]
+    assert HeldOutFilter(held_out).leaking(mine).tolist() == [bool(plain(text)) for text in mine]
 
 
 def test_avoided_texts_leave_training(text_file):
@@ -170,4 +170,4 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match="pip install pyarrow"):
         read_texts(str(tmp_path / "a.parquet"), "train")
-    assert sources.HELD_OUT_SHARE == 0.02
+    assert split.HELD_OUT_SHARE == 0.02
