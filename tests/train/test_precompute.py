@@ -245,7 +245,7 @@ def test_a_column_names_what_differs_of_its_embedder(stored: TokenDataset, model
     assert isinstance(model.embedder, JaxEmbedder)
     settings = {"max_length": 4}
     embed_column(stored, "vectors", model.embedder, **settings)
-    column = stored.column("vectors")
+    column = open_column(stored, "vectors")
     check_column(column, "embeddings", dataclasses.replace(model.embedder, name="moved"), **settings)
     for field, value in (("pooling", "cls"), ("normalize", False), ("prefix", "the "), ("dense", ("tanh",))):
         config = dataclasses.replace(model.embedder.config, **{field: value})
