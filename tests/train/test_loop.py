@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 import v2t_jax
 from tests.helpers.tiny_run import make_recipe
 from v2t_jax.config import MeshConfig, StageConfig, to_dict
+from v2t_jax.data import recipe as recipe_data
 from v2t_jax.data.split import read_texts
 from v2t_jax.errors import InputError
-from v2t_jax.train import loop, texts
+from v2t_jax.train import loop
 from v2t_jax.train.checkpoint import Checkpoints
 from v2t_jax.train.loop import TrainingStopped, train
 from v2t_jax.train.setup import prepare
@@ -348,7 +349,7 @@ def test_the_recipe_is_kept_with_the_run_and_the_model(finished, recipe):
 def test_a_held_out_text_of_unknown_pieces_alone_is_left_out(tmp_path, monkeypatch):
     config = make_recipe(tmp_path)
     read = read_texts
-    monkeypatch.setattr(texts, "read_texts", lambda source, split, **kw: ["zyx", *read(source, split, **kw)])
+    monkeypatch.setattr(recipe_data, "read_texts", lambda source, split, **kw: ["zyx", *read(source, split, **kw)])
     held_out = prepare(config).held_out
     assert held_out and all(text.strip() and "zyx" not in text for text in held_out)
 
