@@ -135,7 +135,7 @@ def nbytes(shape: Any) -> int:
     return prod(shape.shape) * np.dtype(shape.dtype).itemsize
 
 
-KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute")
+KINDS: tuple[str, ...] = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute")
 KINDS += ("ragged-all-to-all", "reduce-scatter")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.-]+)\s*\(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.-]+)\s*=\s*(.*)$")
