@@ -218,7 +218,12 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         raise InputError(f"{body}: {error}") from error
     if isinstance(encoder, ClipTextConfig) and "text_projection.weight" in tensors:
         pipeline.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
-    width = _chain(folder, encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size, pipeline)
+    width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
+    for i, (_, layer) in enumerate(pipeline.dense, 1):
+        takes, gives = layer["kernel"].shape
+        if takes != width:
+            raise InputError(f"{folder}: dense layer {i} takes vectors of {takes}, but it is given {width}.")
+        width = gives
     if pipeline.dense:
         params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
     if known is not None and width != known.width:
@@ -237,16 +242,6 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
         width=min(width, prompts.get("truncate_dim") or width),
     )
     return config, params, _read_tokenizer(body, folder), sha256
-
-
-def _chain(folder: Path, width: int, pipeline: "_Pipeline") -> int:
-    """The width that comes out of the dense layers, each of which must take what the one before gives."""
-    for i, (_, layer) in enumerate(pipeline.dense, 1):
-        takes, gives = layer["kernel"].shape
-        if takes != width:
-            raise InputError(f"{folder}: dense layer {i} takes vectors of {takes}, but it is given {width}.")
-        width = gives
-    return width
 
 
 def _has_pooler(tensors: Mapping[str, Tensor]) -> bool:
