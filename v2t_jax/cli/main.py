@@ -129,7 +129,8 @@ def lost(unraisable: Any) -> None:
     """Leaves on a Ctrl-C during one of JAX's callbacks, out of which Python can't raise."""
     if unraisable.exc_type is KeyboardInterrupt:
         leave()
-    sys.__unraisablehook__(unraisable)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def fail(message: object) -> NoReturn:
