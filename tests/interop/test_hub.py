@@ -75,7 +75,7 @@ def test_what_the_hub_refuses(hub: FakeHub, folder: Path, tmp_path: Path) -> Non
     said = run(hub.url, tmp_path, REFUSALS, "me/none", "me/gated").stdout.splitlines()
     assert len(said) == 2
     assert said[0].startswith("The hub has no me/none, or it is private")
-    assert said[1].startswith("me/gated asks for consent")
+    assert said[1].startswith("me/gated requires consent")
     said = run("http://127.0.0.1:9", tmp_path, REFUSALS, "me/none").stdout.splitlines()
     assert len(said) == 1 and "the hub can't be reached" in said[0]
     for token in ("hf_of_somebody_else", ""):
@@ -91,7 +91,7 @@ def test_names() -> None:
     assert is_hub_name("owner/name-1.0") and not any(
         map(is_hub_name, ("name", "a/b/c", "../x/y", "https://h/x", "", "owner/..name", "owner/a--b", "owner/name.git"))
     )
-    with pytest.raises(InputError, match="'tiny' is no repository's name"):
+    with pytest.raises(InputError, match="'tiny' is not a repository's name"):
         push(Path(), "tiny")
 
 

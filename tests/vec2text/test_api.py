@@ -97,9 +97,9 @@ def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: Inversion
     for changes, message in (
         (
             {"embedder_model_name": "gte_base"},
-            "No embedder of the name 'gte_base' is known, .*: give embedder='pooler@",
+            "trained for the embedder 'gte_base', which is unknown here: give embedder='pooler@",
         ),
-        ({"embedder_model_name": "mine"}, "No embedder of the name 'mine' is known, .*: give embedder=..."),
+        ({"embedder_model_name": "mine"}, "trained for the embedder 'mine', which is unknown here: give embedder=..."),
         ({"embedder_model_api": "ada"}, "trained for ada, which is behind an API: give embedder=HttpEmbedder"),
     ):
         file = pair / "inverter" / "config.json"

@@ -200,7 +200,7 @@ def test_an_old_corrector_without_layer_normalization_runs_and_is_kept(
     inputs = [record[name] for name in ("e", "hypothesis", "e_hat", "labels")]
     logits = jax.jit(functools.partial(corrector.logits, model.config))(model.params["corrector"], *inputs)
     assert np.abs(logits - record["corrector_logits"]).max() > 0.01  # it isn't applied, with whatever weights
-    with pytest.raises(InputError, match="no layer normalization of its input, and the original's always has"):
+    with pytest.raises(InputError, match="doesn't normalize its input, and the original's always does"):
         to_vec2text(str(tmp_path / "out"), tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -249,20 +249,20 @@ HIDDEN = "embedding_transform.0.weight"
     [
         ("inverter", lambda s: s.pop(QUERY), "lack 'encoder.block.1.layer.0.SelfAttention.q.weight'"),
         ("inverter", lambda s: s.update({QUERY: s[QUERY].T}), r"SelfAttention.q.weight' has shape \(32, 24\)"),
-        ("inverter", lambda s: s.update(extra=s[HIDDEN]), "inverter holds the unknown key 'extra'"),
+        ("inverter", lambda s: s.update(extra=s[HIDDEN]), "inverter has the unknown key 'extra'"),
         ("inverter", lambda s: s.pop(HIDDEN), "inverter lacks 'embedding_transform.0.weight'"),
         ("inverter", lambda s: s.pop("embedding_transform.3.bias"), "inverter lacks 'embedding_transform.3.bias'"),
         (
             "inverter",
             lambda s: s.update({HIDDEN: s[HIDDEN][:, :5]}),
-            r"0.weight' of shape \(768, 5\), where .* mean 768x768",
+            r"0.weight' of shape \(768, 5\); .* imply 768x768",
         ),
         ("corrector", lambda s: s.pop("layernorm.bias"), "corrector lacks 'layernorm.bias'"),
         ("corrector", lambda s: s.pop("embedding_transform_2.0.bias"), "lacks 'embedding_transform_2.0.bias'"),
         (
             "corrector",
             lambda s: [s.update({k: v[:5, :5]}) for k, v in s.items() if k.endswith(".0.weight")],
-            "embedding_transform_1.0.weight' of shape .5, 5., where its config and the T5 mean 768x768",
+            "embedding_transform_1.0.weight' of shape .5, 5.; its config and the T5 imply 768x768",
         ),
         ("corrector", lambda s: [s.pop(key) for key in list(s) if key != "layernorm.bias"], "lacks every key of"),
     ],
@@ -292,7 +292,7 @@ def test_tensors_that_do_not_fit(pair: Path, stage: str, change: Callable[[Case]
         ("corrector", {"architectures": "CorrectorEncoderModel"}, "has architectures 'CorrectorEncoderModel', not"),
         ("inverter", {"embedder_model_name": ["gtr_base"]}, r"embedder_model_name \['gtr_base'\]; it must be a name"),
         ("inverter", {"model_name_or_path": 5}, "model_name_or_path 5; it must be a name"),
-        ("inverter", {"embedder_model_api": 5}, "embedder_model_api 5, not a name"),
+        ("inverter", {"embedder_model_api": 5}, "embedder_model_api 5; it must be a name"),
         (
             "corrector",
             {"embedder_model_name": "gtr_base"},
@@ -425,6 +425,23 @@ def test_an_embedder_that_lacks_something(pair: Path) -> None:
         check_embedder(pair / "inverter", embedder_of(pair), "the name")
 
 
+def test_a_whole_t5_is_compared_by_its_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A decoder has layers of the encoder's names: `block.0...` of the inverter is `encoder.block.0...` alone."""
+    folder = shutil.copytree(folders[GTR], tmp_path / "pair")
+
+    def add_decoder(state: Case) -> None:
+        layers = {key.replace("encoder.", "decoder.", 1): value + 1 for key, value in state.items() if "block" in key}
+        state.update(layers, **{"decoder.final_layer_norm.weight": np.ones(2, np.float32)})
+
+    edit(embedder_of(folder), add_decoder)
+    check_embedder(folder / "inverter", embedder_of(folder), "gtr")
+    edit(embedder_of(folder), lambda s: s["encoder.final_layer_norm.weight"].__iadd__(1))
+    with pytest.raises(
+        InputError, match="'final_layer_norm.weight' differs from its 'encoder.final_layer_norm.weight'"
+    ):
+        check_embedder(folder / "inverter", embedder_of(folder), "gtr")
+
+
 def test_old_names_of_layer_normalization(pair: Path) -> None:
     def rename(state: Case) -> None:
         for new, old in (("weight", "gamma"), ("bias", "beta")):
@@ -461,7 +478,7 @@ def test_what_is_behind_the_encoder_is_compared(folders: dict[str, Path], tmp_pa
     check_computation("gtr_base", load_embedder(f"gtr-base@{pipeline}"))
     with pytest.raises(InputError, match="for gtr_base_st .* give the embedder as gtr-base-st@DIR"):
         check_computation("gtr_base_st", load_embedder(f"gtr-base@{pipeline}"))
-    with pytest.raises(InputError, match="as its modules.json says, which mean@.* leaves aside"):
+    with pytest.raises(InputError, match="with its modules.json, which mean@.* ignores"):
         check_computation("sentence-transformers/gtr-t5-xl", load_embedder(f"mean@{pipeline}"))
     check_computation("sentence-transformers/gtr-t5-xl", theirs)  # noted, not refused
 
@@ -529,7 +546,7 @@ def test_quantized_projections_are_refused(stage: str, pair: Path) -> None:
         (("--to", "vec2text", "MODEL"), "give two paths"),
         (("--to", "vec2text", "--t5", "T", "MODEL", "OUT"), "belong to --from"),
         (("--to", "vec2text", "--embedder", "E", "MODEL", "OUT"), "belong to --from"),
-        (("--to", "vec2text", "minilm-wordnet", "OUT"), "minilm-wordnet didn't come from vec2text"),
+        (("--to", "vec2text", "minilm-wordnet", "OUT"), "minilm-wordnet was not converted from vec2text"),
         (("--to", "vec2text", "no-such-model", "OUT"), "There is no model 'no-such-model'"),
         (
             ("--from", "vec2text", "--inverter", "I", "--t5", "T", "--embedder", "E", "OUT"),

@@ -1,11 +1,11 @@
-"""The Hugging Face hub: folders by name from it, model folders to it."""
+"""The Hugging Face hub: repositories by name from it, model folders to it."""
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from v2t_jax import progress
 from v2t_jax.errors import InputError
@@ -26,57 +26,61 @@ def is_hub_name(name: str) -> bool:
     return "/" in name
 
 
+@contextmanager
+def _errors(name: str, failed: str, advice: str) -> Iterator[None]:
+    """Turns errors of the hub's client into one sentence; other errors end in `failed` and `advice`."""
+    from huggingface_hub import errors
+
+    known = {  # the first that fits: some are subclasses of others
+        errors.GatedRepoError: f"{name} requires consent: accept its terms on the hub, then run 'hf auth login'",
+        errors.HFValidationError: f"There is no folder {name!r}, and it is not a name on the hub (owner/name) either",
+        errors.RepositoryNotFoundError: f"The hub has no {name}, or it is private: check the name, or run "
+        "'hf auth login'",
+        errors.LocalEntryNotFoundError: f"{name} is not in the local cache and the hub can't be reached: connect, or "
+        "give a local folder",
+        errors.LocalTokenNotFoundError: "You are not logged in to the hub: run 'hf auth login'",
+        errors.HfHubHTTPError: f"{name} {failed} ({{}}): run 'hf auth login' with a token that may, or {advice}",
+        Exception: f"{name} {failed} ({{}}): {advice}",  # of the network library, of the disk
+    }
+    try:
+        yield
+    except Exception as error:
+        sentence = next(text for kind, text in known.items() if isinstance(error, kind))
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise InputError(sentence.replace("{}", reason) + ".") from error
+
+
 def folder_of(name: str, patterns: Sequence[str] | None = None) -> Path:
     """A local folder as it is, else a repository's: see `download`."""
     return Path(name) if os.path.isdir(name) else download(name, patterns)
 
 
 def download(name: str, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a repository's files, from the hub's own cache where they are there and unchanged.
+    """The folder of a repository's files, from the local cache if it is up to date.
 
     Args:
         name: `owner/name`, or one of the old names without an owner, such as `t5-base`.
         patterns: the files to fetch; by default those of a model.
 
     Raises:
-        InputError: there is no such repository, it may not be read, or the hub can't be reached and the cache has none.
+        InputError: there is no such repository, access is denied, or the hub can't be reached and nothing is cached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
-    try:
-        with progress.stage(f"fetching {name} from the Hugging Face hub"):
-            wanted = [*(patterns or PATTERNS)]
-            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
-            pickles = [] if patterns is not None else _pickles(folder)
-            if pickles:
-                snapshot_download(name, allow_patterns=pickles, ignore_patterns=OTHER_RUNTIMES)
-            return folder
-    except GatedRepoError as error:
-        raise InputError(f"{name} asks for consent: accept its terms on the hub, then run 'hf auth login'.") from error
-    except HFValidationError as error:
-        raise InputError(f"There is no folder {name!r}, and it is no name on the hub (owner/name) either.") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"The hub has no {name}, or it is private: check the name, or run 'hf auth login' first."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{name} is not in the local cache and the hub can't be reached: connect, or give a local folder."
-        ) from error
-    except Exception as error:  # of the hub's client, of its network library, of the disk
-        raise InputError(
-            f"{name} can't be fetched from the hub ({type(error).__name__}: {error}); give a local folder instead."
-        ) from error
+    with (
+        progress.stage(f"fetching {name} from the Hugging Face hub"),
+        _errors(name, "can't be fetched from the hub", "give a local folder instead"),
+    ):
+        wanted = [*(patterns or PATTERNS)]
+        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
+        pickles = [] if patterns is not None else _pickles(folder)
+        if pickles:
+            snapshot_download(name, allow_patterns=pickles, ignore_patterns=OTHER_RUNTIMES)
+        return folder
 
 
 def _pickles(folder: Path) -> list[str]:
-    """Patterns of the pickles that stand where no safetensors do; torch's loader of weights alone reads them."""
+    """Patterns of pickled weights, for the folders that have no safetensors."""
     lacking = [
         config.parent.relative_to(folder)
         for config in folder.rglob("config.json")
@@ -85,64 +89,52 @@ def _pickles(folder: Path) -> list[str]:
     return [(place / "pytorch_model*.bin*").as_posix() for place in lacking]
 
 
-@dataclass(frozen=True)
-class Upload:
-    """What `push` sends, or would send."""
+class Upload(NamedTuple):
+    """What `push` sent, or would send: files as (name, bytes), and the repository's URL, None if nothing was sent."""
 
     repository: str
-    files: tuple[tuple[str, int], ...]  # (name, bytes)
-    url: str | None = None  # where they are now; None: nothing was sent
+    files: tuple[tuple[str, int], ...]
+    url: str | None = None
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(size for _, size in self.files)
 
 
 def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool = True, api: Any = None) -> Upload:
-    """Sends a model folder to the hub, making the repository if there is none.
+    """Sends a model folder to the hub, creating the repository if needed.
 
     Args:
-        folder: a whole model folder, as `v2t_jax.load` takes it; checking it is the caller's.
+        folder: a complete model folder, as `v2t_jax.load` takes it; the caller checks it.
         repository: `owner/name`.
-        private: whether a new repository is closed to others.
-        dry_run: only say what would be sent.
+        private: visibility of a new repository.
+        dry_run: only report what would be sent.
         api: a `huggingface_hub.HfApi`; by default of the account that is logged in.
 
     Raises:
-        InputError: the name is none of a repository, nobody is logged in, or the hub refuses.
+        InputError: the name is not a repository's, nobody is logged in, or the hub refuses.
     """
     if not is_hub_name(repository):
-        raise InputError(f"{repository!r} is no repository's name: give it as owner/name.")
-    # Nothing else that lies there: nobody means to publish a .env or a .git.
+        raise InputError(f"{repository!r} is not a repository's name: give it as owner/name.")
+    # Nothing else in the folder: nobody means to publish a .env or a .git.
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = sorted({"config.json", "README.md", *record["files"]} & {file.name for file in folder.iterdir()})
     upload = Upload(repository, tuple((name, (folder / name).stat().st_size) for name in names))
     if dry_run:
         return upload
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = api or HfApi(library_name="v2t_jax")
-    try:
-        with progress.stage(f"sending {upload.size / 1e6:.1f} MB to {repository}"):
-            api.create_repo(repository, private=private, exist_ok=True)
-            sent = api.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
-                allow_patterns=[name for name, _ in upload.files],
-                commit_message=f"{folder.name}, by v2t_jax",
-            )
-    except LocalTokenNotFoundError as error:
-        raise InputError("Nobody is logged in to the hub: run 'hf auth login' first.") from error
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"The hub did not take {repository} ({reason}); run 'hf auth login' with a token that may write there."
-        ) from error
-    except Exception as error:  # of the network library, of the disk
-        raise InputError(
-            f"{repository} can't be sent to the hub ({type(error).__name__}: {error}); connect, then run the same "
-            "command again."
-        ) from error
-    return Upload(repository, upload.files, str(sent.repo_url))
+    with (
+        progress.stage(f"sending {upload.size / 1e6:.1f} MB to {repository}"),
+        _errors(repository, "can't be sent to the hub", "connect, then run the same command again"),
+    ):
+        api.create_repo(repository, private=private, exist_ok=True)
+        sent = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=names,
+            commit_message=f"{folder.name}, by v2t_jax",
+        )
+    return upload._replace(url=str(sent.repo_url))

@@ -86,7 +86,6 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_legacy(path: Path) -> Any:
-    """A file of torch before 1.6, which only torch itself reads."""
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
@@ -95,5 +94,6 @@ def _read_legacy(path: Path) -> Any:
             "as model.safetensors."
         ) from error
     loaded = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = isinstance(loaded, dict) and all(map(torch.is_tensor, loaded.values()))
-    return {key: (v.float() if v.is_floating_point() else v).numpy() for key, v in loaded.items()} if tensors else None
+    if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
+        return None
+    return {key: (v.float() if v.is_floating_point() else v).detach().numpy() for key, v in loaded.items()}

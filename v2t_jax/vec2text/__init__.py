@@ -1,16 +1,16 @@
-"""The original's Python API, for programs written against it: `import v2t_jax.vec2text as vec2text`.
+"""The original's Python API, for programs written for it: `import v2t_jax.vec2text as vec2text`.
 
-The same names and arguments; embeddings may be arrays of numpy, JAX or torch. What differs, on purpose:
+Names and arguments are the same; embeddings may be arrays of numpy, JAX or torch. Deliberate differences:
 
-- The nearest text ever seen is returned, not the last step's (`mode="upstream"` gives the original's selection).
+- The nearest text of all steps is returned, not the last step's (`mode="upstream"` selects as the original does).
 - `num_steps=0` runs no step; the original ran one.
 - `invert_embeddings_and_return_hypotheses` returns every text of a batch; the original returned one.
-- Bad input ends in an `InputError` that says what to do, not in an assertion.
+- Invalid input raises an `InputError` that says what to do, not an assertion.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,20 +22,11 @@ from v2t_jax.inversion.api import invert_strings as invert_texts
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.vec2text.convert import build
 
-UPSTREAM_TOKENS = 128  # that the original embeds of a text to be inverted
-
-
-class Published(NamedTuple):
-    """Checkpoints of the original on the Hugging Face hub."""
-
-    inverter: str
-    corrector: str
-    embedder: str | None  # None: behind an API, to be given
-
-
+UPSTREAM_TOKENS = 128  # the original cuts a text to this length before it embeds it
+# Embedder -> inverter and corrector on the Hugging Face hub, and the embedder to load, None if it is behind an API.
 PUBLISHED = {
-    "gtr-base": Published("jxm/gtr__nq__32", "jxm/gtr__nq__32__correct", "gtr-base"),
-    "text-embedding-ada-002": Published(
+    "gtr-base": ("jxm/gtr__nq__32", "jxm/gtr__nq__32__correct", "gtr-base"),
+    "text-embedding-ada-002": (
         "jxm/vec2text__openai_ada002__msmarco__msl128__hypothesizer",
         "jxm/vec2text__openai_ada002__msmarco__msl128__corrector",
         None,
@@ -44,25 +35,21 @@ PUBLISHED = {
 
 
 def load_pretrained_corrector(embedder: str, victim: TextEmbedder | None = None) -> InversionPipeline:
-    """A published pair by the name of its embedder, fetched from the hub and converted.
+    """Fetches a published pair from the hub by the name of its embedder, and converts it.
 
     Args:
         embedder: gtr-base or text-embedding-ada-002.
-        victim: the embedder itself; needed where it is behind an API, such as an `HttpEmbedder`.
-
-    Raises:
-        InputError: another name; no victim where one is needed; or the hub can't be reached.
+        victim: the embedder itself; required if it is behind an API, for example an `HttpEmbedder`.
     """
     if embedder not in PUBLISHED:
         raise InputError(f"There is no published corrector for {embedder!r}; choose {' or '.join(PUBLISHED)}.")
-    published = PUBLISHED[embedder]
-    given = victim or published.embedder
-    if given is None:
+    inverter, corrector, known = PUBLISHED[embedder]
+    if not (victim or known):
         raise InputError(
             f"{embedder} is behind an API: give the embedder too, as "
             f"load_pretrained_corrector({embedder!r}, victim=HttpEmbedder(...))."
         )
-    return load_corrector(published.inverter, published.corrector, embedder=given)
+    return load_corrector(inverter, corrector, embedder=victim or known)
 
 
 def load_corrector(
@@ -72,16 +59,12 @@ def load_corrector(
     embedder: str | Path | TextEmbedder | None = None,
     t5: str | Path | None = None,
 ) -> InversionPipeline:
-    """A pair of the original's checkpoints, converted in memory.
+    """Converts a pair of the original's checkpoints in memory.
 
     Args:
         inversion_model, corrector_model: folders, or names on the hub.
-        embedder: name or folder of the embedder that they invert, or the embedder itself; by default what their
-            config.json names.
-        t5: folder or hub name of the T5 that they were trained from; by default what their config.json names.
-
-    Raises:
-        InputError: see `v2t_jax.vec2text.convert.build`.
+        embedder: name or folder of the embedder that they invert, or the embedder; by default from their config.json.
+        t5: folder or hub name of the T5 that they were trained from; by default from their config.json.
     """
     embedder = embedder if embedder is None else named_or_embedder(embedder)
     model, _ = build(str(inversion_model), str(corrector_model), t5 if t5 is None else str(t5), embedder)
@@ -99,13 +82,10 @@ def invert_embeddings(
 
     Args:
         corrector: what `load_corrector` or `v2t_jax.load` returned.
-        num_steps: correction steps; None: the inverter's first guess.
-        sequence_beam_width: hypotheses kept between steps; 0 and 1 mean one.
-
-    Raises:
-        InputError: see `v2t_jax.invert_embeddings`; or a beam without steps.
+        num_steps: correction steps; None: the inverter's initial hypothesis.
+        sequence_beam_width: hypotheses kept between steps; 0 and 1 both mean one.
     """
-    if isinstance(embeddings, InversionPipeline):  # as `v2t_jax.invert_embeddings` takes them
+    if isinstance(embeddings, InversionPipeline):  # the order of `v2t_jax.invert_embeddings`
         raise InputError("Here the embeddings come first, then the model: invert_embeddings(embeddings, corrector).")
     options = _options(num_steps, sequence_beam_width, mode)
     return [found.text for found in invert(corrector, embeddings, **options)]
@@ -118,13 +98,10 @@ def invert_strings(
     sequence_beam_width: int = 0,
     mode: Literal["best", "upstream"] = "best",
 ) -> list[str]:
-    """Embeds texts and recovers them from their embeddings; arguments and errors as `invert_embeddings`.
+    """Embeds texts and recovers them from their embeddings; arguments as `invert_embeddings`.
 
-    In mode "best" texts are first cut to what the model recovers at most, and brought to its tokenizer's normal form;
-    in mode "upstream" they are embedded as they are, up to 128 tokens of the embedder's, as the original does.
-
-    Raises:
-        InputError: no texts, or a blank one.
+    In mode "best", texts are first cut to the model's length and brought to its tokenizer's normal form; in mode
+    "upstream", they are embedded as they are, up to 128 tokens, as the original does.
     """
     options = _options(num_steps, sequence_beam_width, mode)
     if mode == "upstream":
@@ -136,7 +113,7 @@ def _embed(strings: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
     check_texts(strings)
     if len(strings) == 0:
         raise InputError("There are no texts to recover; give at least one.")
-    if isinstance(embedder, JaxEmbedder):  # cut, for hypotheses, to the length of the training texts
+    if isinstance(embedder, JaxEmbedder):  # here shortened to the length of the training texts, for hypotheses
         positions = getattr(embedder.config.encoder, "max_positions", UPSTREAM_TOKENS)
         embedder = embedder.shortened(min(UPSTREAM_TOKENS, positions))
     return embedder.embed(strings)
@@ -149,17 +126,12 @@ def invert_embeddings_and_return_hypotheses(
     sequence_beam_width: int = 0,
     mode: Literal["best", "upstream"] = "best",
 ) -> tuple[list[list[str]], list[InversionResult]]:
-    """As `invert_embeddings`, with the way there.
-
-    Returns:
-        the texts after each step, the first guesses first: [steps + 1][n]; and what was found, with its cosines.
-    """
+    """As `invert_embeddings`; returns the texts after each step [steps + 1][n] and the results with their cosines."""
     found = invert(corrector, embeddings, **_options(num_steps, sequence_beam_width, mode))
     return [[one.trace[step].text for one in found] for step in range(len(found[0].trace))], found
 
 
 def _options(num_steps: int | None, sequence_beam_width: int, mode: str) -> dict[str, Any]:
     if num_steps is None and sequence_beam_width:
-        raise InputError("sequence_beam_width needs num_steps: without steps there is only the first guess.")
-    # The inverter's first guess is its greedy one: in mode "best" a beam of 1 makes no other either.
+        raise InputError("sequence_beam_width needs num_steps: without steps there is only one hypothesis.")
     return {"num_steps": num_steps or 0, "sequence_beam_width": sequence_beam_width or 1, "mode": mode}

@@ -1,7 +1,7 @@
-"""The original's checkpoints (vec2text, PyTorch), read into our parameters and written back.
+"""Checkpoints of the original (vec2text, PyTorch): read into our parameters, compared, and written back.
 
-A pair is two folders, of the inverter and of the corrector, each with a flat config.json and its weights. Sizes of the
-T5 that both stand on, and its tokenizer, are not in them: they come from that T5's own folder, here called the base.
+A pair is two folders, of the inverter and of the corrector, each with a flat config.json and its weights. The sizes of
+their T5 and its tokenizer are in neither: they come from that T5's own folder, here called the base.
 """
 
 import json
@@ -33,8 +33,7 @@ from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingfac
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.models.layers import Params
 
-Settings = dict[str, Any]
-"""a checkpoint's config.json"""
+Settings = dict[str, Any]  # a checkpoint's config.json
 KINDS: dict[Stage, str] = {"inverter": "InversionModel", "corrector": "CorrectorEncoderModel"}
 # Our projection -> theirs. The oldest correctors have one, `embedding_transform`, in place of the three.
 _PROJECTIONS: dict[Stage, dict[str, str]] = {
@@ -46,16 +45,16 @@ _PROJECTIONS: dict[Stage, dict[str, str]] = {
     },
 }
 _OLD_CORRECTOR = "embedding_transform"
-# Before there was a dropout between them, the second linear layer was number 2.
+# Before a dropout was put between them, the second linear layer was number 2.
 _HIDDEN, _OUTPUT, _OLD_OUTPUT = "0", "3", "2"
 _T5, _EMBEDDER, _NORM = "encoder_decoder.", "embedder.", "layernorm"
-# Of an embedder inside an inverter: what is computed, not learnt; and what sentence-transformers has behind it.
+# In an embedder inside an inverter: buffers, which are computed; and modules of sentence-transformers behind it.
 _BUFFERS = ("position_ids", "inv_freq")
 _BEHIND_ENCODER = re.compile(r"[1-9]\d*\.linear\.")
 _OLD_NORM = {"gamma": "weight", "beta": "bias"}
 _NEEDED = ("model_name_or_path", "embedder_model_name", "max_seq_length", "num_repeat_tokens")
-# Settings that change the maths, and the only value with which ours is the same. A setting of training alone
-# (dropout, freezing, noise) may have any.
+# Settings that change the computation, with the only value supported here. Those of training alone (dropout, freezing,
+# noise) may have any.
 _SUPPORTED: Settings = {
     "use_lora": False,
     "embeddings_from_layer_n": None,
@@ -64,7 +63,7 @@ _SUPPORTED: Settings = {
     "embedding_transform_strategy": "repeat",
     "corrector_ignore_hypothesis_embedding": False,
 }
-# What else the original asks of a config.json: written where a model was not read from one.
+# Other fields that the original requires of a config.json.
 _WRITTEN: Settings = {
     "embedder_model_api": None,
     "embedder_torch_dtype": "float32",
@@ -74,7 +73,7 @@ _WRITTEN: Settings = {
     "encoder_dropout_disabled": False,
     "decoder_dropout_disabled": False,
 }
-# Hugging Face's rule for spaces before punctuation, which the original's tokenizer applies to every decoded text.
+# Hugging Face's clean-up of spaces before punctuation, which the original applies to every decoded text.
 _CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}
 _CLEAN_UP |= {f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}
 
@@ -87,18 +86,14 @@ class Base(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What `read_vec2text` found; parameters are float32 on the host."""
+    """An inverter and, if there is one, its corrector; parameters are float32 on the host."""
 
     config: ModelConfig
     params: dict[Stage, Params]
 
 
 def read_base(name: str) -> Base:
-    """Sizes and tokenizer of a T5, by folder or hub name. Its tokenizer decodes as the original's does.
-
-    Raises:
-        InputError: no such T5, or its config or tokenizer is missing or damaged.
-    """
+    """Sizes and tokenizer of a T5, by folder or hub name. The tokenizer decodes as the original's does."""
     folder = folder_of(name, ["config.json", "tokenizer*.json", "spiece.model"])
     config = t5_config_from_huggingface(read_json(folder / "config.json", "a T5 folder"))
     tokenizer = folder_tokenizer(folder)
@@ -110,32 +105,30 @@ def read_base(name: str) -> Base:
         )
     settings = folder / "tokenizer_config.json"
     if not settings.is_file() or read_json(settings, "a T5 folder").get("clean_up_tokenization_spaces", True):
-        mended = [decoders.Replace(wrong, right) for wrong, right in _CLEAN_UP.items()]
-        tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Fuse(), *mended])
+        fixes = [decoders.Replace(wrong, right) for wrong, right in _CLEAN_UP.items()]
+        tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Fuse(), *fixes])
     return Base(config, tokenizer)
 
 
 def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settings], t5: T5Config) -> Pair:
-    """Reads an inverter and, where there is one, its corrector.
+    """Reads an inverter and, if there is one, its corrector.
 
     Args:
-        folders: of each stage; the inverter's at least.
-        settings: what `read_settings` read in each.
+        folders: by stage; at least the inverter's.
+        settings: what `read_settings` returned for each.
         t5: sizes of the base.
 
     Raises:
-        InputError: a folder, file, field or key is missing, unknown or of a shape that doesn't fit; a setting isn't
-            supported; or the two checkpoints don't belong together.
+        InputError: a key is missing, unknown or of an unexpected shape, or the two checkpoints are not a pair.
     """
     first = settings["inverter"]
     for name in ("num_repeat_tokens", "max_seq_length"):
-        differing = {stage: values[name] for stage, values in settings.items() if values[name] != first[name]}
-        for stage, value in differing.items():
+        if (other := settings.get("corrector", first)[name]) != first[name]:
             raise InputError(
-                f"The {stage}'s {name} is {value} and the inverter's {first[name]}: give two checkpoints of one pair."
+                f"The corrector's {name} is {other} and the inverter's {first[name]}: give two checkpoints of one pair."
             )
     names = {values["embedder_model_name"] for values in settings.values()}
-    if len(names) > 1 and not first.get("embedder_model_api"):  # beside an API the name means nothing
+    if len(names) > 1 and not first.get("embedder_model_api"):  # with an API the name is a placeholder
         raise InputError(
             f"The corrector's embedder_model_name is {settings['corrector']['embedder_model_name']!r} and the "
             f"inverter's {first['embedder_model_name']!r}: give two checkpoints of one pair."
@@ -149,7 +142,7 @@ def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settin
             network, used = _read_network(stage, folder, tensors, t5, settings[stage])
             unknown = sorted(set(tensors) - used)
             if unknown:
-                raise InputError(f"{folder} holds the unknown key {unknown[0]!r}; it is no {stage} of vec2text.")
+                raise InputError(f"{folder} has the unknown key {unknown[0]!r}; it is not a {stage} of vec2text.")
         params[stage] = network
         widths[stage] = len(network[next(iter(_PROJECTIONS[stage]))]["hidden"]["bias"])
         old_corrector |= stage == "corrector" and "input_norm" not in network
@@ -170,11 +163,7 @@ def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settin
 
 
 def read_settings(stage: Stage, folder: Path) -> Settings:
-    """A checkpoint's config.json, held against what is supported.
-
-    Raises:
-        InputError: it is another stage's, lacks a field, or has a setting with which the maths would be another.
-    """
+    """Reads a checkpoint's config.json; refuses another stage's, missing fields and unsupported settings."""
     settings = read_json(folder / "config.json", f"a checkpoint of vec2text's {stage}")
     kinds = settings.get("architectures")
     if kinds not in (None, [], [KINDS[stage]]):
@@ -185,11 +174,10 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
     for name in _NEEDED:
         if name not in settings:
             raise InputError(f"{folder}/config.json lacks the field {name!r}; fetch the checkpoint again.")
-    for name in ("model_name_or_path", "embedder_model_name"):
-        if not isinstance(settings[name], str) or not settings[name]:
-            raise InputError(f"{folder}/config.json has {name} {settings[name]!r}; it must be a name.")
-    if not isinstance(settings.get("embedder_model_api"), str | None):
-        raise InputError(f"{folder}/config.json has embedder_model_api {settings['embedder_model_api']!r}, not a name.")
+    for name in ("model_name_or_path", "embedder_model_name", "embedder_model_api"):
+        value = settings.get(name)
+        if not isinstance(value, str) and not (value is None and name == "embedder_model_api") or value == "":
+            raise InputError(f"{folder}/config.json has {name} {value!r}; it must be a name.")
     for name in ("max_seq_length", "num_repeat_tokens"):
         if type(settings[name]) is not int or settings[name] < 1:
             raise InputError(f"{folder}/config.json has {name} {settings[name]!r}; it must be a whole number above 0.")
@@ -209,11 +197,11 @@ def _read_network(
 
     def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
         if name not in tensors:
-            raise InputError(f"{folder} lacks {name!r}; it is incomplete, or no {stage} of vec2text.")
+            raise InputError(f"{folder} lacks {name!r}; it is incomplete, or not a {stage} of vec2text.")
         found = tensors[name].shape
         if len(found) != len(shape) or any(want not in (None, size) for want, size in zip(shape, found, strict=True)):
             wanted = "x".join("any" if size is None else str(size) for size in shape)
-            raise InputError(f"{folder} has {name!r} of shape {found}, where its config and the T5 mean {wanted}.")
+            raise InputError(f"{folder} has {name!r} of shape {found}; its config and the T5 imply {wanted}.")
         used.add(name)
         # A copy: a view would keep the whole file mapped.
         return np.array(real_numbers(tensors[name][:], f"{folder}: {name!r}"), np.float32)
@@ -235,7 +223,7 @@ def _read_network(
 
     state = part(tensors, _T5)
     if not state:
-        raise InputError(f"{folder} lacks every key of {_T5[:-1]!r}; it is no {stage} of vec2text.")
+        raise InputError(f"{folder} lacks every key of {_T5[:-1]!r}; it is not a {stage} of vec2text.")
     try:
         params: Params = {"t5": t5_from_huggingface(state, t5)}
     except ShapeError as error:
@@ -252,21 +240,20 @@ def _read_network(
 
 
 def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
-    """Holds the embedder's weights that an inverter was saved with against those of the embedder's folder.
+    """Compares the embedder that an inverter was saved with to the one in the folder `embedder`.
 
-    Tensors are matched by the ends of their names, for the two wrap them differently. An inverter of an embedder that
-    can't be seen (an API) holds none, and passes. Dense layers behind a pooling are in folders of their own, which
-    aren't compared.
+    Tensors are matched by the ends of their names, because the two are wrapped differently. An inverter for an API has
+    none, and passes. Dense layers behind the pooling are in folders of their own and aren't compared.
 
     Raises:
-        InputError: a tensor differs, or is found in the inverter alone.
+        InputError: a tensor differs, or is in the inverter alone.
     """
     with progress.stage(f"comparing embedders with {name}"):
         inside, outside = part(open_checkpoint(inverter), _EMBEDDER), open_checkpoint(embedder)
         pairs = [(end, key) for key in outside for end in _ends(key) if end in inside]
         if inside and not pairs:
             raise InputError(
-                f"The inverter was saved with another kind of embedder than {name}: none of its keys is like "
+                f"The inverter was saved with another kind of embedder than {name}, which has no key like "
                 f"{min(inside)!r}; give the embedder that it was trained for."
             )
         for end, key in pairs:
@@ -298,10 +285,7 @@ def _ends(key: str) -> Iterator[str]:
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two tensors are equal once both are in the coarser of their dtypes.
-
-    Which that is, the values say: of a pickle, only they are at hand.
-    """
+    """Whether two tensors are equal after rounding to the coarser of their dtypes, which is guessed from the values."""
     a, b = a.astype(np.float32), b.astype(np.float32)
     if np.array_equal(a, b):
         return True
@@ -316,16 +300,16 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 def write_vec2text(
     folder: Path, config: ModelConfig, params: Mapping[Stage, Params], settings: Mapping[Stage, Settings]
 ) -> None:
-    """Writes a pair for the original, whole or not at all: folder/inverter and folder/corrector.
+    """Writes folder/inverter and folder/corrector for the original, completely or not at all.
 
     The embedder's weights, which the original saves with its inverter, are left out: it then keeps those that it loads
-    by the embedder's name. A tied head is written twice: the original reads a missing one from the base.
+    by name. A tied head is written too, because the original would take a missing one from the base.
 
     Args:
-        settings: of each stage; `model_name_or_path` and `embedder_model_name` at least.
+        settings: by stage; at least `model_name_or_path` and `embedder_model_name`.
 
     Raises:
-        InputError: the model has what the original hasn't, a setting is missing, or the folder can't be written.
+        InputError: the original can't express the model, a setting is missing, or the folder can't be written.
     """
     _check_expressible(config, params, settings)
     with whole_folder(folder) as building:
@@ -337,7 +321,7 @@ def write_vec2text(
             target.mkdir()
             (target / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
             with progress.stage(f"writing the {stage} to {folder / stage}"):
-                # Its loader asks for the note of the format.
+                # Its loader requires this metadata.
                 save_file(dict(_state(stage, network, config)), target / SAFETENSORS, metadata={"format": "pt"})
 
 
@@ -346,7 +330,7 @@ def _check_expressible(config: ModelConfig, params: Mapping[Stage, Params], sett
         if getattr(config, option):
             raise InputError(f"The model was trained with model.{option}, which the original doesn't have.")
     if "corrector" in params and not config.input_norm:
-        raise InputError("The corrector has no layer normalization of its input, and the original's always has.")
+        raise InputError("The corrector doesn't normalize its input, and the original's always does.")
     for stage in params:
         for name in ("model_name_or_path", "embedder_model_name"):
             if not settings[stage].get(name):
@@ -360,7 +344,7 @@ def _check_expressible(config: ModelConfig, params: Mapping[Stage, Params], sett
 
 
 def _state(stage: Stage, network: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Everything of a stage under the original's names."""
+    """The tensors of a stage by the original's names."""
     state = t5_to_huggingface(network["t5"], config.t5)
     for name, array in state.items():
         yield _T5 + name, array

@@ -1,4 +1,4 @@
-"""Whole models from and to the original's checkpoints: what `v2t convert` runs."""
+"""Converts models from and to the original's checkpoints: `v2t convert`."""
 
 from pathlib import Path
 
@@ -14,24 +14,23 @@ from v2t_jax.inversion.pipeline import InversionPipeline, norm_statistics, read_
 from v2t_jax.vec2text.checkpoints import check_embedder, read_base, read_settings, read_vec2text, write_vec2text
 from v2t_jax.vec2text.embedders import check_computation, default_name
 
-RECORD = "vec2text"  # what the original's config.json files said, kept in the model folder for the way back
-NORM_TEXTS = 128  # lines whose embeddings' lengths are recorded
+RECORD = "vec2text"  # the original's config.json files, kept in the model folder for the way back
+NORM_TEXTS = 128  # texts whose embeddings' lengths are recorded
 
 
 def build(
     inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
 ) -> tuple[InversionPipeline, dict]:
-    """A model from checkpoints of the original, and what their config.json files say, by stage.
+    """A model from checkpoints of the original, and their config.json files by stage.
 
     Args:
-        inverter, corrector: folders or hub names; without a corrector only first guesses are made.
-        t5: folder or hub name of the T5 that both were trained from; by default what the inverter's config.json names.
-        embedder: name or folder of the embedder that they invert, or the embedder itself; by default what the
-            inverter's config.json names.
+        inverter, corrector: folders or hub names; the corrector is optional.
+        t5: folder or hub name of the T5 that both were trained from; by default from the inverter's config.json.
+        embedder: name or folder of the embedder that they invert, or the embedder; by default from the inverter's
+            config.json.
 
     Raises:
-        InputError: see `read_base`, `load_embedder`, `read_vec2text`, `check_embedder` and `check_computation`; no
-            embedder is given or known; or its vectors have another width.
+        InputError: a checkpoint can't be read, the two are not a pair, or the embedder isn't the one they invert.
     """
     folders: dict[Stage, Path] = {"inverter": folder_of(inverter)}
     if corrector is not None:
@@ -50,7 +49,7 @@ def build(
     if isinstance(victim, JaxEmbedder):
         if isinstance(embedder, str):
             check_embedder(folders["inverter"], locate(embedder), embedder)
-        if not api:  # beside an API the name means nothing
+        if not api:  # with an API the name is a placeholder
             check_computation(theirs, victim)
         # The original embeds hypotheses cut to the length of its training texts.
         victim = victim.shortened(min(pair.config.max_length, victim.config.max_length))
@@ -67,12 +66,12 @@ def build(
 
 
 def _embedding_norm(model: InversionPipeline) -> tuple[float, float] | None:
-    """Mean and deviation of the lengths of the embedder's vectors, for the warning of foreign ones.
+    """Mean and deviation of the lengths of the embedder's vectors, for the warning about foreign vectors.
 
-    The texts of the original's training are not at hand; WordNet's, cut as those were, stand for them.
+    The original's training texts aren't available; WordNet's, cut to the same length, replace them.
     """
     if not isinstance(model.embedder, JaxEmbedder) or model.embedder.normalized:
-        return None  # known, or every text costs a request
+        return None  # it is 1, or every text would cost a request
     texts = read_texts("wordnet", "held_out", limit=NORM_TEXTS)
     readable = [text for text in model.vocabulary.normalize(texts, model.config.max_length) if text.strip()]
     if not readable:
@@ -83,33 +82,25 @@ def _embedding_norm(model: InversionPipeline) -> tuple[float, float] | None:
 def from_vec2text(
     folder: Path, inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
 ) -> None:
-    """Converts checkpoints of the original into a model folder; arguments and errors as `build`.
-
-    Raises:
-        InputError: the folder can't be written, or holds something already.
-    """
+    """Converts checkpoints of the original into a new model folder; arguments and errors as `build`."""
     check_new(folder)
     model, settings = build(inverter, corrector, t5, embedder)
     model.save(folder, record={RECORD: settings}, card=_card(model.name, model.embedder.name, model.has_corrector))
 
 
 def to_vec2text(model: str, folder: Path) -> None:
-    """Converts a model folder that `from_vec2text` wrote back into checkpoints for the original.
-
-    Args:
-        model: the model folder; its embedder isn't needed.
-        folder: where the folders inverter and corrector are written.
+    """Converts a model folder that `from_vec2text` wrote back into checkpoints: folder/inverter and folder/corrector.
 
     Raises:
-        InputError: see `read_model` and `write_vec2text`; or the model didn't come from the original.
+        InputError: the model didn't come from the original, or the folder can't be written.
     """
     check_new(folder)
     stored = read_model(model)
     settings = stored.record.get(RECORD)
     if not isinstance(settings, dict) or set(settings) != set(stored.params):
         raise InputError(
-            f"The model {stored.name} didn't come from vec2text, which knows only T5's own tokenizer and its own "
-            "embedders; only models that 'v2t convert --from vec2text' made go back."
+            f"The model {stored.name} was not converted from vec2text, which supports only T5's tokenizer and its own "
+            "embedders; give a model made by 'v2t convert --from vec2text'."
         )
     write_vec2text(folder, stored.config, stored.params, settings)
 

@@ -1,8 +1,8 @@
-"""What the original computes with the embedders that it knows by name, and how the same is given here.
+"""What the original computes with each embedder that it knows by name, and the name of the same computation here.
 
-The facts are those of its `load_embedder_and_tokenizer` and `call_embedding_model` (vec2text 0.0.13): a plain network
-gives its pooler's output where it has a pooler, trained or not, else the masked mean of its tokens; a pipeline of
-sentence-transformers gives what its modules.json says. A prefix is never put before a text.
+From its `load_embedder_and_tokenizer` and `call_embedding_model` (vec2text 0.0.13): a plain network returns the output
+of its pooler, trained or not, or else the masked mean of its tokens; a sentence-transformers pipeline does what its
+modules.json says. Texts never get a prefix.
 """
 
 from typing import NamedTuple, get_args
@@ -14,18 +14,17 @@ from v2t_jax.models.embedder import Pooling
 
 
 class Computed(NamedTuple):
-    """What makes a vector of the encoder's output, and the name that `load_embedder` knows it by."""
+    """What follows the encoder, and the name that `load_embedder` knows it by; None if only a folder can be given."""
 
     pooling: Pooling
     num_dense: int
     normalize: bool
     name: str | None
-    """None: only a folder can be given"""
 
     @property
     def advice(self) -> str:
         if self.name is not None:
-            # Only names of the table of embedders may have a folder behind them.
+            # Only our table's names, which have no owner, may be followed by a folder.
             return self.name if "/" in self.name else f"{self.name}@DIR"
         return f"{self.pooling}@DIR"
 
@@ -51,14 +50,14 @@ COMPUTED = {
     "sentence-transformers/gtr-t5-base": _GTR_PIPELINE,
     "sentence-transformers/all-MiniLM-L6-v2": _MINILM_L6,
     "sentence-transformers/all-MiniLM-L12-v2": _MINILM_L12,
-    # By the name of our table it would come with a prefix.
+    # Our table's name for it adds a prefix.
     "nomic-ai/nomic-embed-text-v1": Computed("mean", 0, True, "nomic-ai/nomic-embed-text-v1"),
 }
-PIPELINES = "sentence-transformers/"  # other names that begin so are read by their modules.json
+PIPELINES = "sentence-transformers/"  # other names with this owner follow their modules.json
 
 
 def check_computation(theirs: str, embedder: JaxEmbedder) -> None:
-    """Holds what is behind the embedder's encoder against what the original has there; weights can't show it.
+    """Compares what follows the embedder's encoder with what the original has there, which weights can't show.
 
     Args:
         theirs: the checkpoint's `embedder_model_name`.
@@ -70,10 +69,10 @@ def check_computation(theirs: str, embedder: JaxEmbedder) -> None:
     if expected is None:
         if theirs.startswith(PIPELINES) and embedder.name.partition("@")[0] in get_args(Pooling):
             raise InputError(
-                f"The inverter was trained for {theirs} as its modules.json says, which {embedder.name} leaves aside: "
-                "give the folder alone."
+                f"The inverter was trained for {theirs} with its modules.json, which {embedder.name} ignores: give the "
+                "folder alone."
             )
-        progress.note(f"The inverter was trained for {theirs}; whether {embedder.name} pools as that can't be checked.")
+        progress.note(f"The inverter was trained for {theirs}; whether {embedder.name} pools the same way is unknown.")
         return
     if (config.pooling, len(config.dense), config.normalize, config.prefix) != (*expected[:3], ""):
         raise InputError(
@@ -89,15 +88,11 @@ def _described(pooling: str, num_dense: int, normalize: bool, prefix: str) -> st
 
 
 def default_name(theirs: str) -> str:
-    """The embedder to load for a checkpoint's `embedder_model_name`.
-
-    Raises:
-        InputError: none is known by name.
-    """
+    """The embedder to load for a checkpoint's `embedder_model_name`."""
     known = COMPUTED.get(theirs)
     if known is not None and known.name is not None:
         return known.name
     if known is None and theirs.startswith(PIPELINES):
         return theirs
     advice = f"embedder={known.advice!r}" if known else "embedder=..."
-    raise InputError(f"No embedder of the name {theirs!r} is known, which the inverter was trained for: give {advice}.")
+    raise InputError(f"The inverter was trained for the embedder {theirs!r}, which is unknown here: give {advice}.")
