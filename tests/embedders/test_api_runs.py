@@ -216,3 +216,42 @@ def test_control_c_on_the_command_line_keeps_what_was_answered(endpoint: Endpoin
     assert "all answers are kept in" in err and "Traceback" not in err and KEY not in err
     assert not list(tmp_path.glob("o.npy*"))
     assert HttpEmbedder(endpoint.url, ApiConfig(model="tiny", cache=str(tmp_path / "cache"))).plan(TEXTS).cached == 12
+
+
+TWO = """
+import os, sys
+from types import SimpleNamespace
+import numpy as np
+from tests.helpers.fake_endpoint import EXPECTED, TEXTS
+from v2t_jax.config import ApiConfig, DistributedConfig
+from v2t_jax.embedders.black_box import HttpEmbedder, embed_once
+from v2t_jax.errors import InputError
+from v2t_jax.inversion.api import InversionResult, invert_on_all_hosts
+from v2t_jax.parallel import processes
+processes.start(DistributedConfig())
+url, cache = sys.argv[1:]
+def embedder(**limits):
+    return HttpEmbedder(url, ApiConfig(model="tiny", cache=cache + os.environ["V2T_PROCESS_ID"], **limits))
+def invert(pipeline, texts):
+    vectors = pipeline.embedder.embed(texts)
+    return [InversionResult(text, float(v[0]), 0, ()) for text, v in zip(texts, vectors, strict=True)]
+np.testing.assert_array_equal(embed_once(embedder(), TEXTS[:20]), EXPECTED[:20])
+found = invert_on_all_hosts(invert, SimpleNamespace(embedder=embedder(max_requests=1)), TEXTS)
+assert [one.text for one in found] == TEXTS and found[7].cosine == float(EXPECTED[7, 0])
+try:
+    embed_once(embedder(max_requests=0), ["one more"])
+except InputError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.multihost
+def test_two_processes_ask_for_each_text_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    """Each has a cache of its own, as hosts have; what process 0 is refused, all are."""
+    launcher = [sys.executable, "launch/local.py", "--processes", "2", "--devices", "1", "--"]
+    command = [*launcher, sys.executable, "-c", TWO, endpoint.url, str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("refused: tiny at ") == 2 and done.stdout.count("beyond api.max_requests 0 ") == 2
+    assert endpoint.paid == dict.fromkeys(TEXTS, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache0"]

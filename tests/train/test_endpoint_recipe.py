@@ -277,7 +277,7 @@ def test_a_killed_embed_goes_on_and_asks_for_nothing_twice(done: Whole, tmp_path
 @pytest.mark.multihost
 def test_two_processes_ask_for_each_text_once(done: Whole, tmp_path: Path) -> None:
     """Each with a cache of its own, as hosts have: held-out texts and hypotheses are all requested by process 0."""
-    recipe = dataclasses.replace(done.inverter, api=ApiConfig(model="shared", backoff=0.01))
+    recipe = dataclasses.replace(done.inverter, api=ApiConfig(model="tiny", backoff=0.01))
     (tmp_path / "recipe.py").write_text(RECIPE.format(json.dumps(to_dict(recipe))))
     code = "import os, sys; os.environ['XDG_CACHE_HOME'] = sys.argv.pop() + os.environ['V2T_PROCESS_ID']; "
     code += "from v2t_jax.cli.main import main; main()"

@@ -563,6 +563,9 @@ def test_command_lines_that_make_no_sense(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_v2t(monkeypatch, "convert", *arguments) == 2
-    *_, said = capsys.readouterr().err.splitlines()
-    assert said.startswith("v2t: ") and message in said
+    said = capsys.readouterr().err
+    if "gpt" not in arguments:  # a choice, which the command-line library refuses in its own words
+        said = said.splitlines()[-1]
+        assert said.startswith("v2t: ")
+    assert message in said
     assert not list(tmp_path.iterdir())
