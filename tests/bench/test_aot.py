@@ -1,7 +1,6 @@
 """Compiling for TPUs that aren't here: what is counted, what is refused, and, where libtpu is, one topology."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -17,7 +16,7 @@ from v2t_jax.bench import aot
 from v2t_jax.bench.roofline import CHIPS, Report, Topology, Work, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, load_recipe
 from v2t_jax.errors import InputError
-from v2t_jax.models import inverter
+from v2t_jax.models.inverter import Inverter
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="make aot installs libtpu")
 
@@ -49,9 +48,9 @@ def test_an_inverters_step_is_what_arithmetic_on_paper_gives():
     """T5-base, 16 pseudo-tokens, 32 tokens: every matrix's weights times the tokens that pass it."""
     t5 = T5_SIZES["t5-base"]
     config = ModelConfig(t5=t5, max_length=32)
-    params = jax.eval_shape(functools.partial(inverter.init, config), jax.random.key(0))
+    params = Inverter(config).abstract_params()
     shapes = [jax.ShapeDtypeStruct((1, 768), jnp.float32), jax.ShapeDtypeStruct((1, 32), jnp.int32)]
-    found = work(jax.make_jaxpr(functools.partial(inverter.logits, config))(params, *shapes).jaxpr)
+    found = work(jax.make_jaxpr(Inverter(config).apply)({"params": params}, *shapes).jaxpr)
     d, ff = 768, 3072
     encoder, decoder = 12 * 16 * (4 * d * d + 2 * d * ff), 12 * (32 * (6 * d * d + 2 * d * ff) + 16 * 2 * d * d)
     attention = 12 * 2 * d * (16 * 16 + 32 * 32 + 32 * 16)
@@ -65,11 +64,11 @@ def test_what_is_recomputed_is_not_kept():
     for remat in ("none", "dots", "full"):
         t5 = dataclasses.replace(T5_SIZES["t5-small"], remat=remat)
         config = ModelConfig(t5=t5, max_length=32)
-        params = jax.eval_shape(functools.partial(inverter.init, config), jax.random.key(0))
+        params = Inverter(config).abstract_params()
         e, ids = jax.ShapeDtypeStruct((7, 768), jnp.float32), jax.ShapeDtypeStruct((7, 32), jnp.int32)
 
         def left(params, e, ids, config=config):
-            return jax.tree.leaves(jax.vjp(lambda p: inverter.logits(config, p, e, ids), params)[1])
+            return jax.tree.leaves(jax.vjp(lambda p: Inverter(config).apply({"params": p}, e, ids), params)[1])
 
         kept[remat] = sum(leaf.size for leaf in jax.eval_shape(left, params, e, ids) if 7 in leaf.shape)
     assert kept["none"] > 1.2 * kept["dots"] > 1.5 * kept["full"], kept

@@ -15,8 +15,10 @@ import v2t_jax
 from v2t_jax.bench import decode, report, train
 from v2t_jax.cli import main as cli
 from v2t_jax.config import ModelConfig, T5Config
+from v2t_jax.decode.state import EOS
 from v2t_jax.errors import InputError
-from v2t_jax.models import inverter, t5
+from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.t5 import T5
 
 TINY = T5Config(
     vocab_size=48,
@@ -77,15 +79,15 @@ def test_the_commands_print_one_document(
 
 
 def test_decoding_makes_exactly_as_many_tokens_and_never_ends() -> None:
-    params = t5.init(TINY, jax.random.key(0))
+    params = T5(TINY).init_params(jax.random.key(0))
     ids = np.asarray(jax.jit(decode.generate, static_argnums=(0, 3))(TINY, params, jnp.full((3, 4), 5), 6))
-    assert ids.shape == (3, 6) and not (ids == 1).any()
+    assert ids.shape == (3, 6) and not (ids == EOS).any()
 
 
 def test_the_training_step_learns() -> None:
     config = ModelConfig(t5=TINY, embedding_width=8, num_pseudo_tokens=2, max_length=4, projection_dropout=0.0)
     e = np.random.default_rng(0).standard_normal((2, 8), np.float32)
-    step = train.Step(config, inverter.init(config, jax.random.key(0)), e, np.full((2, 4), 7))
+    step = train.Step(config, Inverter(config).init_params(jax.random.key(0)), e, np.full((2, 4), 7))
     first, second = step(), step()
     assert second < first
 

@@ -18,17 +18,19 @@ import numpy as np
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import Special
+from v2t_jax.decode.state import PAD
 from v2t_jax.interop.files import complete_config
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
-from v2t_jax.models import corrector, inverter, t5
-from v2t_jax.models.embedder import NETWORKS, EmbedderConfig, EncoderConfig, Pooling, embed
-from v2t_jax.models.layers import AttentionProjections, FeedForward, Params, RMSNorm, attend
+from v2t_jax.models.corrector import Corrector
+from v2t_jax.models.embedder import EmbedderConfig, Pooling, embed
+from v2t_jax.models.encoders import ENCODER_OF, EncoderConfig
+from v2t_jax.models.inverter import EmbeddingToText, Inverter
+from v2t_jax.models.layers import Params, mask_bias
+from v2t_jax.models.t5 import T5, Cache, T5Layer, T5Stack, relative_buckets
 
 Case = dict[str, np.ndarray]
 GOLDEN = Path(__file__).parent.parent / "golden"
-SPECIAL = Special(start=0, eos=1, pad=0)
 LAYERS, LOGITS = 1e-5, 1e-4
 
 
@@ -62,34 +64,30 @@ def check_t5_layers(case: Case) -> None:
     inputs = [name for name in case if name.startswith("layer/") and name.endswith("_in")]
     into = {name[6:-3]: jnp.asarray(case[name]) for name in inputs}
     encoded = jnp.asarray(case["encoded"])
-    pad_bias = t5.mask_bias(jnp.asarray(case["mask"]))
-    source, target = case["ids"].shape[1], case["labels"].shape[1]
-    encoder_bias = t5.position_bias(c, params["encoder"]["relative_bias"], source, bidirectional=True) + pad_bias
-    decoder_bias = t5.position_bias(c, params["decoder"]["relative_bias"], target, bidirectional=False)
+    pad_bias = mask_bias(jnp.asarray(case["mask"]))
 
-    def attention(p: Params, x: jax.Array, keys_of: jax.Array, bias: jax.Array) -> jax.Array:
-        heads = AttentionProjections(c.d_model, c.num_heads, c.d_kv).bind({"params": p})
-        return heads.out(attend(heads.query(x), *heads.key_value(keys_of), bias))
+    def bias_of(stack: str, length: int) -> jax.Array:
+        return T5Stack(c, stack == "decoder").apply({"params": params[stack]}, length, method="position_bias")
 
-    norm, feed_forward = RMSNorm(c.layer_norm_epsilon), FeedForward(c.d_ff, c.feed_forward, 0.0)
+    def part(stack: str, name: str, *inputs: jax.Array) -> jax.Array:
+        """One module of the stack's first layer."""
+        layer = T5Layer(c, stack == "decoder")
+        return layer.apply({"params": first[stack]}, method=lambda layer: getattr(layer, name)(*inputs))
+
+    def block(stack: str, *inputs: jax.Array) -> jax.Array:
+        return T5Layer(c, stack == "decoder").apply({"params": first[stack]}, *inputs)[0]
+
+    encoder_bias = bias_of("encoder", case["ids"].shape[1]) + pad_bias
+    decoder_bias = bias_of("decoder", case["labels"].shape[1])
+    x, y = into["encoder_attention"], into["decoder_attention"]
     ours = {
-        "encoder_norm": norm.apply({"params": first["encoder"]["self_attention_norm"]}, into["encoder_norm"]),
-        "encoder_attention": attention(
-            first["encoder"]["self_attention"], *[into["encoder_attention"]] * 2, encoder_bias
-        ),
-        "encoder_feed_forward": feed_forward.apply(
-            {"params": first["encoder"]["feed_forward"]}, into["encoder_feed_forward"], None
-        ),
-        "encoder_block": t5.EncoderLayer(c).apply(
-            {"params": first["encoder"]}, into["encoder_block"], encoder_bias, None
-        ),
-        "decoder_attention": attention(
-            first["decoder"]["self_attention"], *[into["decoder_attention"]] * 2, decoder_bias
-        ),
-        "cross_attention": attention(first["decoder"]["cross_attention"], into["cross_attention"], encoded, pad_bias),
-        "decoder_block": t5.DecoderLayer(c).apply(
-            {"params": first["decoder"]}, into["decoder_block"], encoded, decoder_bias, pad_bias, None
-        ),
+        "encoder_norm": part("encoder", "self_attention_norm", into["encoder_norm"]),
+        "encoder_attention": part("encoder", "self_attention", x, x, encoder_bias),
+        "encoder_feed_forward": part("encoder", "feed_forward", into["encoder_feed_forward"]),
+        "encoder_block": block("encoder", into["encoder_block"], encoder_bias),
+        "decoder_attention": part("decoder", "self_attention", y, y, decoder_bias),
+        "cross_attention": part("decoder", "cross_attention", into["cross_attention"], encoded, pad_bias),
+        "decoder_block": block("decoder", into["decoder_block"], decoder_bias, encoded, pad_bias),
     }
     assert set(ours) == set(into)
     for name, value in ours.items():
@@ -102,11 +100,14 @@ def run_t5(case: Case) -> tuple[jax.Array, jax.Array]:
 
     @jax.jit
     def run(params: Params, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        encoded = t5.encode(config, params, t5.embed_tokens(config, params, ids), mask)
-        hidden = t5.decode(config, params, t5.shift_right(labels), encoded, mask)
-        return encoded, t5.logits(config, params, hidden)
+        return encode_t5(config, params, ids, mask), T5(config).apply({"params": params}, ids, mask, labels)
 
     return run(params, case["ids"], case["mask"], case["labels"])
+
+
+def encode_t5(config: T5Config, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Ids and mask [B, S] -> encoder output [B, S, D]."""
+    return T5(config).apply({"params": params}, method=lambda t5: t5.encode(t5.embed_tokens(ids), mask))
 
 
 def check_t5_logits(case: Case) -> None:
@@ -119,16 +120,14 @@ def check_t5_decoding(case: Case) -> int:
     """Returns the number of tokens compared."""
     config, params = t5_of(case)
 
-    def start(
-        num_beams: int, length: int, params: Params, ids: jax.Array, mask: jax.Array
-    ) -> tuple[Callable, t5.Cache]:
-        encoded = t5.encode(config, params, t5.embed_tokens(config, params, ids), mask)
-        return t5.start_decoding(config, params, encoded, mask, max_length=length, num_beams=num_beams)
+    def start(num_beams: int, length: int, params: Params, ids: jax.Array, mask: jax.Array) -> tuple[Callable, Cache]:
+        encoded = encode_t5(config, params, ids, mask)
+        return T5(config).start_decoding(params, encoded, mask, max_length=length, num_beams=num_beams)
 
     return check_decoding(case, start, params, case["ids"], case["mask"])
 
 
-def check_decoding(case: Case, start: Callable[..., tuple[Callable, t5.Cache]], *arguments: Any) -> int:
+def check_decoding(case: Case, start: Callable[..., tuple[Callable, Cache]], *arguments: Any) -> int:
     """All settings of the case; returns the number of tokens compared, padding behind the ends not counted.
 
     `start(num_beams, max_length, *arguments)` prepares decoding of the case's batch.
@@ -140,7 +139,7 @@ def check_decoding(case: Case, start: Callable[..., tuple[Callable, t5.Cache]], 
         our_ids, our_scores = run(*arguments)
         np.testing.assert_array_equal(our_ids, ids, err_msg=str(settings))
         close(our_scores, scores, LOGITS, f"scores with {settings}")
-        compared += int((ids != SPECIAL.pad).sum())
+        compared += int((ids != PAD).sum())
     assert compared > 0
     return compared
 
@@ -156,11 +155,9 @@ def decode(start: Callable, batch_size: int, settings: dict[str, Any], *argument
     num_beams = settings.get("num_beams", 1)
     tokens_to_logits, cache = start(num_beams, settings["max_length"], *arguments)
     if "num_beams" in settings:
-        decoded, scores = beam_search(
-            tokens_to_logits, cache, batch_size=batch_size, num_return=num_beams, special=SPECIAL, **settings
-        )
+        decoded, scores = beam_search(tokens_to_logits, cache, batch_size=batch_size, num_return=num_beams, **settings)
         return decoded.ids, scores
-    decoded = greedy(tokens_to_logits, cache, batch_size=batch_size, special=SPECIAL, **settings)
+    decoded = greedy(tokens_to_logits, cache, batch_size=batch_size, **settings)
     return decoded.ids, decoded.log_probs
 
 
@@ -169,7 +166,7 @@ _embed = jax.jit(embed, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(config: EncoderConfig, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return NETWORKS[type(config)].encode(config, params, ids, mask)
+    return ENCODER_OF[type(config)](config).apply({"params": params}, ids, mask)
 
 
 def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -241,28 +238,29 @@ def corrector_of(case: Case) -> tuple[ModelConfig, Params]:
 
 
 def check_inverter(case: Case) -> None:
-    _check_network(case, inverter, *inverter_of(case), [case["e"]])
+    config, params = inverter_of(case)
+    _check_network(case, Inverter(config), params, [case["e"]])
 
 
 def check_corrector(case: Case) -> None:
     inputs = [case["e"], case["hypothesis"], case["hypothesis_embedding"]]
-    _check_network(case, corrector, *corrector_of(case), inputs)
+    config, params = corrector_of(case)
+    _check_network(case, Corrector(config), params, inputs)
 
 
-def _check_network(case: Case, network: Any, config: ModelConfig, params: Params, inputs: list[np.ndarray]) -> None:
+def _check_network(case: Case, network: EmbeddingToText, params: Params, inputs: list[np.ndarray]) -> None:
     arrays = [jnp.asarray(a) for a in inputs]
-    assert jax.tree.structure(params) == jax.tree.structure(
-        jax.eval_shape(functools.partial(network.init, config), jax.random.key(0))
-    )
-    encoded, _, offset = jax.jit(functools.partial(network.encode, config))(params, *arrays)
+    assert jax.tree.structure(params) == jax.tree.structure(network.abstract_params())
+    run = jax.jit(network.apply, static_argnames="method")
+    encoded, _, offset = run({"params": params}, *arrays, method="encode")
     assert offset is None
     close(encoded, case["encoded"], LAYERS, "encoder output")
-    logits = jax.jit(functools.partial(network.logits, config))(params, *arrays, jnp.asarray(case["labels"]))
+    logits = run({"params": params}, *arrays, jnp.asarray(case["labels"]))
     close(logits, case["logits"], LOGITS, "logits")
 
-    def start(num_beams: int, length: int, params: Params, *arrays: jax.Array) -> tuple[Callable, t5.Cache]:
-        assert length == config.max_length
-        return network.start_decoding(config, params, *arrays, num_beams=num_beams)
+    def start(num_beams: int, length: int, params: Params, *arrays: jax.Array) -> tuple[Callable, Cache]:
+        assert length == network.config.max_length
+        return network.start_decoding(params, *arrays, num_beams=num_beams)
 
     check_decoding(case, start, params, *arrays)
 
@@ -272,7 +270,7 @@ def check_relative_buckets(case: Case) -> None:
     for name, buckets in case.items():
         if name.startswith("buckets/"):
             num_buckets, max_distance, both_ways = map(int, name.split("/")[1:])
-            ours = t5.relative_buckets(case["distances"], bool(both_ways), num_buckets, max_distance)
+            ours = relative_buckets(case["distances"], bool(both_ways), num_buckets, max_distance)
             np.testing.assert_array_equal(ours, buckets, err_msg=name)
             tried += 1
     assert tried > 0

@@ -4,7 +4,6 @@ Prints one JSON line for each: its name and the arrays that all-gathers leave. A
 rematerialize, shows that its warning would be seen.
 """
 
-import functools
 import json
 import re
 import sys
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from v2t_jax.config import MeshConfig, ModelConfig, OptimizerConfig, T5Config
-from v2t_jax.models import bert
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap
+from v2t_jax.models.encoders import Bert, BertConfig
 from v2t_jax.parallel.mesh import OnMesh, make_mesh
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
-    NETWORKS,
     Batch,
     FrozenParams,
     TrainState,
@@ -37,7 +36,7 @@ MODEL = ModelConfig(
     num_pseudo_tokens=2,
     max_length=LENGTH,
 )
-EMBEDDER = EmbedderConfig(bert.BertConfig(VOCAB, 16, 2, 2, 32, 64, 2), width=16)
+EMBEDDER = EmbedderConfig(BertConfig(VOCAB, 16, 2, 2, 32, 64, 2), width=16)
 CASES = [("inverter", MeshConfig(2, 2, 2)), ("corrector", MeshConfig(1, 4, 2))]
 MARK = "the control begins"
 
@@ -52,17 +51,16 @@ def gathered(hlo_text: str) -> list[list[int]]:
 
 
 def train_step(stage: str, config: MeshConfig) -> str:
-    mesh, key = make_mesh(config), jax.random.key(0)
-    init = functools.partial(NETWORKS[stage].init, MODEL)
-    params = jax.eval_shape(init, key)
+    mesh = make_mesh(config)
+    params = NETWORKS[stage](MODEL).abstract_params()
     optimizer = make_optimizer(OptimizerConfig(), 10)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(count, params, jax.eval_shape(optimizer.init, params))
     step = make_step(make_loss(stage, MODEL, EMBEDDER, TokenMap((2,), 3)), optimizer, 1, 0)
     frozen = FrozenParams(
-        {"encoder": jax.eval_shape(functools.partial(bert.init, EMBEDDER.encoder), key)},
+        {"encoder": Bert(EMBEDDER.encoder).abstract_params()},
         jax.ShapeDtypeStruct((VOCAB,), jnp.int32),
-        jax.eval_shape(functools.partial(NETWORKS["inverter"].init, MODEL), key) if stage == "corrector" else None,
+        NETWORKS["inverter"](MODEL).abstract_params() if stage == "corrector" else None,
     )
     program, shardings = shard_step(step, mesh, state, stage)
     frozen = jax.tree.map(

@@ -9,7 +9,7 @@ from v2t_jax.config import ModelConfig, Stage, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
 
 WIDTH, MAX_LENGTH = 16, 8
@@ -25,9 +25,8 @@ def make_model(folder: Path, stages: tuple[Stage, ...] = ("inverter", "corrector
         vocab_size=vocabulary.size, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_encoder_layers=1, num_decoder_layers=1
     )
     config = ModelConfig(t5=t5, embedding_width=WIDTH, num_pseudo_tokens=2, max_length=MAX_LENGTH)
-    networks = {"inverter": inverter, "corrector": corrector}
     params: dict[Stage, Params] = {
-        stage: networks[stage].init(config, jax.random.key(seed)) for seed, stage in enumerate(stages)
+        stage: NETWORKS[stage](config).init_params(jax.random.key(seed)) for seed, stage in enumerate(stages)
     }
     InversionPipeline(name, config, params, embedder, vocabulary).save(folder / name, record={})
     return folder / name

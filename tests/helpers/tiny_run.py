@@ -21,7 +21,7 @@ from v2t_jax.config import (
     StageConfig,
     T5Config,
 )
-from v2t_jax.models import bert
+from v2t_jax.models.encoders import Bert, BertConfig
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = [
@@ -31,7 +31,7 @@ WORDS = [
     *("not", "today"),
 ]
 PIECES = (*SPECIAL, *WORDS, "##s", "##ed", "##ing", *"bcdefghijkm")
-BERT = bert.BertConfig(vocab_size=60, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_positions=32)
+BERT = BertConfig(vocab_size=60, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_positions=32)
 
 
 def make_tokenizer() -> Tokenizer:
@@ -74,7 +74,7 @@ def make_embedder(folder: Path, seed: int = 0) -> Path:
     """Writes a random embedder as a sentence-transformers folder: mean pooling and L2, 32 positions, width 16."""
     assert len(PIECES) == BERT.vocab_size
     (folder / "1_Pooling").mkdir(parents=True)
-    state = dict(_huggingface_state(bert.init(BERT, jax.random.key(seed))))
+    state = dict(_huggingface_state(Bert(BERT).init_params(jax.random.key(seed))))
     save_file({k: np.ascontiguousarray(v, np.float32) for k, v in state.items()}, folder / "model.safetensors")
     make_tokenizer().save(str(folder / "tokenizer.json"))
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))

@@ -22,7 +22,8 @@ from v2t_jax.config import Stage
 from v2t_jax.interop.files import open_checkpoint
 from v2t_jax.inversion.api import invert_embeddings
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import Corrector
+from v2t_jax.models.inverter import Inverter
 from v2t_jax.vec2text.checkpoints import Pair, read_base, read_settings, read_vec2text
 
 BEAMS = "vec2text_beams"
@@ -82,10 +83,10 @@ def check_logits(pair: Pair, record: Case) -> float:
     inputs = ("e", "labels", "hypothesis", "e_hat")
     e, labels, hypothesis, e_hat = (jnp.asarray(record[name]) for name in inputs)
     params = jax.device_put(pair.params)
-    logits = jax.jit(inverter.logits, static_argnums=0)(pair.config, params["inverter"], e, labels)
+    logits = jax.jit(Inverter(pair.config).apply)({"params": params["inverter"]}, e, labels)
     close(logits, record["inverter_logits"], LOGITS, "inverter")
-    corrected = jax.jit(corrector.logits, static_argnums=0)
-    second = corrected(pair.config, params["corrector"], e, hypothesis, e_hat, labels)
+    corrector = jax.jit(Corrector(pair.config).apply)
+    second = corrector({"params": params["corrector"]}, e, hypothesis, e_hat, labels)
     close(second, record["corrector_logits"], LOGITS, "corrector")
     differences = (logits - record["inverter_logits"], second - record["corrector_logits"])
     return max(float(np.abs(difference).max()) for difference in differences)

@@ -14,8 +14,8 @@ from tests.helpers.equivalence import Case, load, state_dict, t5_of
 from v2t_jax.config import T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hf_t5 import load_t5, save_t5, t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
-from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import T5
 
 TINY = T5Config(vocab_size=11, d_model=6, d_kv=4, d_ff=5, num_heads=2, num_encoder_layers=2, num_decoder_layers=1)
 V1_1 = dataclasses.replace(TINY, feed_forward="gated-gelu", tie_word_embeddings=False)
@@ -23,7 +23,7 @@ V1_1 = dataclasses.replace(TINY, feed_forward="gated-gelu", tie_word_embeddings=
 
 def make(config: T5Config) -> Params:
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), t5.abstract_params(config))
+    return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), T5(config).abstract_params())
 
 
 @pytest.mark.parametrize("config", [TINY, V1_1], ids=["v1.0", "v1.1"])

@@ -21,7 +21,7 @@ from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import cosines
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import NETWORKS
 
 WIDTH = 16
 OPTIONS = {"num_steps": 2, "sequence_beam_width": 2, "batch_size": 8}
@@ -70,11 +70,10 @@ def make_foreign(embedder: TextEmbedder) -> InversionPipeline:
     config = ModelConfig(
         t5=T5Config(vocab_size=vocabulary.size, **sizes), embedding_width=WIDTH, num_pseudo_tokens=2, max_length=12
     )
-    networks = {"inverter": inverter, "corrector": corrector}
     # Larger than at the start of a training, so that the outputs are many.
     params = {
-        stage: jax.tree.map(lambda leaf: 4 * leaf, networks[stage].init(config, jax.random.key(seed)))
-        for seed, stage in enumerate(networks)
+        stage: jax.tree.map(lambda leaf: 4 * leaf, NETWORKS[stage](config).init_params(jax.random.key(seed)))
+        for seed, stage in enumerate(NETWORKS)
     }
     return InversionPipeline("own-tokenizer", config, params, embedder, vocabulary, shares_vocabulary=False)
 

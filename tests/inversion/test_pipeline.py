@@ -1,7 +1,6 @@
 """Model folders: what is saved comes back, and what is damaged is refused in one sentence."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import shutil
@@ -18,7 +17,7 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, load
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import NETWORKS
 
 T5 = T5Config(vocab_size=60, d_model=64, d_kv=32, d_ff=128, num_heads=2, num_encoder_layers=1, num_decoder_layers=1)
 MODEL = ModelConfig(t5=T5, embedding_width=16, num_pseudo_tokens=2, max_length=8, standardize=True, bag_of_words=True)
@@ -29,8 +28,8 @@ def model(tmp_path_factory):
     """Random networks on a tiny embedder, as training would hand them over."""
     embedder = load_embedder(str(make_embedder(tmp_path_factory.mktemp("embedder") / "embedder")))
     params = {
-        name: jax.jit(functools.partial(network.init, MODEL))(jax.random.key(i))
-        for i, (name, network) in enumerate((("inverter", inverter), ("corrector", corrector)))
+        name: jax.jit(network(MODEL).init_params)(jax.random.key(i))
+        for i, (name, network) in enumerate(NETWORKS.items())
     }
     return InversionPipeline("test", MODEL, params, embedder, Vocabulary.full(embedder.tokenizer))
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,10 @@ import numpy as np
 import pytest
 
 from v2t_jax.config import ModelConfig, T5Config
-from v2t_jax.models import corrector, inverter, t5
+from v2t_jax.models.corrector import Corrector
+from v2t_jax.models.inverter import EmbeddingToText, Inverter
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import Cache, shift_right
 
 T5 = T5Config(
     vocab_size=20,
@@ -27,20 +28,22 @@ T5 = T5Config(
 PLAIN = ModelConfig(t5=T5, embedding_width=6, num_pseudo_tokens=3, max_length=5)
 OPTIONS = dataclasses.replace(PLAIN, standardize=True, bag_of_words=True)
 B = 3
-each = pytest.mark.parametrize("network", [inverter, corrector], ids=["inverter", "corrector"])
+Network = type[EmbeddingToText]
+each = pytest.mark.parametrize("network", [Inverter, Corrector])
 
 
 @functools.cache
-def init(network: Any, config: ModelConfig) -> Params:
-    return jax.jit(functools.partial(network.init, config))(jax.random.key(0))
+def init(network: Network, config: ModelConfig) -> Params:
+    return jax.jit(network(config).init_params)(jax.random.key(0))
 
 
 @functools.cache
-def logits_of(network: Any, config: ModelConfig) -> Callable[..., jax.Array]:
-    return jax.jit(functools.partial(network.logits, config))
+def logits_of(network: Network, config: ModelConfig) -> Callable[..., jax.Array]:
+    run = jax.jit(network(config).apply)
+    return lambda params, *inputs: run({"params": params}, *inputs)
 
 
-def make(network: Any, config: ModelConfig) -> tuple[Params, list[jax.Array], jax.Array]:
+def make(network: Network, config: ModelConfig) -> tuple[Params, list[jax.Array], jax.Array]:
     """Parameters of which none is 0 or 1, inputs, labels [B, L]."""
     rng = np.random.default_rng(0)
     params = init(network, config)
@@ -49,21 +52,21 @@ def make(network: Any, config: ModelConfig) -> tuple[Params, list[jax.Array], ja
     )
     e, e_hat = (jnp.asarray(rng.normal(size=(B, config.embedding_width)), jnp.float32) for _ in range(2))
     hypothesis = jnp.asarray([[5, 6, 7, 8, 1], [9, 1, 0, 0, 0], [3, 4, 1, 0, 0]], jnp.int32)
-    inputs = [e] if network is inverter else [e, hypothesis, e_hat]
+    inputs = [e] if network is Inverter else [e, hypothesis, e_hat]
     return params, inputs, jnp.asarray(rng.integers(2, 20, (B, config.max_length)), jnp.int32)
 
 
 @each
 @pytest.mark.parametrize("config", [PLAIN, OPTIONS], ids=["plain", "options"])
-def test_steps_equal_teacher_forcing(network: Any, config: ModelConfig) -> None:
+def test_steps_equal_teacher_forcing(network: Network, config: ModelConfig) -> None:
     params, inputs, labels = make(network, config)
 
     @jax.jit
     def stepwise(params: Params) -> jax.Array:
-        tokens_to_logits, cache = network.start_decoding(config, params, *inputs, num_beams=2)
-        ids = jnp.repeat(t5.shift_right(labels), 2, axis=0)
+        tokens_to_logits, cache = network(config).start_decoding(params, *inputs, num_beams=2)
+        ids = jnp.repeat(shift_right(labels), 2, axis=0)
 
-        def step(cache: t5.Cache, x: tuple[jax.Array, jax.Array]) -> tuple[t5.Cache, jax.Array]:
+        def step(cache: Cache, x: tuple[jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:
             logits, cache = tokens_to_logits(x[0], cache, x[1])
             return cache, logits
 
@@ -74,7 +77,7 @@ def test_steps_equal_teacher_forcing(network: Any, config: ModelConfig) -> None:
 
 
 @each
-def test_options_at_their_start_change_nothing(network: Any) -> None:
+def test_options_at_their_start_change_nothing(network: Network) -> None:
     """Zero mean, unit deviation and a zero bag of words are the original's maths."""
     params, inputs, labels = make(network, PLAIN)
     fresh = init(network, OPTIONS)
@@ -83,7 +86,7 @@ def test_options_at_their_start_change_nothing(network: Any) -> None:
 
 
 @each
-def test_statistics_are_no_parameters(network: Any) -> None:
+def test_statistics_are_no_parameters(network: Network) -> None:
     params, inputs, labels = make(network, OPTIONS)
     gradient = jax.grad(lambda p: jnp.mean(jnp.square(logits_of(network, OPTIONS)(p, *inputs, labels))))(params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.pop("statistics")))
@@ -92,15 +95,15 @@ def test_statistics_are_no_parameters(network: Any) -> None:
 
 def test_a_standardized_inverter_sees_standardized_vectors() -> None:
     config = dataclasses.replace(PLAIN, standardize=True)
-    params, (e,), labels = make(inverter, config)
+    params, (e,), labels = make(Inverter, config)
     mean, std = params["statistics"]["mean"], params["statistics"]["std"]
-    plain = logits_of(inverter, PLAIN)(params, (e - mean[None]) / std[None], labels)
-    np.testing.assert_allclose(logits_of(inverter, config)(params, e, labels), plain, rtol=1e-5, atol=1e-5)
+    plain = logits_of(Inverter, PLAIN)(params, (e - mean[None]) / std[None], labels)
+    np.testing.assert_allclose(logits_of(Inverter, config)(params, e, labels), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_hypothesis_padding_counts_for_nothing() -> None:
-    params, (e, hypothesis, e_hat), labels = make(corrector, PLAIN)
+    params, (e, hypothesis, e_hat), labels = make(Corrector, PLAIN)
     longer = jnp.pad(hypothesis, ((0, 0), (0, 3)))
-    ours = logits_of(corrector, PLAIN)(params, e, longer, e_hat, labels)
-    expected = logits_of(corrector, PLAIN)(params, e, hypothesis, e_hat, labels)
+    ours = logits_of(Corrector, PLAIN)(params, e, longer, e_hat, labels)
+    expected = logits_of(Corrector, PLAIN)(params, e, hypothesis, e_hat, labels)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 import json
 import re
 from pathlib import Path
@@ -14,44 +13,57 @@ import jax
 import pytest
 
 from v2t_jax.config import ModelConfig, T5Config
-from v2t_jax.models import bert, clip_text, corrector, inverter, llama, modernbert, nomic_bert, t5, t5_encoder
-from v2t_jax.models.embedder import NETWORKS
+from v2t_jax.models.corrector import Corrector
+from v2t_jax.models.encoders import (
+    ENCODER_OF,
+    Bert,
+    BertConfig,
+    ClipText,
+    ClipTextConfig,
+    Llama,
+    LlamaConfig,
+    ModernBert,
+    ModernBertConfig,
+    NomicBert,
+    NomicBertConfig,
+)
+from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.layers import Network
+from v2t_jax.models.t5 import T5, T5Encoder
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "param_trees.json"
 V1_0 = T5Config(vocab_size=10, d_model=8, d_kv=3, d_ff=12, num_heads=2, num_encoder_layers=2, num_decoder_layers=3)
 V1_1 = dataclasses.replace(V1_0, feed_forward="gated-gelu", tie_word_embeddings=False)
 MODEL = ModelConfig(t5=V1_0, embedding_width=6, num_pseudo_tokens=2, max_length=4)
 OPTIONS = dataclasses.replace(MODEL, t5=V1_1, standardize=True, bag_of_words=True)
-BERT = bert.BertConfig(10, 8, 2, 2, 12, 7)
-GEMMA = llama.LlamaConfig(10, 8, 4, 2, 3, 12, (True, False), head_norms=True, gemma=True)
-CASES: dict[str, tuple[Any, Any]] = {
-    "t5 v1.0": (t5, V1_0),
-    "t5 v1.1": (t5, V1_1),
-    "inverter": (inverter, MODEL),
-    "inverter, all options": (inverter, OPTIONS),
-    "corrector": (corrector, MODEL),
-    "corrector, all options": (corrector, OPTIONS),
-    "corrector without input norm": (corrector, dataclasses.replace(MODEL, input_norm=False)),
-    "bert": (bert, BERT),
-    "bert with pooler": (bert, dataclasses.replace(BERT, pooler=True)),
-    "distilbert": (bert, dataclasses.replace(BERT, type_vocab_size=0)),
-    "roberta": (bert, dataclasses.replace(BERT, type_vocab_size=1, pad_id=1)),
-    "mpnet": (bert, dataclasses.replace(BERT, type_vocab_size=0, pad_id=1, relative_buckets=8)),
-    "t5 v1.0 encoder": (t5_encoder, V1_0),
-    "t5 v1.1 encoder": (t5_encoder, V1_1),
-    "nomic-bert": (nomic_bert, nomic_bert.NomicBertConfig(10, 8, 2, 2, 12)),
-    "modernbert": (modernbert, modernbert.ModernBertConfig(10, 8, 2, 12, (False, True, True))),
-    "llama": (llama, llama.LlamaConfig(10, 8, 4, 2, 3, 12, (False, False))),
-    "qwen3": (llama, llama.LlamaConfig(10, 8, 4, 2, 3, 12, (False, False), head_norms=True)),
-    "gemma 3": (llama, GEMMA),
-    "clip text": (clip_text, clip_text.ClipTextConfig(10, 8, 2, 2, 12, 7)),
+BERT = BertConfig(10, 8, 2, 2, 12, 7)
+GEMMA = LlamaConfig(10, 8, 4, 2, 4, 12, (True, False), head_norms=True, gemma=True)
+CASES: dict[str, Network] = {
+    "t5 v1.0": T5(V1_0),
+    "t5 v1.1": T5(V1_1),
+    "inverter": Inverter(MODEL),
+    "inverter, all options": Inverter(OPTIONS),
+    "corrector": Corrector(MODEL),
+    "corrector, all options": Corrector(OPTIONS),
+    "corrector without input norm": Corrector(dataclasses.replace(MODEL, input_norm=False)),
+    "bert": Bert(BERT),
+    "bert with pooler": Bert(dataclasses.replace(BERT, pooler=True)),
+    "distilbert": Bert(dataclasses.replace(BERT, type_vocab_size=0)),
+    "roberta": Bert(dataclasses.replace(BERT, type_vocab_size=1, pad_id=1)),
+    "mpnet": Bert(dataclasses.replace(BERT, type_vocab_size=0, pad_id=1, relative_buckets=8)),
+    "t5 v1.0 encoder": T5Encoder(V1_0),
+    "t5 v1.1 encoder": T5Encoder(V1_1),
+    "nomic-bert": NomicBert(NomicBertConfig(10, 8, 2, 2, 12)),
+    "modernbert": ModernBert(ModernBertConfig(10, 8, 2, 12, (False, True, True))),
+    "llama": Llama(LlamaConfig(10, 8, 4, 2, 4, 12, (False, False))),
+    "qwen3": Llama(LlamaConfig(10, 8, 4, 2, 4, 12, (False, False), head_norms=True)),
+    "gemma 3": Llama(GEMMA),
+    "clip text": ClipText(ClipTextConfig(10, 8, 2, 2, 12, 7)),
 }
 
 
 def tree(name: str) -> dict[str, list[Any]]:
-    network, config = CASES[name]
-    params = jax.eval_shape(functools.partial(network.init, config), jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(CASES[name].abstract_params())
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [*leaf.shape, str(leaf.dtype)] for path, leaf in leaves
     }
@@ -63,7 +75,7 @@ def test_names_shapes_and_dtypes_are_frozen(name: str) -> None:
 
 
 def test_every_kind_of_encoder_is_frozen() -> None:
-    assert {type(config) for _, config in CASES.values()} >= set(NETWORKS)
+    assert {type(network) for network in CASES.values()} >= set(ENCODER_OF.values())
     assert set(json.loads(GOLDEN.read_text())) == set(CASES)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from v2t_jax.config import T5Config
-from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import T5, Cache, shift_right
 
 V1_0 = T5Config(
     vocab_size=20,
@@ -33,7 +33,7 @@ B, S, L, BEAMS = 3, 6, 7, 2
 def make(config: T5Config) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
     """Parameters (norm scales not 1), embeds [B, S, D], mask [B, S], labels [B, L]."""
     rng = np.random.default_rng(0)
-    params = jax.jit(t5.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(T5(config).init_params)(jax.random.key(0))
     params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
     embeds = jnp.asarray(rng.normal(size=(B, S, config.d_model)), jnp.float32)
     mask = (jnp.arange(S)[None] < jnp.asarray([S, 4, 1])[:, None]).astype(jnp.int32)
@@ -42,10 +42,10 @@ def make(config: T5Config) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(config: T5Config, params: Params, embeds: Any, mask: Any, labels: Any, key: Any = None) -> jax.Array:
-    k_encode, k_decode = (None, None) if key is None else jax.random.split(key)
-    encoded = t5.encode(config, params, embeds, mask, k_encode)
-    hidden = t5.decode(config, params, t5.shift_right(labels), encoded, mask, k_decode)
-    return t5.logits(config, params, hidden)
+    def logits(t5: T5) -> jax.Array:
+        return t5.logits(t5.decode(shift_right(labels), t5.encode(embeds, mask), mask))
+
+    return T5(config).apply({"params": params}, rngs=None if key is None else {"dropout": key}, method=logits)
 
 
 def same(a: Any, b: Any, tolerance: float = 1e-5) -> None:
@@ -61,23 +61,25 @@ def test_prefill_and_steps_equal_the_full_forward_pass(config: T5Config) -> None
 
     @jax.jit
     def full(params: Params) -> jax.Array:
-        encoded = jnp.repeat(t5.encode(config, params, embeds, mask), BEAMS, axis=0)
-        ids = t5.shift_right(beams)
-        hidden = t5.decode(config, params, ids, encoded, jnp.repeat(mask, BEAMS, axis=0))
-        return t5.logits(config, params, hidden + jnp.repeat(offset, BEAMS, axis=0)[:, None])
+        def logits(t5: T5) -> jax.Array:
+            encoded = jnp.repeat(t5.encode(embeds, mask), BEAMS, axis=0)
+            hidden = t5.decode(shift_right(beams), encoded, jnp.repeat(mask, BEAMS, axis=0))
+            return t5.logits(hidden + jnp.repeat(offset, BEAMS, axis=0)[:, None])
+
+        return T5(config).apply({"params": params}, method=logits)
 
     @jax.jit
     def stepwise(params: Params) -> jax.Array:
-        encoded = t5.encode(config, params, embeds, mask)
-        tokens_to_logits, cache = t5.start_decoding(
-            config, params, encoded, mask, max_length=L, num_beams=BEAMS, hidden_offset=offset
+        encoded = T5(config).apply({"params": params}, embeds, mask, method="encode")
+        tokens_to_logits, cache = T5(config).start_decoding(
+            params, encoded, mask, max_length=L, num_beams=BEAMS, hidden_offset=offset
         )
 
-        def step(cache: t5.Cache, x: tuple[jax.Array, jax.Array]) -> tuple[t5.Cache, jax.Array]:
+        def step(cache: Cache, x: tuple[jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:
             logits, cache = tokens_to_logits(x[0], cache, x[1])
             return cache, logits
 
-        _, logits = jax.lax.scan(step, cache, (t5.shift_right(beams).T, jnp.arange(L)))
+        _, logits = jax.lax.scan(step, cache, (shift_right(beams).T, jnp.arange(L)))
         return jnp.swapaxes(logits, 0, 1)
 
     same(stepwise(params), full(params))
@@ -124,7 +126,7 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(change: dict[str, Any]
     jax.tree.map(same, loss_and_gradient(dataclasses.replace(V1_0, **change)), loss_and_gradient(V1_0))
 
 
-def test_dropout_needs_a_key_and_follows_it() -> None:
+def test_dropout_needs_a_key_and_depends_on_it() -> None:
     params, *arrays = make(V1_0)
     none, first, again, second = (
         run(V1_0, params, *arrays, key) for key in (None, jax.random.key(0), jax.random.key(0), jax.random.key(1))

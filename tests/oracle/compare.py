@@ -21,8 +21,8 @@ from v2t_jax.bench.decode import T5_BASE, Decode, generate, source_ids
 from v2t_jax.bench.train import OPTIMIZER, T5_SMALL, Step, Train
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.interop.hf_t5 import t5_from_huggingface
-from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import unstack_decoder
 
 LOSS_TOLERANCE = 1e-4
 
@@ -64,7 +64,7 @@ def to_numpy(module: nn.Module) -> dict[str, np.ndarray]:
 def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> list[dict[str, Any]]:
     """One comparison per batch size; both sides must generate the same tokens."""
     model = torch_t5(config)
-    params = t5.unstack_decoder(jax.tree.map(jnp.asarray, t5_from_huggingface(to_numpy(model), config)))
+    params = unstack_decoder(jax.tree.map(jnp.asarray, t5_from_huggingface(to_numpy(model), config)))
     jitted = jax.jit(generate, static_argnums=(0, 3))
     results = []
     for batch_size in options.batch_size:

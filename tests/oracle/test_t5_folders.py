@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.helpers.equivalence import encode_t5
 from tests.helpers.tiny_run import make_tokenizer
 from v2t_jax.config import T5Config
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import Special
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.interop.hf_t5 import load_t5, save_t5
-from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import T5
 from v2t_jax.vec2text.checkpoints import check_embedder
 
 pytestmark = pytest.mark.oracle
@@ -55,9 +55,7 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 def our_logits(config: T5Config, params: Params, labels: np.ndarray) -> np.ndarray:
     ids, mask = map(jnp.asarray, inputs())
-    encoded = t5.encode(config, params, t5.embed_tokens(config, params, ids), mask)
-    hidden = t5.decode(config, params, t5.shift_right(jnp.asarray(labels)), encoded, mask)
-    return np.asarray(t5.logits(config, params, hidden))
+    return np.asarray(T5(config).apply({"params": params}, ids, mask, jnp.asarray(labels)))
 
 
 def their_logits(model: Any, labels: np.ndarray) -> np.ndarray:
@@ -83,14 +81,14 @@ def test_folders_of_transformers(form: str, tmp_path: Path) -> None:
     torch = importlib.import_module("torch")
     ids, mask = (torch.tensor(array, dtype=torch.int64) for array in inputs())
     our_ids, our_mask = map(jnp.asarray, inputs())
-    encoded = t5.encode(config, params, t5.embed_tokens(config, params, our_ids), our_mask)
-    shared = {"batch_size": 6, "max_length": LENGTH, "special": Special(start=0, eos=1, pad=0)}
+    encoded = encode_t5(config, params, our_ids, our_mask)
+    shared = {"batch_size": 6, "max_length": LENGTH}
     for num_beams in (1, 3):
         with torch.no_grad():
             theirs = model.generate(
                 ids, attention_mask=mask, num_beams=num_beams, do_sample=False, max_length=LENGTH + 1
             )[:, 1:].numpy()
-        start = partial(t5.start_decoding, config, params, encoded, our_mask, max_length=LENGTH, num_beams=num_beams)
+        start = partial(T5(config).start_decoding, params, encoded, our_mask, max_length=LENGTH, num_beams=num_beams)
         if num_beams == 1:
             ours = greedy(*start(), **shared).ids
         else:

@@ -324,7 +324,7 @@ def beams() -> None:
         return_dict_in_generate=True,
         output_scores=True,
     )
-    settings = {"max_length": 19, "num_beams": 4, "early_stopping": False, "stop_rule": "any"}
+    settings = {"max_length": 19, "num_beams": 4, "stop_rule": "any"}
     np.savez_compressed(
         "beams.npz",
         **state,

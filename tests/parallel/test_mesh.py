@@ -1,6 +1,5 @@
 """The tables from parameters to mesh axes, strict both ways, and the shardings that follow."""
 
-import functools
 import itertools
 
 import jax
@@ -11,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from v2t_jax.config import MeshConfig, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import Corrector
+from v2t_jax.models.inverter import Inverter
 from v2t_jax.parallel.mesh import batch_sharding, make_mesh, param_specs, state_shardings
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import TrainState
@@ -28,7 +28,7 @@ def shapes(network, **options):
         tie_word_embeddings=options.pop("tie", True),
     )
     model = ModelConfig(t5=t5, embedding_width=6, num_pseudo_tokens=2, **options)
-    return jax.eval_shape(functools.partial(network.init, model), jax.random.key(0))
+    return network(model).abstract_params()
 
 
 OPTIONS = [
@@ -39,7 +39,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("network", [inverter, corrector])
+@pytest.mark.parametrize("network", [Inverter, Corrector])
 def test_tables_fit_every_option(network):
     for options in OPTIONS:
         params = shapes(network, **options)
@@ -51,7 +51,7 @@ def test_tables_fit_every_option(network):
         assert specs["t5"]["token_embedding"] == PartitionSpec("model", None)
 
 
-@pytest.mark.parametrize("network", [inverter, corrector])
+@pytest.mark.parametrize("network", [Inverter, Corrector])
 def test_every_rule_is_needed(network):
     """Without a rule, parameters of some option go unmatched: so no rule is there for nothing."""
     params = [shapes(network, **OPTIONS[i]) for i in (0, -1)]
@@ -68,8 +68,8 @@ def test_every_rule_is_needed(network):
 
 
 def test_unmatched_unused_and_too_long():
-    params = shapes(inverter)
-    table = inverter.PARAM_AXES
+    params = shapes(Inverter)
+    table = Inverter.PARAM_AXES
     with pytest.raises(ValueError, match="No sharding rule matches the parameter surplus"):
         param_specs(params | {"surplus": jnp.zeros(3)}, table)
     with pytest.raises(ValueError, match="No parameter uses the sharding rule 'other/kernel'"):
@@ -82,11 +82,11 @@ def test_unmatched_unused_and_too_long():
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_optimiser_states_lie_like_the_parameters(name):
-    params = shapes(corrector, **OPTIONS[-1])
+    params = shapes(Corrector, **OPTIONS[-1])
     optimizer = make_optimizer(OptimizerConfig(name=name), 10)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    specs = param_specs(params, corrector.PARAM_AXES)
+    specs = param_specs(params, Corrector.PARAM_AXES)
     shardings = state_shardings(mesh, state, specs)
     assert shardings.step.spec == PartitionSpec()
     assert jax.tree.map(lambda s: s.spec, shardings.params) == specs
@@ -98,11 +98,11 @@ def test_optimiser_states_lie_like_the_parameters(name):
 
 
 def test_an_axis_that_the_mesh_does_not_divide():
-    params = shapes(inverter)
+    params = shapes(Inverter)
     mesh = make_mesh(MeshConfig(1, 8, 1))
-    assert state_shardings(mesh, params, param_specs(params, inverter.PARAM_AXES))
+    assert state_shardings(mesh, params, param_specs(params, Inverter.PARAM_AXES))
     with pytest.raises(InputError, match="relative_bias has an axis of 2, which mesh.model=8 doesn't divide"):
-        state_shardings(make_mesh(MeshConfig(1, 1, 8)), params, param_specs(params, inverter.PARAM_AXES))
+        state_shardings(make_mesh(MeshConfig(1, 1, 8)), params, param_specs(params, Inverter.PARAM_AXES))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ A changed table shows as a difference of files; `python -m tests.parallel.test_s
 """
 
 import dataclasses
-import functools
 import json
 from math import prod
 from pathlib import Path
@@ -15,12 +14,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from v2t_jax.config import T5_SIZES, ModelConfig, OptimizerConfig
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import NETWORKS
+from v2t_jax.models.inverter import Inverter
 from v2t_jax.parallel.mesh import AXES, param_specs, state_shardings
 from v2t_jax.train.optim import make_optimizer
 
 FOLDER = Path(__file__).parent.parent / "golden" / "sharding"
-NETWORKS = {"inverter": inverter, "corrector": corrector}
 CASES = [
     ("inverter", "t5-small", (8, 1, 1)),
     ("inverter", "t5-base", (2, 2, 2)),
@@ -41,7 +40,7 @@ def name_of(network: str, size: str, shape: tuple[int, int, int]) -> str:
 def layout(network: str, size: str, shape: tuple[int, int, int]) -> dict:
     """Parameter path -> shape, spec and bytes a device, and what the optimisers' states take."""
     model = ModelConfig(t5=dataclasses.replace(T5_SIZES[size], dtype="bfloat16"))
-    params = jax.eval_shape(functools.partial(NETWORKS[network].init, model), jax.random.key(0))
+    params = NETWORKS[network](model).abstract_params()
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
     specs = param_specs(params, NETWORKS[network].PARAM_AXES)
 
@@ -90,7 +89,7 @@ def test_every_file_has_its_case():
 
 @pytest.mark.parametrize("size", T5_SIZES)
 def test_sizes_are_the_published_ones(size):
-    params = jax.eval_shape(functools.partial(inverter.init, ModelConfig(t5=T5_SIZES[size])), jax.random.key(0))
+    params = Inverter(ModelConfig(t5=T5_SIZES[size])).abstract_params()
     count = sum(prod(leaf.shape) for leaf in jax.tree.leaves(params["t5"]))
     assert abs(count / T5_PARAMETERS[size] - 1) < 0.005
 

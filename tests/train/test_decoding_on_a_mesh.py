@@ -11,10 +11,10 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.inversion.api import embed_anew, run_correction
 from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import decoding_on, decoding_rows, make_mesh
 from v2t_jax.train.setup import random_params
-from v2t_jax.train.step import NETWORKS
 
 T5 = T5Config(vocab_size=60, d_model=208, d_kv=8, d_ff=736, num_heads=4, num_encoder_layers=1, num_decoder_layers=1)
 MODEL = ModelConfig(t5=T5, embedding_width=16, num_pseudo_tokens=2, max_length=8)

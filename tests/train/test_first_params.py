@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 from tests.helpers.tiny_run import make_recipe
 from v2t_jax.config import MeshConfig
 from v2t_jax.data.recipe import make_batches
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.parallel.mesh import make_mesh, param_specs
 from v2t_jax.train import setup as starting
 from v2t_jax.train.setup import initial_params, prepare, random_params
-from v2t_jax.train.step import NETWORKS
 
 # The random bits are equal; of what each program computes from them XLA may round the last bits in its own way. (jax
 # 0.10.2 does so only where it multiplies two constants first, 0.12 also from mesh to mesh, by 3 units.)
@@ -64,11 +64,11 @@ def test_they_are_the_same_on_any_mesh_and_cut_by_the_table(setup, alone, config
 
 @pytest.mark.parametrize("stage", ["inverter", "corrector"])
 def test_they_are_what_the_network_makes_of_the_seed(setup, stage):
-    model, network = setup.model, NETWORKS[stage]
+    model = setup.model
     key = jax.random.key(3)
     program, _ = random_params(stage, model, make_mesh(MeshConfig(1, 4, 2)))
     found = program(np.asarray(jax.random.key_data(key)))
-    jax.tree.map(same, found, network.init(model, key))
+    jax.tree.map(same, found, NETWORKS[stage](model).init_params(key))
 
 
 @pytest.mark.parametrize("stage", ["inverter", "corrector"])
@@ -79,7 +79,7 @@ def test_no_device_makes_an_array_whole_that_is_cut(setup, stage):
     program, shardings = random_params(stage, model, make_mesh(MeshConfig(1, 4, 2)))
     text = program.lower(jax.ShapeDtypeStruct((2,), np.uint32)).compile().as_text()
     sizes = {int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\w\d+\[([\d,]+)\]", text)}
-    shapes = jax.eval_shape(functools.partial(NETWORKS[stage].init, model), jax.random.key(0))
+    shapes = NETWORKS[stage](model).abstract_params()
     held = jax.tree.map(lambda shape, sharding: int(np.prod(sharding.shard_shape(shape.shape))), shapes, shardings)
     largest = max(jax.tree.leaves(held))
     assert largest in sizes

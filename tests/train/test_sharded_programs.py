@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.sharded_programs import CASES, LENGTH, MARK, MODEL, ROWS, VOCAB, gathered
 from v2t_jax.config import MeshConfig
-from v2t_jax.models import inverter
+from v2t_jax.models.inverter import Inverter
 from v2t_jax.parallel.mesh import OnMesh, make_mesh, param_specs, state_shardings
 from v2t_jax.train.step import cross_entropy, greedy_hypotheses
 
@@ -99,12 +99,12 @@ def test_the_cut_loss_and_its_gradient_are_the_whole_ones(shape):
 @pytest.mark.parametrize("layout", ["batch", "model"])
 @pytest.mark.parametrize("rows", [16, 4])  # 4 rows can't be spread over 8 devices
 def test_hypotheses_of_eight_devices_are_those_of_one(layout, rows):
-    params = inverter.init(MODEL, jax.random.key(1))
+    params = Inverter(MODEL).init_params(jax.random.key(5))  # others echo the start token
     e = np.random.default_rng(1).standard_normal((rows, 16), np.float32)
     run = functools.partial(greedy_hypotheses, MODEL, decode=layout)
     expected = jax.jit(run)(params, e)
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    placed = jax.device_put(params, state_shardings(mesh, params, param_specs(params, inverter.PARAM_AXES)))
+    placed = jax.device_put(params, state_shardings(mesh, params, param_specs(params, Inverter.PARAM_AXES)))
     program = OnMesh(jax.jit(run), mesh)
     here = NamedSharding(mesh, P(("data", "fsdp")))
     found = program(placed, jax.device_put(e, here))

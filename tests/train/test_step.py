@@ -13,8 +13,9 @@ from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import embed_model_ids
+from v2t_jax.models.inverter import Inverter
 from v2t_jax.parallel.mesh import make_mesh, replicated
 from v2t_jax.train.step import (
     Batch,
@@ -48,7 +49,6 @@ MODEL = ModelConfig(
     standardize=True,
     bag_of_words=True,
 )
-NETWORKS = {"inverter": inverter, "corrector": corrector}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,9 @@ def ids(vocabulary):
 
 @pytest.fixture
 def frozen(embedder, vocabulary):
-    return FrozenParams(embedder.params, jnp.asarray(vocabulary.vocab_map), inverter.init(MODEL, jax.random.key(5)))
+    return FrozenParams(
+        embedder.params, jnp.asarray(vocabulary.vocab_map), Inverter(MODEL).init_params(jax.random.key(5))
+    )
 
 
 def loss_of(stage, embedder, model=MODEL):
@@ -78,7 +80,7 @@ def loss_of(stage, embedder, model=MODEL):
 
 
 def new_state(stage, optimizer):
-    params = jax.jit(functools.partial(NETWORKS[stage].init, MODEL))(jax.random.key(1))
+    params = jax.jit(NETWORKS[stage](MODEL).init_params)(jax.random.key(1))
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
@@ -180,7 +182,7 @@ def test_eight_devices_do_what_one_does(stage, embedder, ids, frozen):
 
 def test_mixed_hypotheses_hold_the_truth_and_what_the_inverter_takes_for_likeliest(frozen, embedder, ids):
     e = embed_model_ids(embedder.config, embedder.token_map(), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
-    guess = np.argmax(inverter.logits(MODEL, frozen.inverter, e, jnp.asarray(ids)), axis=-1)
+    guess = np.argmax(Inverter(MODEL).apply({"params": frozen.inverter}, e, jnp.asarray(ids)), axis=-1)
     seen = set()
     for seed in range(4):
         mixed = np.asarray(mixed_hypotheses(MODEL, frozen.inverter, e, jnp.asarray(ids), jax.random.key(seed)))

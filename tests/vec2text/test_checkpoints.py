@@ -24,7 +24,7 @@ from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import warn_of_foreign_vectors
 from v2t_jax.inversion.pipeline import InversionPipeline, load
-from v2t_jax.models import corrector
+from v2t_jax.models.corrector import Corrector
 from v2t_jax.vec2text import convert
 from v2t_jax.vec2text.checkpoints import check_embedder, read_base
 from v2t_jax.vec2text.convert import from_vec2text, to_vec2text
@@ -198,7 +198,7 @@ def test_an_old_corrector_without_layer_normalization_runs_and_is_kept(
     model = load(str(tmp_path / "out"))
     record = record_of(goldens[NAMES[0]])
     inputs = [record[name] for name in ("e", "hypothesis", "e_hat", "labels")]
-    logits = jax.jit(functools.partial(corrector.logits, model.config))(model.params["corrector"], *inputs)
+    logits = jax.jit(Corrector(model.config).apply)({"params": model.params["corrector"]}, *inputs)
     assert np.abs(logits - record["corrector_logits"]).max() > 0.01  # it isn't applied, with whatever weights
     with pytest.raises(InputError, match="doesn't normalize its input, and the original's always does"):
         to_vec2text(str(tmp_path / "out"), tmp_path / "back")

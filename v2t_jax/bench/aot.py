@@ -27,10 +27,12 @@ from v2t_jax.interop.files import complete_config, read_json
 from v2t_jax.interop.hf_encoders import encoder_config
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections, shared_embedder
-from v2t_jax.models import embedder as embedders
-from v2t_jax.models import inverter, t5
-from v2t_jax.models.bert import BertConfig
-from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, TokenMap
+from v2t_jax.models import encoders
+from v2t_jax.models.corrector import NETWORKS
+from v2t_jax.models.embedder import Activation, EmbedderConfig, TokenMap
+from v2t_jax.models.encoders import BertConfig, EncoderConfig
+from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.t5 import round_weights
 from v2t_jax.parallel.mesh import (
     AXES,
     DECODING_RULES,
@@ -45,7 +47,6 @@ from v2t_jax.parallel.mesh import (
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.setup import check_batches, column_names
 from v2t_jax.train.step import (
-    NETWORKS,
     Batch,
     FrozenParams,
     TrainState,
@@ -154,14 +155,13 @@ class _Recipe:
         return jax.random.key(0)  # made before the mesh is entered: nothing can be computed on TPUs that aren't here
 
     def _network(self, stage: Stage) -> Any:
-        return jax.eval_shape(functools.partial(NETWORKS[stage].init, self.model), self._key)
+        return NETWORKS[stage](self.model).abstract_params()
 
     def _embedder(self) -> Any:
         if self.embedder is None:
             return None
         encoder = self.embedder.encoder
-        network = embedders.NETWORKS[type(encoder)]
-        params: dict[str, Any] = {"encoder": jax.eval_shape(functools.partial(network.init, encoder), self._key)}
+        params: dict[str, Any] = {"encoder": encoders.ENCODER_OF[type(encoder)](encoder).abstract_params()}
         width = self.embedder.width
         if self.embedder.dense:
             kernel = jax.ShapeDtypeStruct((width, width), jnp.float32)
@@ -253,7 +253,7 @@ class _Recipe:
         layout, rows = self.config.mesh.decode, self.config.corrector.batch_size
         axes = AXES if layout == "batch" and rows % self.mesh.size == 0 else TRAINING
         params = self._network("inverter")
-        shardings = state_shardings(self.mesh, params, param_specs(params, inverter.PARAM_AXES))
+        shardings = state_shardings(self.mesh, params, param_specs(params, Inverter.PARAM_AXES))
         run = functools.partial(greedy_hypotheses, self.model, decode=layout)
         program = OnMesh(jax.jit(run), self.mesh)
         here, width = _shapes(params, shardings), self.model.embedding_width
@@ -288,7 +288,7 @@ class _Recipe:
     def _decoding(self, stage: Stage) -> Any:
         """A network as a correction loop takes it: see `InversionPipeline.loop_params`."""
         params = self._network(stage)
-        params = {**params, "t5": jax.eval_shape(functools.partial(t5.rounded, self.model.t5), params["t5"])}
+        params = {**params, "t5": jax.eval_shape(functools.partial(round_weights, self.model.t5), params["t5"])}
         specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.config.mesh.decode])
         here = _shapes(params, state_shardings(self.mesh, params, specs))
 

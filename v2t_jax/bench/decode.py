@@ -10,13 +10,12 @@ import numpy as np
 from v2t_jax.bench import report
 from v2t_jax.config import T5_SIZES, T5Config
 from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import Special
+from v2t_jax.decode.state import EOS, Cache
 from v2t_jax.errors import check_whole
-from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import T5, unstack_decoder
 
 T5_BASE = dataclasses.replace(T5_SIZES["t5-base"], dropout_rate=0.0)
-SPECIAL = Special(start=0, eos=1, pad=0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Decode:
             check_whole("batch_size", size, 1)
 
     def run(self) -> None:
-        params = t5.unstack_decoder(t5.init(T5_BASE, jax.random.key(0)))
+        params = unstack_decoder(T5(T5_BASE).init_params(jax.random.key(0)))
         jitted = jax.jit(generate, static_argnums=(0, 3))
         for size in self.batch_size:
             ids = jnp.asarray(source_ids(T5_BASE, size, self.source_length), jnp.int32)
@@ -55,14 +54,12 @@ def source_ids(config: T5Config, batch_size: int, length: int) -> np.ndarray:
 
 def generate(config: T5Config, params: Params, ids: jax.Array, num_tokens: int) -> jax.Array:
     """Encoder ids [B, S] -> greedy ids [B, num_tokens]; the end of sequence is banned."""
-    mask = jnp.ones_like(ids)
-    encoded = t5.encode(config, params, t5.embed_tokens(config, params, ids), mask)
-    step, cache = t5.start_decoding(config, params, encoded, mask, max_length=num_tokens)
-    return greedy(
-        step,
-        cache,
-        batch_size=ids.shape[0],
-        max_length=num_tokens,
-        min_length=num_tokens,
-        special=SPECIAL,
-    ).ids
+    mask, t5 = jnp.ones_like(ids), T5(config)
+    encoded = t5.apply({"params": params}, method=lambda t5: t5.encode(t5.embed_tokens(ids), mask))
+    step, cache = t5.start_decoding(params, encoded, mask, max_length=num_tokens)
+
+    def endless(ids: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache]:
+        logits, cache = step(ids, cache, index)
+        return logits.at[:, EOS].set(-jnp.inf), cache
+
+    return greedy(endless, cache, batch_size=ids.shape[0], max_length=num_tokens).ids

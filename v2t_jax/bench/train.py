@@ -11,7 +11,7 @@ import numpy as np
 from v2t_jax.bench import report
 from v2t_jax.config import T5_SIZES, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import check_whole
-from v2t_jax.models import inverter
+from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.layers import Params
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import TrainState, cross_entropy, make_step
@@ -40,7 +40,7 @@ class Train:
 
     def run(self) -> None:
         config, e, ids = self.problem(T5_SMALL)
-        step = Step(config, inverter.init(config, jax.random.key(0)), e, ids)
+        step = Step(config, Inverter(config).init_params(jax.random.key(0)), e, ids)
         name = f"inverter training step, T5-small, batch {self.batch_size} x {self.num_tokens} tokens"
         report(name, self.batch_size, step, self.repeats, self.json)
 
@@ -67,7 +67,7 @@ class Step:
         self.e, self.ids = jnp.asarray(e), jnp.asarray(ids, jnp.int32)
 
         def loss(params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> Any:
-            total, correct, tokens = cross_entropy(inverter.logits(config, params, e, ids), ids)
+            total, correct, tokens = cross_entropy(Inverter(config).apply({"params": params}, e, ids), ids)
             return total, (correct, tokens)
 
         self.step = jax.jit(make_step(loss, optimizer, accumulate_steps=1, seed=0), donate_argnums=0)

@@ -1,28 +1,25 @@
 """Beam search with the semantics of Hugging Face's `generate`, K beams an item, in one while loop.
 
-Each step grows the K running hypotheses of an item by every token and looks at the 2K best results, of which
-at most K end (one per parent), so that K can always go on. Those that end *among the best K* compete for the
-item's K finished slots by `log p / length ** length_penalty`, `length` being generated tokens with the end of
-sequence. At `max_length` everything ends, so hypotheses cut short compete with complete ones. An item is done
-when its slots are full and no running hypothesis can be expected to beat the worst of them; the loop, when
-all items are.
+Each step grows the K running hypotheses of an item by every token and looks at the 2K best results, of which at most K
+end (one per parent), so that K can always go on. Those that end *among the best K* compete for the item's K finished
+slots by the mean log p of their tokens, the end of sequence included. At `max_length` everything ends, so hypotheses
+cut short compete with complete ones. An item is done when its slots are full and the best running hypothesis would not
+win one if it ended now; the loop, when all items are. These are `generate`'s defaults, length_penalty=1 and
+early_stopping=False.
 
-Differences from theirs, none of which can change a result: what follows an end of sequence is `pad` (theirs
-is the end of sequence again when pad is 0), and an item that is done no longer holds up the others.
+Differences from theirs, none of which can change a result: what follows an end of sequence is `pad` (theirs is the end
+of sequence again when pad is 0), and an item that is done no longer holds up the others.
 """
 
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from v2t_jax.decode.logits import ban_tokens, log_softmax_at
-from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import Cache, Decoded, Special, TokensToLogits, check_arguments, count_tokens
+from v2t_jax.decode.sample import greedy, log_softmax_at
+from v2t_jax.decode.state import EOS, PAD, START, Cache, Decoded, TokensToLogits, check_arguments, count_tokens
 from v2t_jax.errors import InputError
 
-EarlyStopping = bool | Literal["never"]
 DEAD = -1e9  # the score of an empty slot and of a beam that must not go on: finite, as theirs is
 
 
@@ -32,7 +29,7 @@ class _Loop(NamedTuple):
     log_probs: jax.Array  # [B, K] theirs, best first
     done_tokens: jax.Array  # [B, K, 1 + L] finished slots
     done_log_probs: jax.Array  # [B, K]
-    done_scores: jax.Array  # [B, K] penalised by length, best first
+    done_scores: jax.Array  # [B, K] log p / length, best first
     done: jax.Array  # [B, K] the slot is filled
     improvable: jax.Array  # [B] a running hypothesis may still beat a finished one; once False, always False
     cache: Cache  # leaves [B * K, ...]
@@ -46,16 +43,9 @@ def beam_search(
     num_beams: int,
     num_return: int,
     max_length: int,
-    special: Special,
-    length_penalty: float = 1.0,
-    early_stopping: EarlyStopping = False,
-    min_length: int = 0,
-    no_repeat_ngram: int = 0,
     stop_rule: Literal["running", "any"] = "running",
 ) -> tuple[Decoded, jax.Array]:
-    """The `num_return` best hypotheses of each item.
-
-    With one beam this is `greedy`, as it is in `generate`.
+    """The `num_return` best hypotheses of each item. With one beam this is `greedy`, as it is in `generate`.
 
     Args:
         tokens_to_logits: the step function, see `TokensToLogits`; rows = B * K, item-major.
@@ -64,71 +54,36 @@ def beam_search(
         num_beams: K.
         num_return: how many of an item's K results to return.
         max_length: L, generated tokens at most, end of sequence included, start id not: `generate`'s less 1.
-        special: start, end-of-sequence and padding ids.
-        length_penalty: exponent of the length that divides log p; above 0 favours long results.
-        early_stopping: what to do with an item whose K slots are full. True: stop. False: go on while the
-            best running hypothesis would win a slot if it ended now. "never": go on while it could win one by
-            ending at `max_length` with no further loss (for a positive penalty; otherwise as False).
-        min_length: tokens before an end of sequence is allowed.
-        no_repeat_ngram: size of n-grams that must not repeat, or 0.
-        stop_rule: whose best log p `early_stopping` False and "never" judge by: that of the hypotheses which run on, or
-            of any that the step made, those that just ended too (transformers before 4.50, on which the original runs).
+        stop_rule: whose best log p decides whether an item is done: "running", of the hypotheses that run on; "any", of
+            all that the step made, those that just ended too (transformers before 4.50, on which the original runs).
 
     Returns:
-        `Decoded` with ids [B, num_return, L] and log_probs [B, num_return], and scores [B, num_return]:
-        log_probs / length ** length_penalty, best first. A log p of about -1e9 marks a slot for which a tiny
-        vocabulary, or the bans, left no hypothesis.
+        `Decoded` with ids [B, num_return, L] and log_probs [B, num_return], and scores [B, num_return]: log_probs /
+        length, best first. A log p of about -1e9 marks a slot for which a tiny vocabulary left no hypothesis.
 
     Raises:
-        InputError: a limit is out of range, or `num_return` exceeds `num_beams`.
+        InputError: `max_length` is below 1, or `num_return` exceeds `num_beams`.
     """
     if not 1 <= num_return <= num_beams:
         raise InputError(f"{num_return} results were asked of {num_beams} beams; ask for 1 to {num_beams} of them.")
-    if early_stopping not in (True, False, "never"):
-        raise InputError(f'early_stopping is {early_stopping!r}; choose True, False or "never".')
-    if stop_rule not in ("running", "any"):
-        raise InputError(f'stop_rule is {stop_rule!r}; choose "running" or "any".')
     rows = batch_size * num_beams
-    check_arguments(cache, rows=rows, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
-    # In float64 first: a float32 power would differ from `generate`'s in the last bit, enough to turn a near
-    # tie.
-    penalties = jnp.asarray(np.arange(1, max_length + 1, dtype=np.float64) ** length_penalty, jnp.float32)
+    check_arguments(cache, rows=rows, max_length=max_length)
     if num_beams == 1:
-        decoded = greedy(
-            tokens_to_logits,
-            cache,
-            batch_size=batch_size,
-            max_length=max_length,
-            special=special,
-            min_length=min_length,
-            no_repeat_ngram=no_repeat_ngram,
-        )
-        scores = decoded.log_probs / penalties[count_tokens(decoded.ids, special.eos) - 1]
+        decoded = greedy(tokens_to_logits, cache, batch_size=batch_size, max_length=max_length)
+        scores = decoded.log_probs / count_tokens(decoded.ids)
         return Decoded(decoded.ids[:, None], decoded.log_probs[:, None]), scores[:, None]
 
     def unfinished(loop: _Loop) -> jax.Array:
-        wanted = loop.improvable
-        if early_stopping is True:
-            wanted &= ~jnp.all(loop.done, axis=1)
-        return (loop.position < max_length) & jnp.any(wanted)
+        return (loop.position < max_length) & jnp.any(loop.improvable)
 
     def step(loop: _Loop) -> _Loop:
         last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.position, axis=2, keepdims=False)
         logits, new_cache = tokens_to_logits(last.reshape(rows), loop.cache, loop.position)
         logits = logits.astype(jnp.float32)
-        allowed = ban_tokens(
-            logits,
-            loop.tokens.reshape(rows, -1),
-            loop.position,
-            eos=special.eos,
-            min_length=min_length,
-            no_repeat_ngram=no_repeat_ngram,
-        )
-        # The 2K best of an item are among the 2K best of its beams; so neither the log p nor the sums of all
-        # K * V continuations need exist. Order among equals is that of one flat top-k: lowest beam, then
-        # lowest id.
+        # The 2K best of an item are among the 2K best of its beams; so neither the log p nor the sums of all K * V
+        # continuations need exist. Order among equals is that of one flat top-k: lowest beam, then lowest id.
         width = min(2 * num_beams, logits.shape[-1])
-        best_logits, best_ids = jax.lax.top_k(allowed, width)
+        best_logits, best_ids = jax.lax.top_k(logits, width)
         log_p = jnp.where(jnp.isneginf(best_logits), -jnp.inf, log_softmax_at(logits, best_ids))
         totals = log_p.reshape(batch_size, num_beams, width) + loop.log_probs[:, :, None]
         grown_log_probs, flat = jax.lax.top_k(totals.reshape(batch_size, -1), 2 * num_beams)
@@ -137,53 +92,42 @@ def beam_search(
         grown_tokens = jax.lax.dynamic_update_index_in_dim(
             _take(loop.tokens, parents), chosen, loop.position + 1, axis=2
         )
-        ends = (chosen == special.eos) | (loop.position + 1 == max_length)
-
+        length = loop.position + 1
+        ends = (chosen == EOS) | (length == max_length)
         running_log_probs, running = jax.lax.top_k(jnp.where(ends, grown_log_probs + DEAD, grown_log_probs), num_beams)
 
         enters = ends & (jnp.arange(2 * num_beams)[None, :] < num_beams) & loop.improvable[:, None]
-        if early_stopping is True:
-            enters &= ~jnp.all(loop.done, axis=1, keepdims=True)
-        penalty = penalties[loop.position]
-        grown_scores = jnp.where(enters, grown_log_probs / penalty, -jnp.inf)
+        grown_scores = jnp.where(enters, grown_log_probs / length, -jnp.inf)
         done_scores, kept = jax.lax.top_k(jnp.concatenate([loop.done_scores, grown_scores], axis=1), num_beams)
         done = _take(jnp.concatenate([loop.done, enters], axis=1), kept)
-
-        # What the best running hypothesis would score, by the rule of `early_stopping`, against the worst
-        # slot.
-        horizon = penalties[-1] if early_stopping == "never" and length_penalty > 0 else penalty
         worst = jnp.where(jnp.all(done, axis=1), done_scores[:, -1], DEAD)
         best = running_log_probs[:, 0] if stop_rule == "running" else grown_log_probs[:, 0]
         return _Loop(
-            position=loop.position + 1,
+            position=length,
             tokens=_take(grown_tokens, running),
             log_probs=running_log_probs,
             done_tokens=_take(jnp.concatenate([loop.done_tokens, grown_tokens], axis=1), kept),
             done_log_probs=_take(jnp.concatenate([loop.done_log_probs, grown_log_probs], axis=1), kept),
             done_scores=done_scores,
             done=done,
-            improvable=loop.improvable & (best / horizon > worst),
+            improvable=loop.improvable & (best / length > worst),
             cache=_reorder(new_cache, _take(parents, running)),
         )
 
-    tokens = jnp.full((batch_size, num_beams, 1 + max_length), special.pad, jnp.int32)
-    tokens = tokens.at[:, :, 0].set(special.start)
+    tokens = jnp.full((batch_size, num_beams, 1 + max_length), PAD, jnp.int32).at[:, :, 0].set(START)
     empty = jnp.full((batch_size, num_beams), DEAD, jnp.float32)
-    end = jax.lax.while_loop(
-        unfinished,
-        step,
-        _Loop(
-            position=jnp.int32(0),
-            tokens=tokens,
-            log_probs=empty.at[:, 0].set(0.0),  # all beams start alike: only the first may grow, or all would stay so
-            done_tokens=tokens,
-            done_log_probs=empty,
-            done_scores=empty,
-            done=jnp.zeros((batch_size, num_beams), bool),
-            improvable=jnp.ones(batch_size, bool),
-            cache=cache,
-        ),
+    start = _Loop(
+        position=jnp.int32(0),
+        tokens=tokens,
+        log_probs=empty.at[:, 0].set(0.0),  # all beams start alike: only the first may grow, or all would stay so
+        done_tokens=tokens,
+        done_log_probs=empty,
+        done_scores=empty,
+        done=jnp.zeros((batch_size, num_beams), bool),
+        improvable=jnp.ones(batch_size, bool),
+        cache=cache,
     )
+    end = jax.lax.while_loop(unfinished, step, start)
     decoded = Decoded(end.done_tokens[:, :num_return, 1:], end.done_log_probs[:, :num_return])
     return decoded, end.done_scores[:, :num_return]
 

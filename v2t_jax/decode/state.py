@@ -1,8 +1,7 @@
 """What every decoder takes and gives: the step function, the special ids, the result.
 
-Lengths. `max_length` and `min_length` count *generated* tokens: the decoder start id is not one of them, the
-end of sequence is. Hugging Face's `max_length` counts the start id too, so theirs is one more than ours; our
-`min_length = n` (n tokens before an end of sequence is allowed) is their `min_new_tokens = n`.
+`max_length` counts *generated* tokens: the decoder's start id is not one of them, the end of sequence is. Hugging
+Face's `max_length` counts the start id too: theirs is one more than ours.
 """
 
 from collections.abc import Callable
@@ -13,55 +12,51 @@ import jax.numpy as jnp
 
 from v2t_jax.errors import InputError
 
+# Token ids with a meaning, as in T5: every model's vocabulary has them.
+PAD, EOS, START = 0, 1, 0
+
 Cache = Any
 """A pytree of arrays, each with `rows` as its leading axis; its structure, shapes and dtypes never change."""
 
 TokensToLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
 """`(ids [rows] int32, cache, index [] int32) -> (logits [rows, V], cache)`.
 
-`ids` are the tokens before position `index` (the start id at index 0) and the logits are for position
-`index`.
+`ids` are the tokens before position `index` (the start id at index 0) and the logits are for position `index`.
 """
-
-
-class Special(NamedTuple):
-    """The ids with a meaning of their own."""
-
-    start: int
-    eos: int
-    pad: int
 
 
 class Decoded(NamedTuple):
     """Generated token ids and how likely the model found them.
 
-    `log_probs` is the plain sum of the model's own log p of the generated tokens, end of sequence included:
-    before temperature, truncation, bans or length penalty, so that every decoder's figures compare.
+    `log_probs` is the plain sum of the model's own log p of the generated tokens, end of sequence included: before
+    temperature, truncation or length penalty, so that every decoder's figures compare.
     """
 
     ids: jax.Array  # [B, L] or [B, K, L] int32, without the start id, pad after the end of sequence
     log_probs: jax.Array  # [B] or [B, K] float32
 
 
-def count_tokens(ids: jax.Array, eos: int) -> jax.Array:
-    """Number of generated tokens, int32 [...], in `ids` [..., L]: to the first `eos`, counted too, or L."""
-    ended_before = jnp.cumsum(ids == eos, axis=-1) - (ids == eos) > 0
-    return jnp.sum(~ended_before, axis=-1, dtype=jnp.int32)
+def count_tokens(ids: jax.Array) -> jax.Array:
+    """Number of generated tokens, int32 [...], in `ids` [..., L]: to the first end of sequence, counted too, or L."""
+    return jnp.sum(~_after_eos(ids), axis=-1, dtype=jnp.int32)
 
 
-def check_arguments(cache: Cache, *, rows: int, max_length: int, min_length: int, no_repeat_ngram: int) -> None:
-    """Refuse what no decoder can work with.
+def truncate_after_eos(ids: jax.Array) -> jax.Array:
+    """`ids` [..., L] with pads behind the first end of sequence."""
+    return jnp.where(_after_eos(ids), PAD, ids)
 
-    Raises:
-        InputError: a limit is out of range.
-        ValueError: a cache leaf does not have `rows` as its leading axis (a fault of the calling code).
+
+def _after_eos(ids: jax.Array) -> jax.Array:
+    return jnp.cumsum(ids == EOS, axis=-1) - (ids == EOS) > 0
+
+
+def check_arguments(cache: Cache, *, rows: int, max_length: int) -> None:
+    """Raises:
+    InputError: `max_length` is below 1.
+    ValueError: a cache leaf does not have `rows` as its leading axis (a fault of the calling code).
     """
     if max_length < 1:
         raise InputError(f"max_length is {max_length}; it counts generated tokens and must be at least 1.")
-    if not 0 <= min_length <= max_length:
-        raise InputError(f"min_length is {min_length}; choose one from 0 to max_length, {max_length}.")
-    if no_repeat_ngram < 0:
-        raise InputError(f"no_repeat_ngram is {no_repeat_ngram}; give an n-gram size, or 0 for none.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
         if leaf.ndim == 0 or leaf.shape[0] != rows:
             name = jax.tree_util.keystr(path)

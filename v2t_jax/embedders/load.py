@@ -38,11 +38,9 @@ from v2t_jax.interop.files import (
 )
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface, longest_text
 from v2t_jax.interop.hub import download, is_hub_name
-from v2t_jax.models.bert import BertConfig
-from v2t_jax.models.clip_text import ClipTextConfig
-from v2t_jax.models.embedder import Activation, EmbedderConfig, EncoderConfig, Pooling
+from v2t_jax.models.embedder import Activation, EmbedderConfig, Pooling
+from v2t_jax.models.encoders import BertConfig, ClipTextConfig, EncoderConfig, LlamaConfig
 from v2t_jax.models.layers import Params
-from v2t_jax.models.llama import LlamaConfig
 
 __all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "load_tokenizer", "locate"]
 

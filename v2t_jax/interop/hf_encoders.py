@@ -20,13 +20,16 @@ from v2t_jax.config import Dtype, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import Entry, Tensor, fill, size
 from v2t_jax.interop.hf_t5 import stack_entries, t5_config
-from v2t_jax.models.bert import BertConfig
-from v2t_jax.models.clip_text import ClipTextConfig
-from v2t_jax.models.embedder import NETWORKS, EncoderConfig
+from v2t_jax.models.encoders import (
+    ENCODER_OF,
+    BertConfig,
+    ClipTextConfig,
+    EncoderConfig,
+    LlamaConfig,
+    ModernBertConfig,
+    NomicBertConfig,
+)
 from v2t_jax.models.layers import Params
-from v2t_jax.models.llama import LlamaConfig
-from v2t_jax.models.modernbert import ModernBertConfig
-from v2t_jax.models.nomic_bert import NomicBertConfig
 
 Json = dict[str, Any]
 
@@ -144,7 +147,7 @@ def _modernbert(config: Json, dtype: Dtype) -> ModernBertConfig:
     return ModernBertConfig(
         **_sizes(config, without="num_layers"),
         local=_local_layers(config),
-        reach=size(config, "local_attention") // 2,
+        window=size(config, "local_attention") // 2,
         local_theta=_rotary_theta(config, "sliding_attention"),
         global_theta=_rotary_theta(config, "full_attention"),
         layer_norm_epsilon=_epsilon(config, "norm_eps"),
@@ -182,14 +185,14 @@ def _mistral(config: Json, dtype: Dtype) -> LlamaConfig:
     read = _llama(config, dtype)
     if config["sliding_window"] is None:
         return read
-    return replace(read, local=(True,) * len(read.local), reach=size(config, "sliding_window") - 1)  # itself included
+    return replace(read, local=(True,) * len(read.local), window=size(config, "sliding_window") - 1)  # itself included
 
 
 def _qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
     read = replace(_llama(config, dtype), head_norms=True)
     if config["sliding_window"] is None:
         return read
-    return replace(read, local=_local_layers(config), reach=size(config, "sliding_window") - 1)
+    return replace(read, local=_local_layers(config), window=size(config, "sliding_window") - 1)
 
 
 def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
@@ -201,7 +204,7 @@ def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
         _decoder(config, dtype),
         local=_local_layers(config),
         # A window counts the token itself. When attention goes both ways, transformers halves it.
-        reach=window // 2 if both_ways else window - 1,
+        window=window // 2 if both_ways else window - 1,
         causal=not both_ways,
         rotary_theta=_rotary_theta(config, "full_attention"),
         local_theta=_rotary_theta(config, "sliding_attention"),
@@ -350,7 +353,7 @@ def encoder_from_huggingface(
     # As TensorFlow's BERT named them; the oldest files still do.
     old = {".gamma": ".weight", ".beta": ".bias"}
     tensors = {re.sub(r"(?<=LayerNorm)\.(gamma|beta)$", lambda m: old[m[0]], key): t for key, t in tensors.items()}
-    abstract = jax.eval_shape(functools.partial(NETWORKS[type(config)].init, config), jax.random.key(0))
+    abstract = ENCODER_OF[type(config)](config).abstract_params()
     if isinstance(config, T5Config):
         entries = [
             Entry("shared.weight", ("word_embedding",), None, False),

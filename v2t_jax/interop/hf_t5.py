@@ -24,8 +24,8 @@ from v2t_jax.interop.files import (
     whole_folder,
 )
 from v2t_jax.interop.hub import folder_of
-from v2t_jax.models import t5
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import T5
 
 # One layer of a stack: (Hugging Face's key within the block, our path within the layer).
 _SELF_ATTENTION = tuple((f"layer.0.SelfAttention.{m}", f"self_attention/{m}") for m in "qkvo")
@@ -101,7 +101,7 @@ def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
     Raises:
         InputError: the parameters aren't those of `config`, there is something at `folder`, or it can't be written.
     """
-    shapes, meant = _shapes(params), _shapes(t5.abstract_params(config))
+    shapes, meant = _shapes(params), _shapes(T5(config).abstract_params())
     if differing := sorted(path for path in shapes | meant if shapes.get(path) != meant.get(path)):
         raise InputError(
             f"The T5's parameter {differing[0]!r} has shape {shapes.get(differing[0])}, but its config implies "
@@ -136,7 +136,7 @@ def t5_from_huggingface(
     """
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = {*_IGNORED, *copies}
-    params = fill(t5.abstract_params(config), _entries(config), state, "T5", lambda key: key in ignored, put=put)
+    params = fill(T5(config).abstract_params(), _entries(config), state, "T5", lambda key: key in ignored, put=put)
     for key in copies:
         if key in state and not np.array_equal(state[key][:], state["shared.weight"][:]):
             raise InputError(

@@ -10,7 +10,6 @@ Nothing is unpickled; every file's sha256 is checked before it is used.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -37,12 +36,12 @@ from v2t_jax.interop.files import read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.inversion.proposals import embed_hypotheses, initial_hypotheses, propose_corrections
-from v2t_jax.models import corrector, inverter, t5
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import round_weights, unstack_decoder
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
 
-NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent.parent / "assets" / "models"
 TOKENIZER = "tokenizer.json"
@@ -94,10 +93,10 @@ class InversionPipeline:
         networks: dict[str, Any] = {}
         for stage, params in self.params.items():
             if self.mesh is not None:
-                params = {**params, "t5": t5.rounded(self.config.t5, params["t5"])}  # in the end it would be anyway
+                params = {**params, "t5": round_weights(self.config.t5, params["t5"])}  # in the end it would be anyway
                 specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
                 params = processes.put(params, state_shardings(self.mesh, params, specs))
-            networks[stage] = {**params, "t5": t5.unstack_decoder(params["t5"])}
+            networks[stage] = {**params, "t5": unstack_decoder(params["t5"])}
         embedder = self.embedder.params if isinstance(self.embedder, JaxEmbedder) else {}
         others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.vocab_map)}
         return networks | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
@@ -248,7 +247,7 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
         params: dict[Stage, Params] = {
             stage: _unflatten(
                 tensors[stage],
-                jax.eval_shape(functools.partial(network.init, model), jax.random.key(0)),
+                network(model).abstract_params(),
                 stage,
                 put,
             )

@@ -12,14 +12,13 @@ from v2t_jax.config import ModelConfig
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import Decoded, Special
+from v2t_jax.decode.state import PAD, Decoded
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts
 from v2t_jax.inversion.correction import Embed, Hypothesize, Mode, Propose
 from v2t_jax.inversion.host_callback import host_bridge, host_embedder
-from v2t_jax.models import corrector, inverter
+from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed, embed_model_ids
-
-SPECIAL = Special(start=0, eos=1, pad=0)
+from v2t_jax.models.inverter import Inverter
 
 
 def initial_hypotheses(config: ModelConfig) -> Hypothesize:
@@ -58,7 +57,7 @@ def _decode(
 ) -> tuple[jax.Array, jax.Array]:
     """k sequences a row, ids [rows, k, L], and their mean log-probabilities [rows, k]."""
     if k == 1:
-        single = greedy(tokens_to_logits, cache, batch_size=rows, max_length=config.max_length, special=SPECIAL)
+        single = greedy(tokens_to_logits, cache, batch_size=rows, max_length=config.max_length)
         found = Decoded(single.ids[:, None], single.log_probs[:, None])
     else:
         found, _ = beam_search(
@@ -68,22 +67,20 @@ def _decode(
             num_beams=k,
             num_return=k,
             max_length=config.max_length,
-            special=SPECIAL,
             stop_rule="any" if mode == "upstream" else "running",
         )
-    lengths = jnp.maximum(jnp.sum(found.ids != SPECIAL.pad, axis=-1), 1)
-    return found.ids, found.log_probs / lengths
+    return found.ids, found.log_probs / jnp.maximum(jnp.sum(found.ids != PAD, axis=-1), 1)
 
 
 def _hypothesize(config: ModelConfig, params: Any, e: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    tokens_to_logits, cache = inverter.start_decoding(config, params["inverter"], e, k)
+    tokens_to_logits, cache = Inverter(config).start_decoding(params["inverter"], e, num_beams=k)
     return _decode(tokens_to_logits, cache, config, e.shape[0], k)
 
 
 def _propose(
     config: ModelConfig, mode: Mode, params: Any, e: jax.Array, ids: jax.Array, embedding: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array]:
-    tokens_to_logits, cache = corrector.start_decoding(config, params["corrector"], e, ids, embedding, k)
+    tokens_to_logits, cache = Corrector(config).start_decoding(params["corrector"], e, ids, embedding, num_beams=k)
     return _decode(tokens_to_logits, cache, config, e.shape[0], k, mode)
 
 

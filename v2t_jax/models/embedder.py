@@ -1,36 +1,18 @@
 """The embedder under attack: encoder + pooling (+ dense layers) (+ L2), as sentence-transformers composes them."""
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from v2t_jax.config import T5Config
-from v2t_jax.models import bert, clip_text, llama, modernbert, nomic_bert, t5_encoder
-from v2t_jax.models.layers import NEGATIVE, Params, dense
+from v2t_jax.decode.state import EOS, PAD
+from v2t_jax.models.encoders import ENCODER_OF, EncoderConfig
+from v2t_jax.models.layers import MASKED, Dense, Network, Params
 
 Pooling = Literal["mean", "cls", "pooler", "last", "max"]
 Activation = Literal["identity", "tanh"]
-
-EncoderConfig = (
-    bert.BertConfig
-    | T5Config
-    | nomic_bert.NomicBertConfig
-    | modernbert.ModernBertConfig
-    | llama.LlamaConfig
-    | clip_text.ClipTextConfig
-)
-# An encoder's configuration says which network it is: a module with init, encode and PARAM_AXES.
-NETWORKS: dict[type, ModuleType] = {
-    bert.BertConfig: bert,
-    T5Config: t5_encoder,
-    nomic_bert.NomicBertConfig: nomic_bert,
-    modernbert.ModernBertConfig: modernbert,
-    llama.LlamaConfig: llama,
-    clip_text.ClipTextConfig: clip_text,
-}
 
 
 @dataclass(frozen=True)
@@ -48,13 +30,41 @@ class EmbedderConfig:
     """E; where it is less than the network gives, the first E dimensions are kept (Matryoshka, Kusupati et al. 2022)"""
 
 
+class EmbedderNetwork(Network):
+    """Tokenizer ids and mask [B, L] -> embeddings [B, E], float32.
+
+    Parameters: `encoder`, and `dense`, a list of {kernel [in, out], bias [out] or none}, one per dense layer. Their
+    sizes are those of the weights, so `init` makes none.
+    """
+
+    config: EmbedderConfig
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B E"]:
+        c = self.config
+        encoder = ENCODER_OF[type(c.encoder)](c.encoder, name="encoder")
+        if c.pooling == "pooler":
+            x = encoder(ids, mask, pooled=True)
+        else:
+            x = pool(c.pooling, encoder(ids, mask).astype(jnp.float32), mask)
+        layers: Any = [] if self.is_initializing() else self.get_variable("params", "dense", ())
+        for activation, layer in zip(c.dense, layers, strict=not self.is_initializing()):
+            dense: Any = Dense(layer["kernel"].shape[1], use_bias="bias" in layer, parent=None)
+            x = dense.apply({"params": layer}, x)
+            x = jnp.tanh(x) if activation == "tanh" else x
+        x = x[:, : c.width]
+        if c.normalize:
+            x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return x
+
+
 def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"]) -> Float[Array, "B D"]:
     """A text's vector from its tokens'; positions with mask 0 don't count."""
     weights = mask.astype(hidden.dtype)[:, :, None]
     if pooling == "mean":
         return jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
     if pooling == "max":
-        return jnp.max(jnp.where(weights > 0, hidden, NEGATIVE), axis=1)
+        return jnp.max(jnp.where(weights > 0, hidden, MASKED), axis=1)
     if pooling == "last":
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
@@ -64,19 +74,8 @@ def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"
 def embed(
     config: EmbedderConfig, params: Params, ids: Int[Array, "B L"], mask: Int[Array, "B L"]
 ) -> Float[Array, "B E"]:
-    """Tokenizer ids and mask -> embeddings, float32."""
-    hidden = NETWORKS[type(config.encoder)].encode(config.encoder, params["encoder"], ids, mask).astype(jnp.float32)
-    if config.pooling == "pooler":
-        pooled = bert.pool_first_token(params["encoder"], hidden)
-    else:
-        pooled = pool(config.pooling, hidden, mask)
-    for activation, layer in zip(config.dense, params.get("dense", ()), strict=True):
-        pooled = dense(layer, pooled)
-        pooled = jnp.tanh(pooled) if activation == "tanh" else pooled
-    pooled = pooled[:, : config.width]
-    if config.normalize:
-        pooled = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
-    return pooled
+    """`EmbedderNetwork` as a function that can be jitted with a static first argument."""
+    return EmbedderNetwork(config).apply({"params": params}, ids, mask)
 
 
 @dataclass(frozen=True)
@@ -91,22 +90,22 @@ class TokenMap:
 
 
 def embed_model_ids(
-    config: EmbedderConfig, piece_map: TokenMap, params: Params, pieces: Int[Array, " V"], ids: Int[Array, "B L"]
+    config: EmbedderConfig, token_map: TokenMap, params: Params, vocab_map: Int[Array, " V"], ids: Int[Array, "B L"]
 ) -> Float[Array, "B E"]:
     """Model ids -> embeddings, without leaving the device.
 
     Args:
-        pieces: model id -> embedder id; model ids 0 and 1 are pad and end.
-        ids: a text ends at its first pad or end id, or at L: [SEP] is put there in any case. It is cut where the
-            embedder's tokenizer cuts it, so that [SEP] fits.
+        vocab_map: model id -> embedder id.
+        ids: a text ends at its first pad or end id, or at L: `token_map.after` is put there in any case. It is cut
+            where the embedder's tokenizer cuts it, so that `after` fits.
     """
-    ids = ids[:, : config.max_length - len(piece_map.before) - 1]
-    is_text = jnp.cumsum((ids <= 1).astype(jnp.int32), axis=1) == 0
+    ids = ids[:, : config.max_length - len(token_map.before) - 1]
+    is_text = jnp.cumsum(((ids == PAD) | (ids == EOS)).astype(jnp.int32), axis=1) == 0
     length = jnp.sum(is_text, axis=1, keepdims=True)  # [B, 1]
-    num_before = len(piece_map.before)
-    before = jnp.broadcast_to(jnp.asarray(piece_map.before, jnp.int32)[None], (ids.shape[0], num_before))
-    text = jnp.pad(jnp.where(is_text, pieces[ids], 0), ((0, 0), (0, 1)))
-    text = jnp.where(jnp.arange(text.shape[1])[None] == length, piece_map.after, text)
+    num_before = len(token_map.before)
+    before = jnp.broadcast_to(jnp.asarray(token_map.before, jnp.int32)[None], (ids.shape[0], num_before))
+    text = jnp.pad(jnp.where(is_text, vocab_map[ids], 0), ((0, 0), (0, 1)))
+    text = jnp.where(jnp.arange(text.shape[1])[None] == length, token_map.after, text)
     whole = jnp.concatenate([before, text], axis=1)
     mask = (jnp.arange(whole.shape[1])[None] <= num_before + length).astype(jnp.int32)
     return embed(config, params, whole, mask)

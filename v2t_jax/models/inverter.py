@@ -1,130 +1,129 @@
 """The inverter: embedding -> text (Morris et al. 2023, section 3.2), on T5."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from v2t_jax.config import ModelConfig
-from v2t_jax.models import t5
-from v2t_jax.models.layers import Params, dense, dropout, init_dense, matmul, split_key
+from v2t_jax.models.layers import Dense, Dropout, Network, Params, inline
+from v2t_jax.models.t5 import T5, Cache, shift_right
 
-PROJECTION_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"projection\w*/hidden/kernel", (None, None)),
-    (r"projection\w*/output/kernel", (None, "embed")),
-    (r"projection\w*/(hidden|output)/bias", (None,)),
-    (r"statistics/(mean|std)", (None,)),
-    (r"bag_of_words\w*", (None, None)),
-)
-PARAM_AXES = PROJECTION_AXES + tuple((f"t5/{path}", axes) for path, axes in t5.PARAM_AXES)
+# Encoder output [B, X, D], its mask [B, X], and the bag-of-words offset [B, D] of the last hidden state, or None.
+Condition = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
-def init_projection(config: ModelConfig, key: jax.Array) -> Params:
+class Projection(nn.Module):
     """MLP(x) = Linear(E, E) -> dropout -> exact GELU -> Linear(E, D * R), of R pseudo-tokens."""
-    k_hidden, k_output = jax.random.split(key)
-    width = config.embedding_width
-    return {
-        "hidden": init_dense(k_hidden, width, width),
-        "output": init_dense(k_output, width, config.t5.d_model * config.num_pseudo_tokens),
-    }
+
+    config: ModelConfig
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B E"]) -> Float[Array, "B R D"]:
+        c, dtype = self.config, jnp.dtype(self.config.t5.dtype)
+        init = nn.initializers.normal(c.embedding_width**-0.5)
+        h = Dense(c.embedding_width, dtype=dtype, kernel_init=init, name="hidden")(x)
+        h = jax.nn.gelu(Dropout(self.dropout_rate)(h), approximate=False)
+        h = Dense(c.t5.d_model * c.num_pseudo_tokens, dtype=dtype, kernel_init=init, name="output")(h)
+        # The kernel's columns are sharded. A cut through pseudo-tokens would make XLA recompute all of them.
+        h = nn.with_logical_constraint(h, ("batch", None))
+        return h.reshape(x.shape[0], c.num_pseudo_tokens, c.t5.d_model)
 
 
-def project(
-    config: ModelConfig, params: Params, x: Float[Array, "B E"], dropout_rate: float = 0.0, key: jax.Array | None = None
-) -> Float[Array, "B R D"]:
-    """Embeddings -> R pseudo-tokens."""
-    dtype = jnp.dtype(config.t5.dtype)
-    hidden = dropout(dense(params["hidden"], x, dtype), dropout_rate, key)
-    flat = dense(params["output"], jax.nn.gelu(hidden, approximate=False), dtype)
-    # The kernel's columns are cut over devices; cut through pseudo-tokens, XLA would have to compute all of them anew.
-    flat = nn.with_logical_constraint(flat, ("batch", None))
-    return flat.reshape(x.shape[0], config.num_pseudo_tokens, config.t5.d_model)
+class Statistics(nn.Module):
+    """Mean and deviation [E] of the training texts' embeddings: constants, not trained."""
+
+    width: int
+
+    def setup(self) -> None:
+        self.mean = self.param("mean", nn.initializers.zeros, (self.width,))
+        self.std = self.param("std", nn.initializers.ones, (self.width,))
+
+    def scale(self, difference: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        return difference / jax.lax.stop_gradient(self.std)[None]
+
+    def __call__(self, e: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        return self.scale(e - jax.lax.stop_gradient(self.mean)[None])
 
 
-def init_statistics(config: ModelConfig) -> Params:
-    width = config.embedding_width
-    return {"mean": jnp.zeros((width,), jnp.float32), "std": jnp.ones((width,), jnp.float32)}
+class EmbeddingToText(Network):
+    """What inverter and corrector share: T5 on a condition that `encode` makes of the inputs."""
 
+    config: ModelConfig
 
-def standardize(params: Params, e: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """(e - mean) / std with the statistics of the training texts."""
-    statistics = jax.lax.stop_gradient(params["statistics"])
-    return (e - statistics["mean"][None]) / statistics["std"][None]
-
-
-def bag_of_words(config: ModelConfig, kernel: Float[Array, "E D"], x: Float[Array, "B E"]) -> Float[Array, "B D"]:
-    """What, added to the last hidden state, adds the linear term x A E^T to the logits."""
-    # A tied head scales hidden states by 1/sqrt(D); the term itself isn't scaled.
-    scale = config.t5.d_model**0.5 if config.t5.tie_word_embeddings else 1.0
-    return scale * matmul(x, kernel, jnp.dtype(config.t5.dtype))
-
-
-def init(config: ModelConfig, key: jax.Array) -> Params:
-    k_t5, k_projection = jax.random.split(key)
-    params: Params = {"t5": t5.init(config.t5, k_t5), "projection": init_projection(config, k_projection)}
-    if config.standardize:
-        params["statistics"] = init_statistics(config)
-    if config.bag_of_words:
-        params["bag_of_words"] = jnp.zeros((config.embedding_width, config.t5.d_model), jnp.float32)
-    return params
-
-
-def encode(
-    config: ModelConfig, params: Params, e: Float[Array, "B E"], dropout_key: jax.Array | None = None
-) -> tuple[Float[Array, "B R D"], Int[Array, "B R"], Float[Array, "B D"] | None]:
-    """Embeddings -> T5 encoder output, mask, and the bag-of-words offset or None."""
-    k_projection, k_t5 = split_key(dropout_key, 2)
-    x = standardize(params, e) if config.standardize else e
-    embeds = project(config, params["projection"], x, config.projection_dropout, k_projection)
-    mask = jnp.ones(embeds.shape[:2], jnp.int32)
-    offset = None
-    if config.bag_of_words:
-        offset = bag_of_words(config, params["bag_of_words"], x)
-    return t5.encode(config.t5, params["t5"], embeds, mask, k_t5), mask, offset
-
-
-def logits(
-    config: ModelConfig,
-    params: Params,
-    e: Float[Array, "B E"],
-    labels: Int[Array, "B L"],
-    dropout_key: jax.Array | None = None,
-) -> Float[Array, "B L V"]:
-    """Teacher forcing; float32, position t predicting labels[:, t]."""
-    k_encode, k_decode = split_key(dropout_key, 2)
-    encoded, mask, offset = encode(config, params, e, k_encode)
-    return decode_logits(config, params, labels, encoded, mask, offset, k_decode)
-
-
-def decode_logits(
-    config: ModelConfig,
-    params: Params,
-    labels: Int[Array, "B L"],
-    encoded: Float[Array, "B S D"],
-    mask: Int[Array, "B S"],
-    offset: Float[Array, "B D"] | None,
-    dropout_key: jax.Array | None,
-) -> Float[Array, "B L V"]:
-    """The decoder's half of teacher forcing, the same for inverter and corrector; float32."""
-    hidden = t5.decode(config.t5, params["t5"], t5.shift_right(labels), encoded, mask, dropout_key)
-    if offset is not None:
-        hidden = hidden + offset[:, None].astype(hidden.dtype)
-    return nn.with_logical_constraint(t5.logits(config.t5, params["t5"], hidden), ("batch", None, "vocab"))
-
-
-def start_decoding(
-    config: ModelConfig, params: Params, e: Float[Array, "B E"], num_beams: int = 1
-) -> tuple[Callable, t5.Cache]:
-    """`tokens_to_logits` and its empty cache for rows = B * num_beams; see `t5.start_decoding`."""
-    encoded, mask, offset = encode(config, params, e)
-    return t5.start_decoding(
-        config.t5,
-        params["t5"],
-        encoded,
-        mask,
-        max_length=config.max_length,
-        num_beams=num_beams,
-        hidden_offset=offset,
+    PARAM_AXES = (
+        (r"projection\w*/hidden/kernel", (None, None)),
+        (r"projection\w*/output/kernel", (None, "embed")),
+        (r"projection\w*/(hidden|output)/bias", (None,)),
+        (r"statistics/(mean|std)", (None,)),
+        (r"bag_of_words\w*", (None, None)),
+        *((f"t5/{path}", axes) for path, axes in T5.PARAM_AXES),
     )
+
+    def encode(self, *inputs: Any, **options: Any) -> Condition:
+        raise NotImplementedError
+
+    def linear_term(self, name: str) -> Dense:
+        """Linear map whose result, added to the last hidden state, adds the term x A E^T to the logits."""
+        c = self.config
+        zeros, dtype = nn.initializers.zeros, jnp.dtype(c.t5.dtype)
+        return Dense(c.t5.d_model, use_bias=False, dtype=dtype, kernel_init=zeros, flat_name=name)
+
+    @property
+    def linear_term_scale(self) -> float:
+        # A tied head scales hidden states by 1/sqrt(D); the term itself isn't scaled.
+        return self.config.t5.d_model**0.5 if self.config.t5.tie_word_embeddings else 1.0
+
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        """Teacher forcing: the inputs of `encode`, then labels [B, L] -> logits [B, L, V], float32.
+
+        Position t predicts labels[:, t].
+        """
+        *inputs_, labels = inputs
+        encoded, mask, offset = self.encode(*inputs_)
+        hidden = self.t5.decode(shift_right(labels), encoded, mask)
+        if offset is not None:
+            hidden = hidden + offset[:, None].astype(hidden.dtype)
+        return nn.with_logical_constraint(self.t5.logits(hidden), ("batch", None, "vocab"))
+
+    @nn.nowrap
+    def start_decoding(self, params: Params, *inputs: jax.Array, num_beams: int = 1) -> tuple[Callable, Cache]:
+        """`tokens_to_logits` and its empty cache for rows = B * num_beams; see `T5.start_decoding`."""
+        encoded, mask, offset = self.apply({"params": params}, *inputs, method="encode")
+        return T5(self.config.t5).start_decoding(
+            params["t5"],
+            encoded,
+            mask,
+            max_length=self.config.max_length,
+            num_beams=num_beams,
+            hidden_offset=offset,
+        )
+
+
+class Inverter(EmbeddingToText):
+    """Embedding e [B, E] -> text."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.t5 = T5(c.t5)
+        self.projection = Projection(c, c.projection_dropout)
+        if c.standardize:
+            self.statistics = Statistics(c.embedding_width)
+        if c.bag_of_words:
+            self.bag = self.linear_term("bag_of_words")
+            inline(self, self.bag)
+
+    @nn.nowrap
+    def examples(self) -> tuple[Any, ...]:
+        return jnp.zeros((1, self.config.embedding_width)), jnp.ones((1, 2), jnp.int32)
+
+    def encode(self, e: Float[Array, "B E"]) -> Condition:
+        x = self.statistics(e) if self.config.standardize else e
+        embeds = self.projection(x)
+        mask = jnp.ones(embeds.shape[:2], jnp.int32)
+        offset = self.linear_term_scale * self.bag(x) if self.config.bag_of_words else None
+        return self.t5.encode(embeds, mask), mask, offset

@@ -34,6 +34,7 @@ from v2t_jax.eval.metrics import text_scores
 from v2t_jax.eval.model_card import model_card
 from v2t_jax.inversion.api import embed_anew, invert_on_all_hosts, invert_strings, run_correction
 from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, norm_statistics
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import OnMesh, batch_sharding, make_mesh, replicated
@@ -50,7 +51,6 @@ from v2t_jax.train.setup import (
     trained_inverter,
 )
 from v2t_jax.train.step import (
-    NETWORKS,
     FrozenParams,
     Metrics,
     TrainState,
@@ -227,7 +227,7 @@ def _start(
         # Copied, because the first step gives the state's memory up, and two leaves may be one array.
         return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
-    abstract = jax.eval_shape(lambda key: first_state(NETWORKS[stage].init(context.model, key)), jax.random.key(0))
+    abstract = jax.eval_shape(first_state, NETWORKS[stage](context.model).abstract_params())
     step_fn, shardings = shard_step(step_fn, mesh, abstract, stage)
     if checkpoints.latest() is None:
         with progress.stage(f"making the {stage}'s first parameters"):

@@ -26,13 +26,14 @@ from v2t_jax.interop.files import folder_tokenizer, sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model
-from v2t_jax.models import inverter
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import TokenMap
+from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
 from v2t_jax.train.precompute import EMBEDDING, check_column
-from v2t_jax.train.step import NETWORKS, FrozenParams, Tokens, make_embed
+from v2t_jax.train.step import FrozenParams, Tokens, make_embed
 
 STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
 NORM_TEXTS = 256  # texts whose vectors' lengths are recorded in the model: by them it knows foreign vectors
@@ -251,7 +252,7 @@ def trained_inverter(setup: TrainContext, mesh: Mesh) -> Params:
     name = setup.config.initial_inverter
     found = load(name, setup.embedder, put=lambda array: array)
     params = found.params["inverter"]
-    expected = jax.eval_shape(functools.partial(inverter.init, setup.model), jax.random.key(0))
+    expected = Inverter(setup.model).abstract_params()
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
     pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, setup.vocabulary)]
     if found.shares_vocabulary != setup.shares_vocabulary or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
@@ -259,7 +260,7 @@ def trained_inverter(setup: TrainContext, mesh: Mesh) -> Params:
             f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
             "data.sources and data.vocabulary_size, or train a new one."
         )
-    return processes.put(params, state_shardings(mesh, params, param_specs(params, inverter.PARAM_AXES)))
+    return processes.put(params, state_shardings(mesh, params, param_specs(params, Inverter.PARAM_AXES)))
 
 
 def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
@@ -271,7 +272,7 @@ def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, An
     network = NETWORKS[stage]
 
     def program(key_data: jax.Array) -> Params:
-        return network.init(model, jax.random.wrap_key_data(key_data))
+        return network(model).init_params(jax.random.wrap_key_data(key_data))
 
     abstract = jax.eval_shape(program, jax.random.key_data(jax.random.key(0)))
     shardings = state_shardings(mesh, abstract, param_specs(abstract, network.PARAM_AXES))

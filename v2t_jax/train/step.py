@@ -16,13 +16,14 @@ import optax
 from jax.sharding import Mesh
 
 from v2t_jax.config import DecodeLayout, ModelConfig, Stage
-from v2t_jax.decode.logits import first_argmax
-from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import Special
-from v2t_jax.models import corrector, inverter, t5
+from v2t_jax.decode.sample import first_argmax, greedy
+from v2t_jax.decode.state import EOS, PAD, truncate_after_eos
+from v2t_jax.models.corrector import NETWORKS, Corrector
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed_model_ids
 from v2t_jax.models.embedder import embed as embed_tokens
-from v2t_jax.models.layers import Params, split_key
+from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import round_weights
 from v2t_jax.parallel.mesh import (
     OnMesh,
     batch_sharding,
@@ -32,9 +33,6 @@ from v2t_jax.parallel.mesh import (
     spread_rows,
     state_shardings,
 )
-
-SPECIAL = Special(start=0, eos=1, pad=0)
-NETWORKS: dict[Stage, Any] = {"inverter": inverter, "corrector": corrector}
 
 
 class TrainState(NamedTuple):
@@ -88,7 +86,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     All that it takes from the vocabulary axis are sums and maxima: where that axis is cut over devices, each works on
     its own words, and three numbers a token are exchanged (Shoeybi et al. 2019, section 3). An index would not do.
     """
-    weights = (labels != SPECIAL.pad).astype(jnp.float32)
+    weights = (labels != PAD).astype(jnp.float32)
     best = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     shifted = logits - best[..., None]
     is_label = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
@@ -101,13 +99,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
 
 def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array, decode: DecodeLayout = "batch") -> jax.Array:
     """The inverter's greedy outputs, ids [B, L]; on a mesh laid out for decoding, see sharding.py."""
-    params = decoding_params({**params, "t5": t5.rounded(config.t5, params["t5"])}, inverter.PARAM_AXES, decode)
+    params = decoding_params({**params, "t5": round_weights(config.t5, params["t5"])}, Inverter.PARAM_AXES, decode)
     return spread_rows(functools.partial(_greedy, config, params), decode, e)
 
 
 def _greedy(config: ModelConfig, params: Params, e: jax.Array) -> jax.Array:
-    tokens_to_logits, cache = inverter.start_decoding(config, params, e)
-    decoded = greedy(tokens_to_logits, cache, batch_size=e.shape[0], max_length=config.max_length, special=SPECIAL)
+    tokens_to_logits, cache = Inverter(config).start_decoding(params, e)
+    decoded = greedy(tokens_to_logits, cache, batch_size=e.shape[0], max_length=config.max_length)
     return decoded.ids
 
 
@@ -119,13 +117,11 @@ def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax
     of the cost of decoding.
     """
     k_share, k_tokens = jax.random.split(key)
-    logits = inverter.logits(config, params, e, ids)
+    logits = Inverter(config).apply({"params": params}, e, ids)
     guess = first_argmax(logits.reshape(-1, logits.shape[-1])).reshape(ids.shape)
     share = jax.random.uniform(k_share, (ids.shape[0], 1))
-    replace = (jax.random.uniform(k_tokens, ids.shape) < share) & (guess != SPECIAL.pad)
-    mixed = jnp.where(replace & (ids != SPECIAL.eos) & (ids != SPECIAL.pad), guess, ids)
-    is_end = mixed == SPECIAL.eos
-    return jnp.where(jnp.cumsum(is_end, axis=1) - is_end > 0, SPECIAL.pad, mixed)
+    replace = (jax.random.uniform(k_tokens, ids.shape) < share) & (guess != PAD)
+    return truncate_after_eos(jnp.where(replace & (ids != EOS) & (ids != PAD), guess, ids))
 
 
 def training_hypotheses(
@@ -185,24 +181,29 @@ def make_loss(
 
     def inverter_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
         e = embed(frozen, batch.ids, batch.tokens, batch.embedding)
-        logits = inverter.logits(model, params, e, batch.ids, key)
+        logits = Inverter(model).apply({"params": params}, e, batch.ids, rngs=_dropout(key))
         loss, correct, tokens = cross_entropy(logits, batch.ids)
         return loss, (correct, tokens)
 
     def corrector_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
         e = embed(frozen, batch.ids, batch.tokens, batch.embedding)
-        partial_key, key = split_key(key, 2)
+        partial_key, key = (None, None) if key is None else jax.random.split(key)
         hypothesis = batch.hypothesis
         if hypothesis is None:
             assert frozen.inverter is not None
             partial_key = partial_key if partial_hypotheses else None
             hypothesis = training_hypotheses(model, frozen.inverter, e, batch.ids, partial_key, decode)
         e_hat = embed(frozen, hypothesis, batch.hypothesis_tokens, batch.hypothesis_embedding)
-        logits = corrector.logits(model, params, e, hypothesis, e_hat, batch.ids, key)
+        logits = Corrector(model).apply({"params": params}, e, hypothesis, e_hat, batch.ids, rngs=_dropout(key))
         loss, correct, tokens = cross_entropy(logits, batch.ids)
         return loss, (correct, tokens)
 
     return inverter_loss if stage == "inverter" else corrector_loss
+
+
+def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
+    """Random numbers for a network in training; without a key there is no dropout."""
+    return {} if key is None else {"dropout": key}
 
 
 def make_hypothesize(
@@ -323,5 +324,5 @@ def frozen_shardings(mesh: Mesh, frozen: FrozenParams) -> Any:
     whole: Any = replicated(mesh)
     cut = None
     if frozen.inverter is not None:
-        cut = state_shardings(mesh, frozen.inverter, param_specs(frozen.inverter, inverter.PARAM_AXES))
+        cut = state_shardings(mesh, frozen.inverter, param_specs(frozen.inverter, Inverter.PARAM_AXES))
     return FrozenParams(jax.tree.map(lambda _: whole, frozen.embedder), whole, cut)
