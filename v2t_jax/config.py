@@ -1,17 +1,17 @@
 """Configuration: one schema for recipes, command line, saved models and work directories.
 
 A recipe is a Python file with `get_config() -> Config`; every field can be overridden on the command line. msgspec
-checks types and ranges where a config is built, so a config that exists can run. (pydantic does the same, but importing
-it and building its schemas makes `v2t --help` half as slow again.)
+checks types and ranges where a config is built, so a config that exists can run. (pydantic would double the time that
+`v2t --help` takes.)
 """
 
 import dataclasses
-import importlib.util
 import os
 import re
+import runpy
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 import msgspec
@@ -31,24 +31,15 @@ NotNegative = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
+Rules = Iterator[tuple[bool, str]]  # (whether it holds, what to say if it doesn't)
+
 RENAMED = {"standardise": "standardize"}  # fields in configs saved by version 0.1
-_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a string",
-    "bool": "true or false",
-    "array": "a list",
-    "null": "None",
-}
+_WORDS = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false", "array": "a list"}
 
 
 @dataclass(frozen=True)
 class _Section:
-    """Checks the fields of a config against their annotations; int becomes float and list tuple where those are meant.
-
-    Args:
-        section: what the class is called in a recipe, for error messages.
-    """
+    """Checks fields against their annotations; `section` is the class's name in a recipe, for error messages."""
 
     _section = ""
 
@@ -62,23 +53,25 @@ class _Section:
                 object.__setattr__(self, field.name, msgspec.convert(value, field.type))
             except msgspec.ValidationError as error:
                 where = f"{self._section}.{field.name}".lstrip(".")
-                raise InputError(f"{where} is {value!r}; it must be {_rule(error, field.type)}.") from None
+                raise InputError(f"{where} is {value!r}; it must be {_expected(error, field.type)}.") from None
+        for holds, message in self._rules():
+            if not holds:
+                raise InputError(message)
+
+    def _rules(self) -> Rules:
+        """What must hold between fields."""
+        yield from ()
 
 
-def _rule(error: msgspec.ValidationError, kind: Any) -> str:
+def _expected(error: msgspec.ValidationError, kind: Any) -> str:
     if str(error).startswith("Invalid enum value"):  # of a Literal, whose choices the error doesn't name
         return " or ".join(re.findall(r"'([\w-]+)'", str(kind)))
     rule = str(error).partition(" - at ")[0].removeprefix("Expected ").partition(", got ")[0]
-    rule = rule.replace(f"<= {sys.float_info.max}", "that is finite").replace("`", "").replace("|", "or")
+    rule = rule.replace(f"<= {sys.float_info.max}", "that is finite").replace("`", "").replace("| null", "or None")
     return re.sub(r"[a-z]+", lambda word: _WORDS.get(word[0], word[0]), rule)
 
 
 Section = TypeVar("Section", bound=_Section)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -107,9 +100,8 @@ class T5Config(_Section, section="model.t5"):
     scan_unroll: Count = 1
     """layers unrolled per iteration of the layer scan"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(
+    def _rules(self) -> Rules:
+        yield (
             self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
             "model.t5.relative_attention_max_distance must be more than half of relative_attention_num_buckets.",
         )
@@ -174,10 +166,9 @@ class StageConfig(_Section):
     batch_size: Count = 128
     optimizer: OptimizerConfig = OptimizerConfig()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _rules(self) -> Rules:
         parts = self.optimizer.accumulate_steps
-        _require(
+        yield (
             self.batch_size % parts == 0,
             f"batch_size={self.batch_size} is not divisible by optimizer.accumulate_steps={parts}; change one of them.",
         )
@@ -186,8 +177,8 @@ class StageConfig(_Section):
 @dataclass(frozen=True)
 class DataConfig(_Section, section="data"):
     sources: Annotated[tuple[str, ...], Meta(min_length=1)] = ("wordnet",)
-    """wordnet (packaged); .txt, .jsonl, .tsv (also .gz) or .parquet files, or folders or globs of them;
-    tfds:NAME:FIELD; or one data set made by `v2t data build`, given as held_out too"""
+    """wordnet (packaged); text files, folders or globs (see `v2t data build`); tfds:NAME:FIELD; or one data set made by
+    `v2t data build`, given as held_out too"""
     tokenizer: str = ""
     """tokenizer of the model's texts: an embedder that `v2t embedders` lists, a folder or a hub name, such as t5-base;
     empty: the embedder's own (behind an endpoint, the data set's). If it isn't the embedder's, training retokenizes"""
@@ -202,8 +193,7 @@ class DataConfig(_Section, section="data"):
     hypotheses: str = ""
     """column with the corrector's hypotheses (v2t data hypotheses); empty computes them on the fly"""
     folds: Count = 1
-    """with 2 or more, split a built data set into this many parts and train without part `fold`, for out-of-fold
-    hypotheses"""
+    """for out-of-fold hypotheses: split a built data set into this many parts and train without part `fold`"""
     fold: CountOrZero = 0
     """the part that is left out"""
     span_share: Share = 0.0
@@ -211,13 +201,12 @@ class DataConfig(_Section, section="data"):
     bucket_lengths: tuple[int, ...] = ()
     """lengths of batches in tokens, including the end token; empty pads every batch to model.max_length"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(
+    def _rules(self) -> Rules:
+        yield (
             len(self.weights) in (0, len(self.sources)),
             f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources; give one per source.",
         )
-        _require(self.fold < self.folds, f"data.fold is {self.fold}; it must be less than data.folds={self.folds}.")
+        yield (self.fold < self.folds, f"data.fold is {self.fold}; it must be less than data.folds={self.folds}.")
 
 
 @dataclass(frozen=True)
@@ -233,8 +222,7 @@ class MeshConfig(_Section, section="mesh"):
     slices: CountOrZero = 0
     """TPU slices along the data axis; 0 asks the devices. Other devices are divided into this many groups"""
     decode: DecodeLayout = "batch"
-    """layout for decoding. batch: whole weights on every device, rows split over all axes; model: weights split over
-    the model axis (above 1), for networks that do not fit one device"""
+    """layout for decoding: whole weights on every device, or, if they do not fit one, split over the model axis"""
 
 
 @dataclass(frozen=True)
@@ -282,9 +270,8 @@ class ApiConfig(_Section, section="api"):
     cache: str | None = None
     """folder for the vectors already paid for; by default in the user's cache folder"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
+    def _rules(self) -> Rules:
+        yield (self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
 
 
 def is_endpoint(embedder: object) -> TypeGuard[str]:
@@ -298,8 +285,7 @@ class Config(_Section):
 
     name: str = "unnamed"
     embedder: str = "all-MiniLM-L6-v2"
-    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL, whose vectors are read from columns of a
-    built data set"""
+    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL (with columns for its vectors)"""
     embedder_dtype: Dtype = "float32"
     """of the embedder's arithmetic inside the training step"""
     api: ApiConfig = ApiConfig()
@@ -318,8 +304,7 @@ class Config(_Section):
     corrector_from_inverter: bool = False
     """start the corrector's T5 from the trained inverter's; the original starts it from the pretrained T5"""
     partial_hypotheses: bool = False
-    """make every other hypothesis that the corrector trains on partly correct, like those of later correction steps;
-    the original always uses the inverter's output"""
+    """make every other hypothesis that the corrector trains on partly correct, as in later correction steps"""
     data: DataConfig = DataConfig()
     inverter: StageConfig = StageConfig()
     corrector: StageConfig = StageConfig()
@@ -328,35 +313,29 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: Count = 20
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        trains_inverter = "inverter" in self.stages
-        before = self.stages[: self.stages.index("corrector")] if "corrector" in self.stages else ()
-        _require(
-            "corrector" not in self.stages
-            or "inverter" in before
-            or (bool(self.initial_inverter) and not trains_inverter),
+    def _rules(self) -> Rules:
+        inverter_first = self.stages[:1] == ("inverter",)
+        yield (
+            "corrector" not in self.stages or inverter_first or bool(self.initial_inverter),
             "The corrector needs an inverter for its hypotheses: put inverter before it in stages, or give a trained "
             "model as initial_inverter.",
         )
-        _require(
-            not (self.initial_inverter and trains_inverter),
-            "initial_inverter is for recipes whose only stage is the corrector; leave it empty, or remove inverter "
-            "from stages.",
+        yield (
+            not self.initial_inverter or "inverter" not in self.stages,
+            "initial_inverter is for recipes whose only stage is the corrector; remove inverter from stages.",
         )
         rows = self.corrector.batch_size // self.corrector.optimizer.accumulate_steps
-        _require(
+        yield (
             not self.partial_hypotheses or rows % 2 == 0,
             f"partial_hypotheses needs an even number of rows per corrector (micro-)batch, not {rows}.",
         )
-        _require(
+        yield (
             not (self.partial_hypotheses and self.data.hypotheses),
             "partial_hypotheses are made on the fly; turn them off, or leave data.hypotheses empty.",
         )
-        _require(
+        yield (
             not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size),
-            "initial_t5 brings its own token embeddings: leave initial_embedding and data.vocabulary_size at their "
-            "defaults.",
+            "initial_t5 has its own token embeddings: leave initial_embedding and data.vocabulary_size out.",
         )
 
 
@@ -380,16 +359,12 @@ def load_recipe(path: str) -> Config:
     Raises:
         InputError: no such file, or it has no working `get_config`.
     """
-    file = Path(path)
-    if not os.path.isfile(file):
+    if not os.path.isfile(path):
         raise InputError(f"There is no recipe at {path}; give the path of a file such as configs/tiny.py.")
-    spec = importlib.util.spec_from_file_location("v2t_jax_recipe", file)
-    if spec is None or spec.loader is None:
+    if not path.endswith(".py"):
         raise InputError(f"{path} is not a Python file; a recipe is a .py file that defines get_config().")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
+        get_config = runpy.run_path(path, run_name="v2t_jax_recipe").get("get_config")
         config = get_config() if callable(get_config) else None
     except InputError:
         raise
@@ -406,10 +381,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(schema: type[Section], values: dict[str, Any], where: str = "config") -> Section:
-    """The inverse of `to_dict`; absent fields take their defaults, unknown ones are refused.
+    """The inverse of `to_dict`; absent fields take their defaults. `where` names the section in error messages.
 
-    Args:
-        where: name of the section in error messages.
     Raises:
         InputError: an unknown field, or a value of the wrong type or out of range.
     """

@@ -73,5 +73,5 @@ def test_a_data_set_with_another_tokenizer(recipe: Config) -> None:
 
 
 def test_other_ways_to_start(recipe: Config) -> None:
-    with pytest.raises(InputError, match="initial_t5 brings its own token embeddings"):
+    with pytest.raises(InputError, match="initial_t5 has its own token embeddings"):
         dataclasses.replace(recipe, initial_embedding="embedder")
