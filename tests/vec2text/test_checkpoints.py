@@ -425,23 +425,6 @@ def test_an_embedder_that_lacks_something(pair: Path) -> None:
         check_embedder(pair / "inverter", embedder_of(pair), "the name")
 
 
-def test_a_whole_t5_is_compared_by_its_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A decoder has layers of the encoder's names: `block.0...` of the inverter is `encoder.block.0...` alone."""
-    folder = shutil.copytree(folders[GTR], tmp_path / "pair")
-
-    def add_decoder(state: Case) -> None:
-        layers = {key.replace("encoder.", "decoder.", 1): value + 1 for key, value in state.items() if "block" in key}
-        state.update(layers, **{"decoder.final_layer_norm.weight": np.ones(2, np.float32)})
-
-    edit(embedder_of(folder), add_decoder)
-    check_embedder(folder / "inverter", embedder_of(folder), "gtr")
-    edit(embedder_of(folder), lambda s: s["encoder.final_layer_norm.weight"].__iadd__(1))
-    with pytest.raises(
-        InputError, match="'final_layer_norm.weight' differs from its 'encoder.final_layer_norm.weight'"
-    ):
-        check_embedder(folder / "inverter", embedder_of(folder), "gtr")
-
-
 def test_old_names_of_layer_normalization(pair: Path) -> None:
     def rename(state: Case) -> None:
         for new, old in (("weight", "gamma"), ("bias", "beta")):
