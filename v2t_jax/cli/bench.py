@@ -21,19 +21,19 @@ class Aot:
     config: str
     """the recipe, such as configs/gtr_nq32_inverter.py"""
     topology: str = "v5e:4x4"
-    """v4, v5e, v5p or v6e, and a slice's shape, such as v5e:4x4 or v4:2x2x4"""
+    """v4, v5e, v5p or v6e and the shape of a slice, such as v5e:4x4 or v4:2x2x4"""
     slices: int = 1
-    """slices of that shape, joined by the data-centre network"""
+    """number of slices, connected by the data-center network"""
     programs: tuple[aot.Program, ...] = ("train", "hypotheses", "correct")
     """what to compile: the stages' training steps, greedy hypotheses, a step of the correction loop"""
     sequence_beam_width: int = 4
-    """of the correction loop"""
+    """beam width of the correction loop"""
     json: bool = False
-    """print one JSON document and nothing else"""
+    """print a JSON document instead of text"""
 
     def run(self) -> None:
-        jax.config.update("jax_platforms", "cpu")  # nothing runs here, least of all on a TPU that someone else may use
-        jax.config.update("jax_enable_compilation_cache", False)  # what is compiled so can't be read back
+        jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU here may be in use
+        jax.config.update("jax_enable_compilation_cache", False)  # such programs can't be read back
         config, topology = load_recipe(self.config), Topology(self.topology, self.slices)
         reports = []
         for report in aot.compile_recipe(config, topology, self.programs, self.sequence_beam_width):
@@ -41,10 +41,9 @@ class Aot:
             if not self.json:
                 print(report, flush=True)
         if self.json:
-            shown = {"topology": self.topology, "slices": self.slices, "config": self.config}
-            print(
-                json.dumps({**shown, "compiled, not run": True, "programs": [r.to_dict() for r in reports]}, indent=1)
-            )
+            shown: dict[str, Any] = {"topology": self.topology, "slices": self.slices, "config": self.config}
+            shown |= {"compiled, not run": True, "programs": [report.to_dict() for report in reports]}
+            print(json.dumps(shown, indent=1))
 
 
 COMMANDS: dict[str, Any] = {"aot": Aot, "data": Data, "decode": Decode, "train": Train}

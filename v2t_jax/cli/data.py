@@ -1,4 +1,4 @@
-"""v2t data: data sets that are too large to be read anew by every run."""
+"""The commands of `v2t data`: data sets too large to be read by every run again."""
 
 import json
 import os
@@ -15,29 +15,29 @@ from v2t_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Build:
-    """Tokenize texts once, into a folder that recipes name as data.sources; run again, it goes on or checks every byte.
+    """Tokenize texts once, into a folder for a recipe's data.sources; run again, it resumes or verifies every byte.
 
-    Sources are files (.txt, .jsonl, .tsv, each also .gz, and .parquet), folders or globs of such, tfds:NAME:FIELD, or
-    wordnet: MSMARCO's collection.tsv, DPR's psgs_w100.tsv and BEIR's corpus.jsonl are read as they are."""
+    Sources are files (.txt, .jsonl, .tsv, each also .gz, and .parquet), folders or globs of them, tfds:NAME:FIELD, or
+    wordnet. MSMARCO's collection.tsv, DPR's psgs_w100.tsv and BEIR's corpus.jsonl need no conversion."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     """files, folders or globs"""
     output: str
     """the folder to write"""
     embedder: str | None = None
-    """the embedder whose pieces the texts are cut into: a name that `v2t embedders` lists, or a folder"""
+    """the embedder whose tokenizer to use: a name listed by `v2t embedders`, or a folder"""
     tokenizer: str | None = None
-    """instead of it, a tokenizer.json"""
+    """a tokenizer.json to use instead"""
     vocabulary_size: int = 0
-    """commonest pieces of the training texts to keep; texts with others are dropped; 0 keeps all"""
+    """keep the most common tokens of the training texts and drop texts with others; 0 keeps all"""
     held_out_share: float = 0.02
-    """share of the texts kept from training; with millions of texts, 0.001 is enough"""
+    """share of the texts held out from training; with millions of texts, 0.001 is enough"""
     max_tokens: int = 512
-    """tokens of a text that are kept"""
+    """maximum tokens of a text; the rest is cut off"""
     processes: int | None = None
-    """at work; by default one for each core"""
+    """worker processes; by default one per core"""
     json: bool = False
-    """print one JSON document and nothing else"""
+    """print a JSON document instead of text"""
 
     def run(self) -> None:
         from v2t_jax.bench import num_cores
@@ -46,7 +46,7 @@ class Build:
         from v2t_jax.embedders.load import load_tokenizer
 
         if (self.embedder is None) == (self.tokenizer is None):
-            raise InputError("Give either --embedder NAME or --tokenizer FILE: it decides the pieces.")
+            raise InputError("Pass either --embedder NAME or --tokenizer FILE; it decides the tokens.")
         settings = BuildSettings(self.vocabulary_size, self.held_out_share, self.max_tokens)
         processes = num_cores() if self.processes is None else self.processes
         if self.embedder is not None:
@@ -69,20 +69,20 @@ class Build:
 
 @dataclass(frozen=True)
 class EmbedColumn:
-    """Embed a built data set's texts once, as a column that recipes name as data.embeddings; run again, it goes on."""
+    """Embed a built data set's texts once, as a column for a recipe's data.embeddings; run again, it resumes."""
 
     folder: tyro.conf.Positional[str]
-    """the data set, by v2t data build"""
+    """a data set made by v2t data build"""
     name: str
-    """of the column"""
+    """name of the column"""
     max_length: int
-    """the recipe's model.max_length: of longer texts, the beginnings are embedded"""
+    """the recipe's model.max_length; longer texts are cut to it"""
     embedder: str = "all-MiniLM-L6-v2"
-    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL"""
+    """a name listed by `v2t embedders`, a folder, or an endpoint's base URL"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the arithmetic, as the recipe's embedder_dtype"""
+    """type of the arithmetic, as the recipe's embedder_dtype"""
     batch_size: int = 256
-    """texts at a time, or in one request"""
+    """texts per batch or request"""
     api: ApiConfig = field(default_factory=ApiConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -103,21 +103,21 @@ class EmbedColumn:
 
 @dataclass(frozen=True)
 class Hypotheses:
-    """Have inverters guess a built data set's texts once, as columns that recipes name as data.hypotheses."""
+    """Let inverters guess a built data set's texts once, as columns for a recipe's data.hypotheses."""
 
     folder: tyro.conf.Positional[str]
-    """the data set, by v2t data build"""
+    """a data set made by v2t data build"""
     name: str
-    """of the column; that of the guesses' embeddings is NAME.embedding"""
+    """name of the column; the guesses' embeddings are in NAME.embedding"""
     model: tuple[str, ...]
-    """a model that was trained on this data set; or one for each fold, in their order: each guesses the texts that it
-    was trained without"""
+    """a model trained on this data set; or one per fold, in order, each of which guesses the texts it wasn't trained
+    on"""
     embedder: str | None = None
-    """where the models' embedder lies, if not where it did; or an endpoint's base URL"""
+    """the models' embedder, if it has moved: a folder, or an endpoint's base URL"""
     embeddings: str | None = None
-    """column to read the texts' embeddings from; by default they are made on the fly"""
+    """column with the texts' embeddings; by default they are computed"""
     batch_size: int = 256
-    """texts at a time"""
+    """texts per batch"""
     api: ApiConfig = field(default_factory=ApiConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -139,19 +139,21 @@ class Hypotheses:
 
 
 def _say(done: bool, how: str) -> None:
-    print(f"The column is finished; {how}" if done else "This host's part is done; the others' isn't yet.")
+    print(
+        f"The column is finished; {how}" if done else "This host's share is finished; the other hosts' shares are not."
+    )
 
 
 @dataclass(frozen=True)
 class Tfds:
-    """Write a source as a TFDS data set (ArrayRecord, a field "text"), for programs that read those."""
+    """Write a source as a TFDS data set (ArrayRecord, a field "text"), for programs that read TFDS."""
 
     source: tyro.conf.Positional[str]
-    """what v2t data build takes as one source"""
+    """one source, as for v2t data build"""
     output: str
-    """TFDS's data directory"""
+    """the TFDS data directory"""
     name: str
-    """of the data set"""
+    """name of the data set"""
 
     def run(self) -> None:
         from v2t_jax.data.tfds import prepare_tfds

@@ -57,11 +57,8 @@ class Share:
         if not 0 <= self.index < self.count:
             raise InputError(f"There is no host {self.index} of {self.count}; hosts are counted from 0.")
 
-    def host_of(self, number: int) -> int:
-        return number % self.count
-
     def has(self, number: int) -> bool:
-        return self.host_of(number) == self.index
+        return number % self.count == self.index
 
 
 def find_place(options: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Place | None:
