@@ -289,7 +289,7 @@ def test_settings_and_folders_that_do_not_fit_are_refused(source, tmp_path, toke
         build_here(source, source, tokenizer)
     with pytest.raises(InputError, match="nothing to build from"):
         build([], tmp_path / "x", tokenizer, SETTINGS)
-    with pytest.raises(InputError, match="none falls into the held-out share"):
+    with pytest.raises(InputError, match="None of 1 texts falls into the held-out share"):
         build_here(source, tmp_path / "x", tokenizer)
     source.write_text("?\n!\n")
     with pytest.raises(InputError, match="hold no text"):

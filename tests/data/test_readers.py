@@ -68,6 +68,8 @@ def test_our_tfds_builder_needs_no_tensorflow(tmp_path):
     source = open_source(f"tfds:{folder}:text")
     assert list(source.read(lambda _: None)) == TEXTS and "tensorflow" not in sys.modules
     assert any("array_record" in file.name for file in source.files)
+    with pytest.raises(InputError, match="passages exists: give another name, or delete it"):
+        prepare_tfds(str(tmp_path / "c.tsv"), tmp_path / "tfds", "passages")
     with pytest.raises(InputError, match="no name for a TFDS data set"):
         prepare_tfds(str(tmp_path / "c.tsv"), tmp_path / "tfds", "My Passages")
     with pytest.raises(InputError, match="can't be written"):

@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 
 from v2t_jax import progress
 from v2t_jax.data.dataset import FORMAT, TokenDataset, as_json, claim, npy_bytes, npy_header, tokenizer_sha256
-from v2t_jax.data.readers import Source, Watch, open_source
+from v2t_jax.data.readers import Source, open_source
 from v2t_jax.data.split import HELD_OUT_SHARE, HeldOutFilter, normalize_for_split, split_hash
 from v2t_jax.data.vocabulary import Vocabulary, commonest_pieces
 from v2t_jax.errors import InputError
@@ -229,26 +229,18 @@ def _pool(job: _Job, processes: int) -> Iterator[Run]:
 
 def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
     """Makes the chunks that aren't there, and says how many there are."""
-    total, read, count, texts = sum(source.size for source in sources), 0, 0, 0
-
-    def position(before: int) -> Watch:
-        def watch(done: int) -> None:
-            nonlocal read
-            read = before + done
-
-        return watch
+    total, count, texts = sum(source.size for source in sources), 0, 0
+    read = [0] * len(sources)  # bytes of each
 
     def every() -> Iterator[list[str]]:
-        chunk: list[str] = []
-        before, size = 0, 0
-        for source in sources:
-            for text in source.read(position(before)):
+        chunk, size = list[str](), 0
+        for i, source in enumerate(sources):
+            for text in source.read(functools.partial(read.__setitem__, i)):
                 chunk.append(text)
                 size += len(text)
                 if size >= CHUNK_BYTES:
                     yield chunk
                     chunk, size = [], 0
-            before += source.size
         yield chunk
 
     def missing() -> Iterator[tuple[int, Path]]:
@@ -263,7 +255,7 @@ def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
 
     with progress.bar(total // 1024, "tokenizing", unit="KB") as update:
         for _ in run(_write_chunk, missing()):
-            update(min(read, total) // 1024, texts=texts)
+            update(min(sum(read), total) // 1024, texts=texts)
     return count
 
 
@@ -323,9 +315,9 @@ def _read_chunks(job: _Job, chunks: int, tokenizer: Tokenizer) -> tuple[dict[str
     if counts["texts"] == counts["blank"]:
         raise InputError("The sources hold no text: give at least one text of letters or digits.")
     if not len(held_out):
+        share = f"the held-out share of {job.settings.held_out_share}"
         raise InputError(
-            f"Of {counts['texts']} texts none falls into the held-out share of {job.settings.held_out_share}: use more "
-            "text or a larger share, in a new folder."
+            f"None of {counts['texts']} texts falls into {share}: use more, or a larger share in a new folder."
         )
     vocabulary = job.full
     if job.settings.vocabulary_size:

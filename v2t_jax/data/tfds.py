@@ -1,7 +1,4 @@
-"""The files that `readers` reads as a TFDS data set, in ArrayRecord and without TensorFlow.
-
-For those whose other programs speak TFDS; `v2t data build` reads files faster as they are.
-"""
+"""Writes what `readers` reads as a TFDS data set, in ArrayRecord files and without TensorFlow, for other programs."""
 
 import contextlib
 import re
@@ -23,12 +20,14 @@ def prepare_tfds(source: str, folder: Path, name: str) -> Path:
     Returns:
         The data set's own folder: `tfds:THIS:text` is a source.
     Raises:
-        InputError: the source can't be read, or the folder can't be written.
+        InputError: the source can't be read, the name is taken, or the folder can't be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r} is no name for a TFDS data set: use small letters, digits and _, a letter first.")
+    if (folder / name).exists():  # TFDS would return what is there, whatever it was made of
+        raise InputError(f"{folder / name} exists: give another name, or delete it.")
     opened = open_source(source)
-    with contextlib.redirect_stdout(sys.stderr):  # it talks
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
         import tensorflow_datasets as tfds
 
         class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -38,7 +37,7 @@ def prepare_tfds(source: str, folder: Path, name: str) -> Path:
 
             def _info(self) -> Any:
                 features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-                # By its habit TFDS shuffles by key.
+                # By default TFDS shuffles by key.
                 return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
