@@ -88,7 +88,7 @@ def test_our_tfds_builder_needs_no_tensorflow(tmp_path):
         ("a.tsv", b'id\ttext\ttitle\n0\t"open\tT\n' + b"x" * 140_000 + b"\n", "close its quotation mark"),
         ("a.tsv", b"0\tcaf\xe9\n", "not UTF-8"),
         ("a.tsv", b"0\ta\0b\n", "zero bytes"),
-        ("a.tsv.gz", gzip.compress(b"0\tfine\n" * 1000, mtime=0)[:-9], "not a whole gzip file"),
+        ("a.tsv.gz", gzip.compress(b"0\tfine\n" * 1000, mtime=0)[:-9], "not a complete gzip file"),
         ("a.jsonl", b'{"title": "no"}\n', "Record 1 of .* has no string field 'text'"),
         ("a.jsonl", b"[" * 100_000, "not JSON"),
         ("a.csv", b"a,b\n", "Cannot read"),

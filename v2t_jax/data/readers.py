@@ -1,4 +1,4 @@
-"""Texts out of the files that people have, one after the other: no file is ever whole in memory.
+"""Reads texts from files one after the other, so that no file is ever whole in memory.
 
     wordnet        the packaged corpus
     NAME.txt       a text a line
@@ -9,7 +9,7 @@
     FOLDER, GLOB   the files in it, in the order of their names
     tfds:NAME:FIELD  a TFDS data set's "train" part; NAME may be the folder of one that is prepared
 
-Text, JSON lines and TSV may be packed by gzip (.txt.gz ...).
+Text, JSON lines and TSV may be compressed by gzip (.txt.gz ...).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from typing import Any, BinaryIO
 from v2t_jax.errors import InputError
 
 WORDNET = Path(__file__).parent.parent / "assets" / "wordnet.txt.gz"
-WATCH_TEXTS = 256  # texts between two reports of the position
-TFDS_TEXT_BYTES = 256  # nobody knows how long a TFDS record's text is
+WATCH_TEXTS = 256  # texts between two reports of progress
+TFDS_TEXT_BYTES = 256  # a TFDS record's text has no known length
 
-Watch = Callable[[int], None]  # is told how many bytes of the source have been read
+Watch = Callable[[int], None]  # called with the number of the source's bytes read so far
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Source:
 
     name: str  # as it was given
     files: tuple[Path, ...]  # what it is made of
-    size: int  # its texts' bytes, more or less
+    size: int  # bytes of its texts, approximately
     read: Callable[[Watch], Iterator[str]]
 
 
@@ -53,8 +53,7 @@ def open_source(source: str) -> Source:
     """A source by its name, see the module's docstring; nothing is read yet but a TFDS data set's description.
 
     Raises:
-        InputError: there is no such source, or one can see from outside that it can't be read. `read` raises it for
-            what shows only inside.
+        InputError: there is no such source, or it can't be opened. `read` raises it for content that can't be read.
     """
     if source.startswith("tfds:"):
         return _open_tfds(source)
@@ -123,7 +122,7 @@ def _lines(raw: BinaryIO, path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a whole gzip file ({error}): make or download it again.") from error
+        raise InputError(f"{path} is not a complete gzip file ({error}): make or download it again.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -169,11 +168,11 @@ def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
         for number, row in enumerate(rows, 1):
             if len(row) != len(header):
                 raise InputError(
-                    f"Record {number} of {path} has {len(row)} columns, not {len(header)}: mend it, or fetch it again."
+                    f"Record {number} of {path} has {len(row)} columns, not {len(header)}: fix it or download it again."
                 )
             yield row[column].strip()
     except csv.Error as error:
-        raise InputError(f"Record {number + 1} of {path} is not whole ({error}): close its quotation mark.") from error
+        raise InputError(f"Record {number + 1} of {path} is incomplete ({error}): close its quotation mark.") from error
 
 
 def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[str]:
@@ -210,7 +209,7 @@ def _open_tfds(source: str) -> Source:
         raise InputError(
             f"{source!r} names no data set and field: write tfds:NAME:FIELD, e.g. tfds:ag_news_subset:title."
         )
-    with contextlib.redirect_stdout(sys.stderr):  # it talks, and stdout may be somebody's JSON
+    with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout may be read as JSON
         tfds = _import("tensorflow_datasets", "tensorflow-datasets", "TFDS sources")
     try:
         with contextlib.redirect_stdout(sys.stderr):

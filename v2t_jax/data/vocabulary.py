@@ -30,7 +30,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path} is damaged ({error}); fetch it again.") from error
+        raise InputError(f"{path} is damaged ({error}); download it again.") from error
 
 
 class Vocabulary:
