@@ -1,6 +1,7 @@
 """Greedy decoding of T5: `v2t bench decode`. A call is the encoder, the cross-attention keys and every token."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -44,8 +45,8 @@ class Decode:
         for size in self.batch_size:
             ids = jnp.asarray(source_ids(T5_BASE, size, self.source_length), jnp.int32)
             name = f"greedy decoding of {self.num_tokens} tokens, T5-base, batch {size}"
-            call = lambda ids=ids: np.asarray(jitted(T5_BASE, params, ids, self.num_tokens))  # noqa: E731
-            report(name, size, call, self.repeats, self.json)
+            call = functools.partial(jitted, T5_BASE, params, ids, self.num_tokens)
+            report(name, size, lambda call=call: jax.block_until_ready(call()), self.repeats, self.json)
 
 
 def source_ids(config: T5Config, batch_size: int, length: int) -> np.ndarray:
