@@ -13,7 +13,7 @@ from tests.helpers.fake_endpoint import WIDTH, Api, Endpoint, status, vector
 from v2t_jax.embedders.black_box import PROBE, CallableEmbedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.host_callback import host_embedder, host_errors
+from v2t_jax.inversion.host_callback import HostFunctions
 
 
 def constant(answer: Any) -> CallableEmbedder:
@@ -161,9 +161,11 @@ def test_the_correction_loop_over_black_boxes(endpoint: Endpoint, api: Api) -> N
         return embedder.embed([" ".join(str(i) for i in row if i != 0) for row in ids])
 
     endpoint.always = behave
-    boxed = host_embedder(embed, toy_loop.WIDTH)
+    host = HostFunctions()
+    boxed = host.vectors(embed, toy_loop.WIDTH)
     loop = CorrectionLoop(
-        toy_loop.hypothesize, toy_loop.propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings()
+        *(toy_loop.hypothesize, (toy_loop.propose_greedy,), lambda p, ids: boxed(ids), CorrectionSettings()),
+        check=host.check,
     )
     expected = toy_loop.make_loop()(params, targets, 6)
     for black_box in (CallableEmbedder(embed_texts), api()):
@@ -171,5 +173,5 @@ def test_the_correction_loop_over_black_boxes(endpoint: Endpoint, api: Api) -> N
         toy_loop.assert_same(loop(params, targets, 6), expected)
     assert {*endpoint.paid.values()} == {1}
     endpoint.always = status(401, "The key has expired.")
-    with pytest.raises(InputError, match="status 401: The key has expired"), host_errors():
+    with pytest.raises(InputError, match="status 401: The key has expired"):
         loop(params, -targets, 6)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, cosine_similarity
+from v2t_jax.inversion.torch_order import topk_order
 
 VOCAB, LENGTH, WIDTH, BATCH = 12, 6, 24, 10
 
@@ -46,8 +47,9 @@ def after_eos(ids):
     return jnp.cumsum(is_eos, axis=-1) - is_eos > 0
 
 
-def propose_greedy(params, e, ids, emb, k):
+def propose_greedy(params, given, k):
     """The k single-token changes that bring the embedding closest to e: converges; pads after eos."""
+    e, ids, emb, _ = given
     table = params["table"] * (jnp.arange(VOCAB) > 0)[None, :, None]
     current = jnp.take_along_axis(table[None], ids[:, :, None, None], axis=2)
     moved = emb[:, None, None, :] + table[None] - current - e[:, None, None, :]  # [rows, L, V, E]
@@ -60,8 +62,9 @@ def propose_greedy(params, e, ids, emb, k):
     return jnp.where(after_eos(out), 0, out), top
 
 
-def propose_hashed(params, e, ids, emb, k):
+def propose_hashed(params, given, k):
     """Changes that know nothing of e, decided by hashing ids: wanders, repeats itself, gets worse."""
+    ids = given.ids
     weights = jnp.asarray([7, 31, 3, 17, 11, 5])
     mixed = (jnp.sum(ids * weights[None], axis=1)[:, None] * 13 + jnp.arange(k)[None] * 29) % 1009
     position, token = mixed % LENGTH, 2 + (mixed // LENGTH) % (VOCAB - 2)
@@ -70,14 +73,14 @@ def propose_hashed(params, e, ids, emb, k):
     return jnp.where(hit, token[:, :, None], ids[:, None, :]).astype(jnp.int32), score
 
 
-def propose_same(params, e, ids, emb, k):
+def propose_same(params, given, k):
     """Nothing new, ever."""
-    return jnp.repeat(ids[:, None, :], k, axis=1), jnp.zeros((ids.shape[0], k))
+    return jnp.repeat(given.ids[:, None, :], k, axis=1), jnp.zeros((len(given.ids), k))
 
 
 @cache  # tests with the same settings share a compiled program
 def shared_loop(propose, settings):
-    return CorrectionLoop(hypothesize, propose, embed, settings)
+    return CorrectionLoop(hypothesize, (propose,), embed, settings, rank=topk_order)
 
 
 def make_loop(propose=propose_greedy, **settings):
@@ -89,7 +92,7 @@ cosine = jax.jit(cosine_similarity)
 
 def assert_same(a, b):
     for name, x, y in zip(a._fields, a, b, strict=True):
-        if name.endswith("cosine"):
+        if name.endswith("similarity"):
             np.testing.assert_allclose(x, y, atol=1e-6, err_msg=name)
         else:
             np.testing.assert_array_equal(x, y, err_msg=name)

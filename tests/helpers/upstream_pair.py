@@ -117,7 +117,7 @@ def check_search(model: InversionPipeline, record: Case, num_steps: int, width: 
     ids, cosines = selected(record, num_steps, width)
     np.testing.assert_array_equal(steps.trace_ids[:batch], ids)
     if cosines is not None:
-        close(steps.trace_cosine[:batch], cosines, LOGITS, "cosines")
+        close(steps.trace_similarity[:batch], cosines, LOGITS, "cosines")
         close([[step.cosine for step in one.trace] for one in found], cosines, LOGITS, "cosines of texts")
     return int((ids != 0).sum())
 

@@ -14,11 +14,14 @@ import v2t_jax as v2t
 import v2t_jax.vec2text as vec2text
 from tests.helpers.tiny_model import MAX_LENGTH, WIDTH, make_model
 from tests.helpers.tiny_run import make_texts
-from v2t_jax.bench.collectives import collectives
+from v2t_jax import progress
+from v2t_jax.bench.roofline import collectives
 from v2t_jax.config import MeshConfig
+from v2t_jax.embedders import load
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.api import check_vectors, cosines, read_vectors, warn_of_foreign_vectors
+from v2t_jax.inversion.api import invert_batches
 from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.inversion.vectors import check_vectors, cosines, read_vectors, warn_of_foreign_vectors
 from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 
 TEXTS = make_texts(9)
@@ -55,11 +58,11 @@ def test_each_device_has_its_share_of_the_vectors(model: InversionPipeline, vect
     mesh = make_mesh(MeshConfig())
     e = jax.device_put(np.resize(vectors, (16, WIDTH)), batch_sharding(mesh))
     weights = jax.device_put(model.loop_params(), replicated(mesh))
-    loop = model.correction_loop(2)
-    beam, _ = loop._start(weights, e, np.int32(1))
-    assert {shard.data.shape[0] for shard in beam.ids.addressable_shards} == {2}
-    hlo = loop._advance.lower(weights, e, beam, np.int32(0), np.int32(1)).compile().as_text()
-    scores = re.findall(r'custom-call\(%([\w.-]+)\), custom_call_target="TopK"', hlo)
+    program = model.correction_loop(2).run
+    state = program(weights, e, np.int32(1), room=1)
+    assert {shard.data.shape[0] for shard in state.trace_ids.addressable_shards} == {2}
+    hlo = program.lower(weights, e, np.int32(1), room=1).compile().as_text()
+    scores = re.findall(r'(?:custom-call|sort)\(%([\w.-]+)\b.*/top_k"', hlo)
     others = "\n".join(line for line in hlo.splitlines() if line.split("=")[0].strip(" %") not in scores)
     assert {size for _, size in collectives(others)} == {1}  # whether all are done
 
@@ -68,7 +71,43 @@ def test_few_texts_share_a_compiled_shape(model: InversionPipeline, vectors: np.
     loop = model.correction_loop(1, "best")
     for count in (2, 5, 8):
         recover(model, vectors[:count], num_steps=1, sequence_beam_width=1, batch_size=None)
-    assert loop._start._cache_size() == loop._advance._cache_size() == 1
+    assert loop.run._cache_size() == 1
+
+
+def test_weights_are_prepared_once(folder: Path, vectors: np.ndarray) -> None:
+    model = v2t.load(str(folder / "tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        prepared = []
+        prepare = InversionPipeline._prepared
+        patch.setattr(InversionPipeline, "_prepared", lambda self: prepared.append(1) or prepare(self))
+        for mode in ("best", "upstream"):
+            recover(model, vectors[:2], num_steps=1, mode=mode)
+        assert len(prepared) == 1
+        first, second = model.loop_params(), model.loop_params()
+        assert all(a is b for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+        model.params = dict(model.params)
+        assert model.loop_params() is not first and len(prepared) == 2  # of other parameters
+
+
+def test_batches_come_one_by_one(model: InversionPipeline, vectors: np.ndarray, tmp_path: Path) -> None:
+    """From a file, too, of which no more is read than a batch."""
+    np.save(tmp_path / "e.npy", vectors)
+    e = np.load(tmp_path / "e.npy", mmap_mode="r")
+    batches = invert_batches(model, e, 1, 2, "best", batch_size=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        first = next(batches)
+        assert len(first) == 3
+        found = [first, *batches]
+    assert [len(batch) for batch in found] == [3, 3, 3]
+    assert [one.text for batch in found for one in batch] == [one.text for one in recover(model, vectors, num_steps=1)]
+
+
+def test_progress_on_a_terminal_changes_nothing(model: InversionPipeline, vectors: np.ndarray) -> None:
+    expected = recover(model, vectors, num_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "on_terminal", lambda: True)
+        assert recover(model, vectors, num_steps=2) == expected
 
 
 def test_the_trace_ends_in_the_answer(model: InversionPipeline, vectors: np.ndarray) -> None:
@@ -81,7 +120,7 @@ def test_the_trace_ends_in_the_answer(model: InversionPipeline, vectors: np.ndar
         assert set(one.to_dict()) == {"text", "cosine", "step", "trace"}
 
 
-def test_cosines_are_of_the_texts_embedded_anew(model: InversionPipeline, vectors: np.ndarray) -> None:
+def test_cosines_are_of_the_texts_embedded_again(model: InversionPipeline, vectors: np.ndarray) -> None:
     for one, target in zip(recover(model, vectors[:3], num_steps=1), vectors, strict=False):
         assert one.cosine == pytest.approx(float(model.embedder.embed([one.text])[0] @ target), abs=1e-5)
 
@@ -99,7 +138,7 @@ def test_length_and_integers_make_no_difference_where_the_embedder_normalizes(
 ) -> None:
     assert model.embedder.normalized
     quantized = np.round(127 * vectors[:2]).astype(np.int8)
-    with pytest.warns(UserWarning, match="2 of 2 have other lengths"):
+    with pytest.warns(UserWarning, match="2 of 2 have lengths of"):
         found = recover(model, quantized, num_steps=1)
     expected = recover(model, quantized / 127, num_steps=1)
     assert [one.text for one in found] == [one.text for one in expected]
@@ -114,9 +153,9 @@ def test_foreign_vectors_are_warned_of(model: InversionPipeline) -> None:
     e = known[::2]
     warn_of_foreign_vectors(standardized, e)
     warn_of_foreign_vectors(standardized, 1.01 * e)
-    with pytest.warns(UserWarning, match="don't look like .* scatter .* texts mean nothing"):
+    with pytest.warns(UserWarning, match="don't look like .* their variance is .* texts mean nothing"):
         warn_of_foreign_vectors(standardized, np.roll(e, 1, axis=1))
-    with pytest.warns(UserWarning, match="100 of 100 have other lengths .2 to 2; known are 1"):
+    with pytest.warns(UserWarning, match="100 of 100 have lengths of 2 to 2, where 1 is expected"):
         warn_of_foreign_vectors(standardized, 2 * e)
 
 
@@ -125,7 +164,7 @@ def test_lengths_are_known_of_embedders_that_do_not_normalize(model: InversionPi
     trained = dataclasses.replace(model, embedder=raw, embedding_norm=(3.0, 0.1))
     e = 3 * model.embedder.embed(TEXTS)
     warn_of_foreign_vectors(trained, e)
-    with pytest.warns(UserWarning, match="9 of 9 have other lengths .4.5 to 4.5; known are 3 ± 0.1"):
+    with pytest.warns(UserWarning, match="9 of 9 have lengths of 4.5 to 4.5, where 3 ± 0.1 is expected"):
         warn_of_foreign_vectors(trained, 1.5 * e)
     warn_of_foreign_vectors(dataclasses.replace(trained, embedding_norm=None), 1.5 * e)
 
@@ -192,7 +231,7 @@ def test_long_texts_are_cut(model: InversionPipeline) -> None:
         ([[1.0] * WIDTH, [np.nan] * WIDTH], "Vector 2 of 2 holds NaN"),
         (np.full((1, WIDTH), -np.inf), "infinite"),
         (np.full((1, WIDTH), 1e300), "infinite"),  # more than float32 holds
-        (np.zeros((1, WIDTH)), "all zeros"),
+        (np.zeros((1, WIDTH)), r"Vector 1 of 1 is \(almost\) zero; no text embeds to it"),
         (np.full((1, WIDTH), "a"), "not numbers"),
         (np.full((1, WIDTH), None), "not numbers"),
         (np.ones((1, WIDTH), bool), "not numbers"),
@@ -274,3 +313,11 @@ def test_embedding_by_folder(folder: Path, model: InversionPipeline, vectors: np
     for batch_size in (0, -1):
         with pytest.raises(InputError, match=f"batch_size is {batch_size}"):
             model.embedder.embed(TEXTS, batch_size)
+
+
+def test_an_embedder_named_again_is_not_loaded_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(load, "load_embedder", lambda name, of=load.load_embedder: loaded.append(name) or of(name))
+    name = str(folder / "embedder" / ".." / "embedder")
+    np.testing.assert_array_equal(v2t.embed(TEXTS, name), v2t.embed(TEXTS, name))
+    assert loaded == [name]

@@ -19,8 +19,8 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import EmbedderIdentity, TextEmbedder, embed_texts
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.api import cosines
 from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.inversion.vectors import cosines
 from v2t_jax.models.corrector import NETWORKS
 
 WIDTH = 16
@@ -98,8 +98,10 @@ def test_the_loop_sees_the_embeddings_of_the_texts(which: str, request: pytest.F
         texts = one.vocabulary.decode(found.trace_ids[:, step])
         assert any(text.strip() for text in texts)
         expected = cosines(embed_texts(one.embedder, texts), e)
-        np.testing.assert_allclose(found.trace_cosine[:, step], expected, atol=2e-6)
-    assert found.cosine.mean() > found.trace_cosine[:, 0].mean()  # and it searches: random networks, yet it gets nearer
+        np.testing.assert_allclose(found.trace_similarity[:, step], expected, atol=2e-6)
+    assert (
+        found.similarity.mean() > found.trace_similarity[:, 0].mean()
+    )  # and it searches: random networks, yet it gets nearer
 
 
 def test_a_text_too_long_for_the_embedder_is_cut(folder: Path) -> None:
@@ -108,7 +110,7 @@ def test_a_text_too_long_for_the_embedder_is_cut(folder: Path) -> None:
     e = embedder.embed(make_texts(2))
     found = one.correction_loop(1)(one.loop_params(), e, 1)
     texts = one.vocabulary.decode(found.ids)
-    np.testing.assert_allclose(found.cosine, cosines(embed_texts(one.embedder, texts), e), atol=2e-6)
+    np.testing.assert_allclose(found.similarity, cosines(embed_texts(one.embedder, texts), e), atol=2e-6)
 
 
 def test_a_saved_model_is_the_same_model(model: InversionPipeline, folder: Path) -> None:
@@ -139,15 +141,13 @@ def test_an_embedder_that_moved(model: InversionPipeline, folder: Path) -> None:
         v2t.load(str(folder / "moved"))
     assert v2t.load(str(folder / "moved"), str(folder / "embedder")).embedder.width == WIDTH
     make_embedder(folder / "other", seed=5)
-    with pytest.raises(InputError, match="trained on other weights"):
+    with pytest.raises(InputError, match="was made with other weights"):
         v2t.load(str(folder / "moved"), str(folder / "other"))
 
 
 def test_a_black_box_from_end_to_end(black_box: InversionPipeline, folder: Path) -> None:
     black_box.save(folder / "box", record={})
-    with pytest.raises(
-        InputError, match="trained for letter-counts, of which no weights are known: give that embedder"
-    ):
+    with pytest.raises(InputError, match="trained for letter-counts, whose weights aren't known: pass that embedder"):
         v2t.load(str(folder / "box"))
     embedder = LetterCounts()
     found = v2t.invert_strings(v2t.load(str(folder / "box"), embedder), ["the dog", "a cat"], **OPTIONS)
@@ -160,7 +160,7 @@ def test_a_black_box_from_end_to_end(black_box: InversionPipeline, folder: Path)
 
 def test_embedders_that_do_not_fit(folder: Path) -> None:
     shared = make_model(folder)
-    with pytest.raises(InputError, match="shares its embedder's word-pieces, so it can't use letter-counts"):
+    with pytest.raises(InputError, match="shares its embedder's vocabulary, so it can't use letter-counts"):
         v2t.load(str(shared), LetterCounts())
     wide = LetterCounts()
     wide.width = 17

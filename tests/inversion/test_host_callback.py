@@ -1,4 +1,4 @@
-"""The ways over the host: equal to the way on the device, in whole batches, without a deadlock."""
+"""Through the host: equal to the device path, in whole batches, without a deadlock."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ from tests.helpers.toy_loop import (
 )
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.host_callback import host_bridge, host_embedder, host_errors
+from v2t_jax.inversion.host_callback import HostFunctions
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def embed_masked(params, ids, mask):
 
 
 def test_the_host_path_equals_the_device_path_when_the_vocabularies_agree(params, targets):
-    bridge = host_bridge(lambda ids: (ids, (ids != 0).astype(np.int64)), LENGTH)
+    tokens = HostFunctions().tokens(lambda ids: (ids, (ids != 0).astype(np.int64)), LENGTH)
     loop = CorrectionLoop(
-        hypothesize, propose_greedy, lambda p, ids: embed_masked(p, *bridge(ids)), CorrectionSettings()
+        hypothesize, (propose_greedy,), lambda p, ids: embed_masked(p, *tokens(ids)), CorrectionSettings()
     )
     assert_same(loop(params, targets, 6), make_loop()(params, targets, 6))
 
@@ -57,14 +57,14 @@ def test_another_vocabulary_and_length(params, targets):
         return np.pad(VOCAB - 1 - ids, ((0, 0), (0, 2))), mask
 
     def embed_other(p, ids):
-        other_ids, mask = host_bridge(to_embedder, length)(ids)
+        other_ids, mask = HostFunctions().tokens(to_embedder, length)(ids)
         vectors = jnp.take_along_axis(p["other"]["table"][None], other_ids[:, :, None, None], axis=2)[:, :, 0]
         return jnp.sum(vectors * mask[:, :, None], axis=1)
 
     def inner(function):
         return lambda p, *rest: function(p["model"], *rest)
 
-    loop = CorrectionLoop(inner(hypothesize), inner(propose_greedy), embed_other, CorrectionSettings())
+    loop = CorrectionLoop(inner(hypothesize), (inner(propose_greedy),), embed_other, CorrectionSettings())
     assert_same(loop({"model": params, "other": other}, targets, 6), make_loop()(params, targets, 6))
 
 
@@ -76,57 +76,65 @@ def test_black_box_embedder_is_called_once_a_step_with_the_whole_batch(params, t
         vectors = table[np.arange(LENGTH)[None], ids]
         return np.where((ids == 0)[:, :, None], 0, vectors).sum(axis=1).astype(np.float64)
 
-    boxed = host_embedder(black_box, WIDTH)
-    loop = CorrectionLoop(hypothesize, propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings())
+    boxed = HostFunctions().vectors(black_box, WIDTH)
+    loop = CorrectionLoop(hypothesize, (propose_greedy,), lambda p, ids: boxed(ids), CorrectionSettings())
     found = loop(params, targets, 6)
     assert_same(found, make_loop()(params, targets, 6))
     assert calls == [(BATCH * 4 * 4, LENGTH)] * (1 + found.steps_run)
 
 
-def test_a_large_batch_crosses_the_bridge_without_a_deadlock():
+def test_a_large_batch_crosses_without_a_deadlock():
     rows, length = 2048, 128
-    bridge = host_bridge(lambda ids: (ids[:, ::-1], np.ones_like(ids)), length)
+    tokens = HostFunctions().tokens(lambda ids: (ids[:, ::-1], np.ones_like(ids)), length)
     ids = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
 
     @partial(jax.jit, static_argnums=1)
     def repeatedly(ids, times):
-        return jax.lax.scan(lambda carry, _: (bridge(carry)[0], None), ids, None, length=times)[0]
+        return jax.lax.scan(lambda carry, _: (tokens(carry)[0], None), ids, None, length=times)[0]
 
     np.testing.assert_array_equal(repeatedly(ids, 20), ids)
 
 
-def test_what_the_host_raises_arrives_as_itself(params, targets, caplog):
-    calls, failing = [], {}
+@pytest.mark.parametrize("mode", ["best", "upstream"])
+def test_what_the_host_raises_arrives_as_itself_and_at_once(params, targets, caplog, mode):
+    calls, steps, failing = [], [], {}
 
-    def host(ids):
+    def on_host(ids):
         calls.append(len(ids))
         if len(calls) in failing:
             raise failing[len(calls)]
-        return np.ones((len(ids), WIDTH), np.float32) * ids[:, :1]
+        return np.asarray(params["table"])[np.arange(LENGTH)[None], ids].sum(axis=1)
 
-    boxed = host_embedder(host, WIDTH)
-    loop = CorrectionLoop(hypothesize, propose_greedy, lambda p, ids: boxed(ids), CorrectionSettings())
+    def propose(params, given, k):
+        jax.debug.callback(lambda: steps.append(1))
+        return propose_greedy(params, given, k)
+
+    host = HostFunctions()
+    boxed = host.vectors(on_host, WIDTH)
+    settings = CorrectionSettings(mode=mode)
+    loop = CorrectionLoop(hypothesize, (propose,), lambda p, ids: boxed(ids), settings, check=host.check)
     for error in (InputError("The key is wrong; set another."), KeyboardInterrupt(), KeyError("own")):
         for at_call in (1, 3):  # at the first guess; inside the steps
             calls.clear()
+            steps.clear()
             failing = {at_call: error}
-            with pytest.raises(type(error)) as caught, host_errors():
+            with pytest.raises(type(error)) as caught:
                 loop(params, targets, 6)
-            assert caught.value is error and len(calls) == at_call
+            jax.effects_barrier()
+            assert caught.value is error and len(calls) == at_call and len(steps) == at_call - 1
     assert not caplog.records  # JAX would log a traceback
     failing = {}
-    with host_errors():
-        assert loop(params, targets, 1).steps_run == 1  # nothing of it is left
+    assert loop(params, targets, 1).steps_run == 1  # nothing of it is left
 
 
-def test_errors_of_a_bridge_and_of_others_arrive_too():
+def test_what_fails_has_no_embeddings(params):
     def fails(ids):
         raise InputError(f"{ids[0, 0]} is wrong; change it.")
 
-    bridge = jax.jit(host_bridge(fails, 3))
-    with pytest.raises(InputError, match="^7 is wrong; change it.$"), host_errors():
-        jax.block_until_ready(bridge(jnp.full((2, 3), 7)))
-    with pytest.raises(ZeroDivisionError), host_errors():
-        raise ZeroDivisionError
-    with pytest.raises(Exception, match="7 is wrong"):  # not asked for: JAX's own, with the text in it
-        jax.block_until_ready(bridge(jnp.full((2, 3), 7)))
+    host, ids = HostFunctions(), jnp.full((2, 3), 7)
+    assert np.isnan(jax.jit(host.vectors(fails, WIDTH))(ids)).all()
+    token_ids, mask = jax.jit(host.tokens(fails, 3))(ids)
+    assert (np.asarray(token_ids) == -1).all() and (np.asarray(mask) == -1).all()
+    with pytest.raises(InputError, match="^7 is wrong; change it.$"):
+        host.check()
+    host.check()  # raised once

@@ -126,7 +126,7 @@ def test_a_model_of_longer_texts_than_its_embedder_reads(folder):
 
 
 def test_no_such_model():
-    with pytest.raises(InputError, match="There is no model 'no-such-model': give a model folder, a packaged name"):
+    with pytest.raises(InputError, match="There is no model 'no-such-model': pass a model folder, a packaged name"):
         load("no-such-model")
 
 
@@ -163,14 +163,14 @@ def test_pieces_that_are_none(folder, tensors):
     save_file(tensors, folder / "pieces.safetensors")
     sha256 = hashlib.sha256((folder / "pieces.safetensors").read_bytes()).hexdigest()
     edit_config(folder, lambda c: c | {"files": c["files"] | {"pieces.safetensors": sha256}})
-    with pytest.raises(InputError, match="pieces.safetensors holds no row of whole numbers by the name 'pieces'"):
+    with pytest.raises(InputError, match="pieces.safetensors doesn't hold a row of integers"):
         load(str(folder))
 
 
-@pytest.mark.parametrize("max_length", [True, None, "32", 3.5, 2, 0])
-def test_a_length_of_the_embedder_that_is_none(folder, max_length):
+@pytest.mark.parametrize("max_length", [True, "32", 3.5, 2, 0])
+def test_a_length_that_no_embedder_has(folder, max_length):
     edit_config(folder, lambda c: c | {"embedder": c["embedder"] | {"max_length": max_length}})
-    with pytest.raises(InputError, match="embedder.max_length = .*; it must be a whole number of at least 3"):
+    with pytest.raises(InputError, match="Expected `int.* - at `.*embedder.max_length`"):
         load(str(folder))
 
 
@@ -189,16 +189,19 @@ def test_a_folder_without_config(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "not of model format 1"),
-        ({"name": 3}, "of another form"),
-        ({"files": []}, "of another form"),
+        ({"format_version": 2}, "Invalid enum value 2 - at `\\$.format_version`"),
+        ({"name": 3}, "Expected `str`, got `int`"),
+        ({"files": []}, "Expected `object`, got `array`"),
         ({"files": {}}, "lacks inverter.safetensors or pieces.safetensors"),
-        ({"embedder": "name"}, "of another form"),
-        ({"embedder": {"name": "all-MiniLM-L6-v2"}}, "of another form"),
-        ({"embedder": {"name": "all-MiniLM-L6-v2", "weights_sha256": "", "prefix": 5}}, "of another form"),
+        ({"embedder": "name"}, "Expected `object`, got `str`"),
+        ({"embedder": {"name": "all-MiniLM-L6-v2"}}, "all-MiniLM-L6-v2, whose weights aren't known"),
+        (
+            {"embedder": {"name": "all-MiniLM-L6-v2", "weights_sha256": "", "prefix": 5}},
+            "Expected `str . null`, got `int`",
+        ),
         ({"embedder": {"name": "no-such-embedder", "weights_sha256": "0"}}, "There is no embedder"),
-        ({"embedder": {"name": "a-service", "weights_sha256": ""}}, "a-service, of which no weights are known"),
-        ({"embedding_norm": [1, "0"]}, "embedding_norm that isn't two numbers"),
+        ({"embedder": {"name": "a-service", "weights_sha256": ""}}, "a-service, whose weights aren't known"),
+        ({"embedding_norm": [1, "0"]}, "Expected `float`, got `str` - at .*embedding_norm"),
         ({"model": 5}, "model must be an object"),
         ({"model": {"no_such_field": 1}}, "unknown field 'no_such_field'"),
         ({"model": {"max_length": "8"}}, "model.max_length is '8'; it must be a whole number"),
@@ -216,14 +219,14 @@ def test_an_altered_config(folder, change, message):
 @pytest.mark.parametrize("field", ["name", "embedder", "model", "files"])
 def test_a_config_that_lacks_a_field(folder, field):
     edit_config(folder, lambda config: {key: value for key, value in config.items() if key != field})
-    with pytest.raises(InputError, match=f"lacks the field '{field}'"):
+    with pytest.raises(InputError, match=f"missing required field `{field}`"):
         load(str(folder))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_pseudo_tokens": 3}, "projection/output.* has shape .* config.json means"),
+        ({"num_pseudo_tokens": 3}, "projection/output.* has shape .* config.json implies"),
         ({"standardize": False}, "holds the unknown parameter 'statistics/mean'"),
         ({"t5": {"tie_word_embeddings": False}}, "lacks the parameter 't5/lm_head'"),
     ],

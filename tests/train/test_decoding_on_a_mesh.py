@@ -9,7 +9,7 @@ from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.inversion.api import embed_anew, run_correction
+from v2t_jax.inversion.api import embed_decoded, run_correction
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.parallel import processes
@@ -41,8 +41,7 @@ def test_no_weights_are_gathered(cut):
     loop = cut.correction_loop(WIDTH, "best")
     e = processes.put(np.ones((ROWS, 16), np.float32), decoding_rows(cut.mesh, "model"))
     with decoding_on(cut.mesh, "model"):
-        beam = jax.eval_shape(loop._start_program, weights, e, np.int32(1))[0]
-        found = loop._advance.lower(weights, e, beam, np.int32(0), np.int32(1)).compile().as_text()
+        found = loop.run.lower(weights, e, np.int32(1), room=1).compile().as_text()
     shapes = gathered(found)
     assert shapes and max(np.prod(shape) for shape in shapes) <= ROWS * WIDTH**2 * T5.vocab_size  # logits at most
     assert not [shape for shape in shapes if {208, 104, 736, 368} & set(shape)]
@@ -54,9 +53,9 @@ def test_it_recovers_what_one_device_recovers(cut, stage):
     params = {name: cut.params[name] for name in names}
     there = InversionPipeline("cut", MODEL, params, cut.embedder, cut.vocabulary, mesh=cut.mesh, decode="model")
     here = InversionPipeline("whole", MODEL, processes.fetch(params), cut.embedder, cut.vocabulary)
-    e = embed_anew(there, make_texts(5))
+    e = embed_decoded(there, make_texts(5))
     steps = int(stage == "corrector")
     found, expected = (run_correction(model, e, steps, 1, "upstream") for model in (there, here))
     np.testing.assert_array_equal(found.trace_ids, expected.trace_ids)
-    np.testing.assert_allclose(found.cosine, expected.cosine, atol=1e-5)
+    np.testing.assert_allclose(found.similarity, expected.similarity, atol=1e-5)
     assert len(found.ids) == 5 and found.steps_run == steps

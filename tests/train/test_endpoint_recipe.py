@@ -188,7 +188,7 @@ def test_the_model_names_its_endpoint_and_is_used_with_it(done: Whole, capsys: p
     assert [one["reference"] for one in found] == texts and {len(one["trace"]) for one in found} == {2}
     with pytest.raises(SystemExit):
         v2t("invert", "--model", str(model), "--text", "the red dog")
-    assert "of which no weights are known: give that embedder" in capsys.readouterr().err
+    assert "whose weights aren't known: pass that embedder" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_other_limits_but_no_other_embedder(done: Whole) -> None:
@@ -215,7 +215,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"embeddings": "none"}}, "columns/none/manifest.json is missing"),
     ({"data": {"sources": ("wordnet",), "held_out": "wordnet"}}, "need a built data set in data.sources"),
     ({"model": {"max_length": 7}}, "was made for texts of 8 tokens, not 7"),
-    ({"initial_inverter": "minilm-wordnet"}, "shares its embedder's word-pieces, so it can't use tiny at"),
+    ({"initial_inverter": "minilm-wordnet"}, "shares its embedder's vocabulary, so it can't use tiny at"),
 ]
 
 

@@ -22,8 +22,8 @@ from tests.helpers.upstream_pair import NAMES, embedder_of, read_pair, record_of
 from v2t_jax.cli import main as cli
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.api import warn_of_foreign_vectors
 from v2t_jax.inversion.pipeline import InversionPipeline, load
+from v2t_jax.inversion.vectors import warn_of_foreign_vectors
 from v2t_jax.models.corrector import Corrector
 from v2t_jax.vec2text import convert
 from v2t_jax.vec2text.checkpoints import check_embedder, read_base
@@ -470,7 +470,7 @@ def test_what_is_behind_the_encoder_is_compared(folders: dict[str, Path], tmp_pa
 def test_vectors_of_the_wrong_normalization_are_noticed(model: InversionPipeline, goldens: dict[str, Case]) -> None:
     e = record_of(goldens[GTR])["e"]
     warn_of_foreign_vectors(model, e)
-    with pytest.warns(UserWarning, match="7 of 7 have other lengths"):
+    with pytest.warns(UserWarning, match="7 of 7 have lengths of"):
         warn_of_foreign_vectors(model, e / np.linalg.norm(e, axis=1, keepdims=True))
 
 

@@ -266,23 +266,24 @@ class _Recipe:
 
     def correct(self, beam: int) -> Report:
         """One step of the correction loop, laid out as a training run's evaluation has it."""
-        settings, layout = CorrectionSettings(sequence_beam_width=beam, scan_chunk=1), self.config.mesh.decode
+        settings, layout = CorrectionSettings(sequence_beam_width=beam), self.config.mesh.decode
         assert self.embedder is not None and self.piece_map is not None
         embed = shared_embedder(self.embedder, self.piece_map)
-        loop = CorrectionLoop(initial_hypotheses(self.model), propose_corrections(self.model, "best"), embed, settings)
+        proposers = (propose_corrections(self.model, "best"),)
+        loop = CorrectionLoop(initial_hypotheses(self.model), proposers, embed, settings)
         frozen = self._frozen(False)
         others = {"embedder": frozen.embedder, "pieces": frozen.vocab_map}
         here = _shapes(others, jax.tree.map(lambda _: replicated(self.mesh), others))
         here |= {"inverter": self._decoding("inverter"), "corrector": self._decoding("corrector")}
         local = jax.ShapeDtypeStruct((ROWS_A_CHIP, self.model.embedding_width), jnp.float32)
         one = jax.ShapeDtypeStruct((), jnp.int32)
-        beam_local, _ = jax.eval_shape(loop._start_program, here, local, one)
+        beam_local = jax.eval_shape(loop.first_beam, here, local, one)
         e, beam_here = self._everywhere((local, beam_local), decoding_rows(self.mesh, layout).spec[0])
-        jaxpr = jax.make_jaxpr(loop._advance_program)(here, local, beam_local, one, one).jaxpr
+        jaxpr = jax.make_jaxpr(loop.step)(here, local, beam_local, one, one).jaxpr
         counted = work(jaxpr, self.model.max_length).times(1 / self._cut_in_decoding)
         memory = {"params": _bytes_a_chip(here), "beam": _bytes_a_chip(beam_here)}
         arguments = (here, e, beam_here, one, one)
-        program = OnMesh(jax.jit(loop._advance_program, donate_argnames="beam"), self.mesh, DECODING_RULES[layout])
+        program = OnMesh(jax.jit(loop.step, donate_argnames="beam"), self.mesh, DECODING_RULES[layout])
         return self._report(f"correct, beam {beam}", program, arguments, e.shape[0], memory, counted)
 
     def _decoding(self, stage: Stage) -> Any:

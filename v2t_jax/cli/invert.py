@@ -62,14 +62,9 @@ class Invert:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def run(self) -> None:
-        from v2t_jax.inversion.api import (
-            check_vectors,
-            invert_embeddings,
-            invert_on_all_hosts,
-            invert_strings,
-            read_vectors,
-        )
+        from v2t_jax.inversion.api import invert_embeddings, invert_on_all_hosts, invert_strings
         from v2t_jax.inversion.pipeline import load
+        from v2t_jax.inversion.vectors import check_vectors, read_vectors
         from v2t_jax.parallel.processes import is_main
 
         if bool(self.text) == (self.embeddings is not None):

@@ -4,10 +4,11 @@ import dataclasses
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import numpy as np
+from msgspec import Meta
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
@@ -61,7 +62,7 @@ class EmbedderIdentity:
     normalize: bool | None = None
     prefix: str | None = None
     width: int | None = None
-    max_length: int | None = None
+    max_length: Annotated[int, Meta(ge=3)] | None = None  # room for [CLS], a token and [SEP]
     dtype: Dtype | None = None
 
     def to_dict(self) -> dict[str, Any]:

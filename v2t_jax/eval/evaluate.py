@@ -7,27 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich import box
 from rich.table import Table
 
 from v2t_jax import progress
 from v2t_jax.data.split import read_texts
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_whole
 from v2t_jax.eval.metrics import score, text_scores
 from v2t_jax.inversion.api import BATCH_SIZE, InversionResult, invert_on_all_hosts, invert_strings
-from v2t_jax.inversion.correction import check_num_steps
+from v2t_jax.inversion.correction import TRACE_STEPS, CorrectionSettings, check_num_steps
 from v2t_jax.inversion.pipeline import InversionPipeline
 
 
 def evaluation_texts(
     inverter: InversionPipeline, split: str = "held_out", limit: int | None = None, source: str = "wordnet"
 ) -> list[str]:
-    """Texts of a split that are short enough for the model, in the source's order, in the tokenizer's normal form."""
+    """Texts of a split that are short enough for the model, in the source's order and the tokenizer's normal form."""
     if split not in ("held_out", "train"):
-        raise InputError(f"There is no split {split!r}; choose held_out or train.")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; give at least 1.")
+        raise InputError(f"There is no split {split!r}; use held_out or train.")
+    if limit is not None:
+        check_whole("limit", limit, 1)
     longest = inverter.config.max_length
     with progress.stage(f"reading the {split} texts of {source}"):
         texts = read_texts(source, "held_out" if split == "held_out" else "train")
@@ -37,7 +36,7 @@ def evaluation_texts(
         found = [text for text in inverter.vocabulary.normalize(short, longest) if text.strip()][:limit]
     if not found:
         raise InputError(
-            f"No {split} text of {source} fits in the {longest - 1} word-pieces the model takes; give shorter ones."
+            f"No {split} text of {source} fits in the {longest - 1} tokens that the model takes; use shorter ones."
         )
     return found
 
@@ -46,16 +45,16 @@ def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int]) -> 
     """Refuses numbers of steps and beam widths that can't be evaluated.
 
     Raises:
-        InputError: none, or one that is too small.
+        InputError: none, or one out of range.
     """
-    if not num_steps:
-        raise InputError("num_steps is empty; give one number or more.")
-    for steps in num_steps:
-        check_num_steps(steps)
-    if not sequence_beam_width or min(sequence_beam_width) < 1:
-        raise InputError(
-            f"sequence_beam_width is {tuple(sequence_beam_width)}; give one number or more, each at least 1."
-        )
+    for name, values, check in (
+        ("num_steps", num_steps, check_num_steps),
+        ("sequence_beam_width", sequence_beam_width, CorrectionSettings),
+    ):
+        if not values:
+            raise InputError(f"{name} is empty; give one number or more.")
+        for value in values:
+            check(value)
 
 
 def evaluate(
@@ -68,7 +67,7 @@ def evaluate(
     """Recovers `texts` from their embeddings at every number of steps and beam width.
 
     One run to the largest number of steps serves all: the state after fewer steps is in its trace. That run gives the
-    speed of its row; the speed of the others is measured on the first batches alone. Compilation is never counted.
+    speed of its row; the speed of the others is measured on the first batches only. Compilation is never counted.
 
     Returns:
         {"model", "split", "n", "rows": [...]}: see `report`.
@@ -77,7 +76,7 @@ def evaluate(
         InputError: no texts, or see `check_grid` and `v2t_jax.inversion.api.invert_embeddings`.
     """
     if not texts:
-        raise InputError("There are no texts to evaluate on; give a split that holds some.")
+        raise InputError("There are no texts to evaluate on; use a split that has some.")
     check_grid(num_steps, sequence_beam_width)
     rows: list[dict[str, Any]] = []
     most = max(num_steps)
@@ -93,7 +92,8 @@ def evaluate(
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
         first = texts[: BATCH_SIZE * jax.device_count()]
-        timed(first, min(most, 1))  # compiles: the number of steps is no part of the program
+        # Compiles; up to TRACE_STEPS the number of steps is no part of the program.
+        timed(first, min(most, 1) if most <= TRACE_STEPS else most)
         found, speed = timed(texts, most)
         for row in report(inverter, found, num_steps, width, split)["rows"]:
             steps = row["num_steps"]
@@ -127,9 +127,20 @@ def _row(found: list[InversionResult], step: int, width: int) -> dict[str, Any]:
     return row | {"texts_per_second": None}
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of a report for people: steps, beam width and scores with their standard errors."""
+    return [
+        str(row["num_steps"]),
+        str(row["sequence_beam_width"]),
+        f"{row['bleu']:.1f} ± {row['bleu_sem']:.1f}",
+        f"{row['token_f1']:.3f} ± {row['token_f1_sem']:.3f}",
+        f"{row['exact_match']:.1%} ± {row['exact_match_sem']:.1%}",
+        f"{row['cosine']:.4f} ± {row['cosine_sem']:.4f}",
+    ]
+
+
 def table(report: dict[str, Any]) -> Table:
     """The report as a table for people."""
-    # "Exact" is meant after both texts went through the tokenizer: its case and spacing.
     result = Table(
         caption="BLEU and F1 of texts in the tokenizer's normal form; exact match means equal in that form.",
         title=f"{report['model']}: {report['n']} texts of {report['split']}",
@@ -141,15 +152,7 @@ def table(report: dict[str, Any]) -> Table:
         result.add_column(column, justify="right", no_wrap=True)
     for row in report["rows"]:
         speed = row["texts_per_second"]
-        result.add_row(
-            str(row["num_steps"]),
-            str(row["sequence_beam_width"]),
-            f"{row['bleu']:.1f} ± {row['bleu_sem']:.1f}",
-            f"{row['token_f1']:.3f} ± {row['token_f1_sem']:.3f}",
-            f"{row['exact_match']:.1%} ± {row['exact_match_sem']:.1%}",
-            f"{row['cosine']:.4f} ± {row['cosine_sem']:.4f}",
-            *([] if speed is None else [f"{speed:.2f}"]),
-        )
+        result.add_row(*cells(row), *([] if speed is None else [f"{speed:.2f}"]))
     return result
 
 
@@ -162,9 +165,9 @@ def check_plot_file(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"The plot can't be written to {file} ({error.strerror}); give another place.") from error
+        raise InputError(f"The plot can't be written to {file} ({error.strerror}); use another path.") from error
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise InputError(f"The plot can't be written to {file}; give the name of a file that can be.")
+        raise InputError(f"The plot can't be written to {file}; give the name of a writable file.")
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
@@ -183,8 +186,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     for axis, name, label in zip(axes, ("cosine", "bleu"), ("cosine to the target", "BLEU"), strict=True):
         for width in sorted({row["sequence_beam_width"] for row in report["rows"]}):
             rows = [row for row in report["rows"] if row["sequence_beam_width"] == width]
-            steps = np.array([row["num_steps"] for row in rows])
-            means, errors = (np.array([row[key] for row in rows]) for key in (name, f"{name}_sem"))
+            steps, means, errors = ([row[key] for row in rows] for key in ("num_steps", name, f"{name}_sem"))
             axis.errorbar(steps, means, errors, marker="o", capsize=3, label=f"sequence beam {width}")
         axis.set(xlabel="correction steps", ylabel=label)
         axis.grid(alpha=0.3)
@@ -193,6 +195,6 @@ def plot(report: dict[str, Any], file: Path) -> None:
     try:
         figure.savefig(file, dpi=120, format="png")
     except OSError as error:
-        raise InputError(f"The plot can't be written to {file} ({error.strerror}); give another place.") from error
+        raise InputError(f"The plot can't be written to {file} ({error.strerror}); use another path.") from error
     finally:
         plt.close(figure)

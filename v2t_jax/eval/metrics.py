@@ -1,7 +1,7 @@
 """Scores of recovered texts against the true ones, each with its standard error.
 
 After the original (Morris et al. 2023, section 4): BLEU is the mean of sentence BLEU, token F1 is over sets of words
-(cut here by a regular expression, there by nltk), exact match is equality of strings. The original swaps the names of
+(split here by a regular expression, there by nltk), exact match is equality of strings. The original swaps the names of
 precision and recall; F1 is the same.
 """
 
@@ -36,12 +36,8 @@ def sentence_bleu(predictions: Sequence[str], references: Sequence[str]) -> np.n
 
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """F1 of the sets of words of every text, 0 to 1; words are runs of letters and digits, or single marks."""
-    values = []
-    for prediction, reference in zip(predictions, references, strict=True):
-        found, true = set(_WORD.findall(prediction)), set(_WORD.findall(reference))
-        common = len(found & true)
-        values.append(2 * common / (len(found) + len(true)) if common else 0.0)
-    return np.array(values)
+    pairs = [(set(_WORD.findall(p)), set(_WORD.findall(r))) for p, r in zip(predictions, references, strict=True)]
+    return np.array([2 * len(found & true) / max(len(found) + len(true), 1) for found, true in pairs])
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -55,9 +51,6 @@ def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[s
         InputError: no texts.
     """
     if not references:
-        raise InputError("There are no texts to evaluate on: give a held-out split that holds some.")
-    return {
-        "bleu": score(sentence_bleu(predictions, references)),
-        "token_f1": score(token_f1(predictions, references)),
-        "exact_match": score(exact_match(predictions, references)),
-    }
+        raise InputError("There are no texts to evaluate on: use a held-out split that has some.")
+    measures = {"bleu": sentence_bleu, "token_f1": token_f1, "exact_match": exact_match}
+    return {name: score(measure(predictions, references)) for name, measure in measures.items()}

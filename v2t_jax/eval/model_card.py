@@ -15,7 +15,7 @@ import tyro
 
 from v2t_jax import progress
 from v2t_jax.errors import InputError
-from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot
+from v2t_jax.eval.evaluate import cells, evaluate, evaluation_texts, plot
 from v2t_jax.inversion.api import invert_strings
 from v2t_jax.inversion.pipeline import load
 from v2t_jax.inversion.trace import draw_trace
@@ -66,12 +66,7 @@ def score_table(report: dict[str, Any]) -> str:
         "| correction steps | sequence beam | BLEU | token F1 | exact match | cosine |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in report["rows"]:
-        bleu = f"{row['bleu']:.1f} ± {row['bleu_sem']:.1f}"
-        f1 = f"{row['token_f1']:.3f} ± {row['token_f1_sem']:.3f}"
-        exact = f"{row['exact_match']:.1%} ± {row['exact_match_sem']:.1%}"
-        cosine = f"{row['cosine']:.4f} ± {row['cosine_sem']:.4f}"
-        lines.append(f"| {row['num_steps']} | {row['sequence_beam_width']} | {bleu} | {f1} | {exact} | {cosine} |")
+    lines += [f"| {' | '.join(cells(row))} |" for row in report["rows"]]
     return "\n".join(lines)
 
 
@@ -82,7 +77,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
         recipe: the config that it was trained with, as a dict.
         report: of its evaluation.
         trained: hardware and time of the training, in words.
-        weights: how they are kept.
+        weights: how they are stored.
     """
     model, data = recipe["model"], recipe["data"]
     behind = recipe.get("api", {}).get("model")
@@ -96,7 +91,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
     sources = ", ".join(f"{source} (x{share:g} an epoch)" for source, share in named)
     pieces = f"the {data['vocabulary_size']} commonest" if data["vocabulary_size"] else "all"
     embedder = recipe["embedder"]
-    victim = Path(embedder).name if Path(embedder).is_dir() else embedder  # where it lies here is nobody's business
+    victim = Path(embedder).name if Path(embedder).is_dir() else embedder  # its path on this machine is private
     victim = f"{behind} at {victim}" if behind else victim
     return f"""# {report["model"]}
 
@@ -106,7 +101,7 @@ Recovers text from embeddings of {victim}: {" and ".join(recipe["stages"])} (Mor
 - **Data:** training split of {sources} (for wordnet: see WORDNET-NOTICE.txt);
   {pieces} word-pieces; a share of {data["span_share"]} cut to random contiguous spans.
 - **Networks:** T5 {form} of width {t5["d_model"]}, {layers}; {weights}.
-- **Recipe:** {stages}; all of it is in config.json under `record`.
+- **Recipe:** {stages}; the whole recipe is in config.json under `record`.
 - **Trained:** {trained}.
 - **Not in the data:** the held-out split, and lines that share eight words in a row with it.
 

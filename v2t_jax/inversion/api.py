@@ -3,12 +3,10 @@
 import functools
 import hashlib
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import jax
@@ -17,19 +15,16 @@ import numpy as np
 
 from v2t_jax import progress
 from v2t_jax.config import MeshConfig
-from v2t_jax.embedders.base import TextEmbedder, embed_texts, named_or_embedder
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.embedders.black_box import is_metered
-from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
-from v2t_jax.inversion.correction import Correction, Mode, check_num_steps, correct_in_batches
-from v2t_jax.inversion.host_callback import host_errors
+from v2t_jax.errors import InputError, check_texts, check_whole
+from v2t_jax.inversion.correction import Correction, Mode, check_num_steps
 from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors
 from v2t_jax.parallel import processes
-from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh, replicated
+from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh
 
 BATCH_SIZE = 32
-# Mean squared distance of vectors from the training's mean, in its own variance: 1 at home (0.84 to 1.17 for single
-# texts of minilm-wordnet), about 2 for the vectors of another embedder.
-MOST_SPREAD = 1.4
 MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
 # Sizes that batches are padded up to, so that a few texts don't pay for a full batch, and few shapes are compiled;
 # beyond them, multiples of the last.
@@ -47,7 +42,7 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class InversionResult:
-    """A recovered text. `cosine` is of the text embedded anew by the embedder, from its letters."""
+    """A recovered text. `cosine` is of the text itself, embedded by the embedder's own tokenizer."""
 
     text: str
     cosine: float
@@ -61,113 +56,6 @@ class InversionResult:
         """As JSON types; without the reference's fields where the text isn't known."""
         values = asdict(self) | {"trace": [asdict(step) for step in self.trace]}
         return values if self.reference is not None else {k: v for k, v in values.items() if v is not None}
-
-
-def check_vectors(vectors: Any, width: int) -> np.ndarray:
-    """Vectors to invert, of numpy, JAX or torch, as float32 [n, width]; one vector may come as 1-D.
-
-    Raises:
-        InputError: not numbers, no rows, wrong width or dimensions, NaN or infinite values, or zero vectors.
-    """
-    try:
-        array = as_numpy(vectors)
-    except (ValueError, TypeError, RuntimeError) as error:  # rows of unequal length; RuntimeError: torch's
-        raise InputError(
-            f"The vectors are not a regular array ({error}); give one row of {width} numbers a vector."
-        ) from error
-    # JAX's test, not numpy's: it knows bfloat16.
-    if not (jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)):
-        raise InputError(f"The vectors are of type {array.dtype}, not numbers; give a float array [n, {width}].")
-    if array.ndim in (1, 2) and len(array) == 0:
-        raise InputError(f"There are no vectors: the array has shape {array.shape}; give at least one row.")
-    if array.ndim == 1:
-        array = array[None]
-    if array.ndim != 2:
-        raise InputError(f"The vectors have {array.ndim} dimensions; give an array [n, {width}], or [{width}] for one.")
-    if array.shape[1] != width:
-        raise InputError(
-            f"The vectors are {array.shape[1]} wide, but this model inverts embeddings of width {width}: "
-            "give vectors of the embedder that it was trained for."
-        )
-    with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused as such
-        array = array.astype(np.float32)
-    finite = np.isfinite(array).all(axis=1)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise InputError(f"Vector {row + 1} of {len(array)} holds NaN or infinite values; remove or repair it.")
-    zero = np.linalg.norm(array.astype(np.float64), axis=1) < 1e-12
-    if zero.any():
-        row = int(np.argmax(zero))
-        raise InputError(
-            f"Vector {row + 1} of {len(array)} is all zeros, or as good as, which no text embeds to; remove it."
-        )
-    return array
-
-
-def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
-    """Warns of vectors [n, E] that hardly come from the model's embedder: by their lengths, and by their coordinates.
-
-    Another embedder of the same width, another pooling, prefix or normalization: none of it can be seen in a shape, and
-    all of it makes the recovered texts meaningless.
-    """
-    norms, reasons = np.linalg.norm(e, axis=1), []
-    expected = (1.0, 0.0) if inverter.embedder.normalized else inverter.embedding_norm
-    if expected is not None:
-        mean, deviation = expected
-        foreign = np.abs(norms - mean) > 6 * deviation + 0.02 * mean
-        if foreign.any():
-            known = f"{mean:.3g}" if deviation < 0.001 * mean else f"{mean:.3g} ± {deviation:.2g}"
-            found = f"{norms.min():.3g} to {norms.max():.3g}"
-            reasons.append(f"{foreign.sum()} of {len(e)} have other lengths ({found}; known are {known})")
-    statistics = inverter.params["inverter"].get("statistics")
-    if statistics is not None:
-        rescaled = e / norms[:, None] if inverter.embedder.normalized else e
-        spread = float(np.mean(((rescaled - np.asarray(statistics["mean"])) / np.asarray(statistics["std"])) ** 2))
-        if not spread < MOST_SPREAD:
-            reasons.append(f"they scatter {spread:.1f} times as far around the mean as those of the training")
-    if reasons:
-        warnings.warn(
-            f"The vectors don't look like {inverter.embedder.name}'s: {' and '.join(reasons)}. If they come from "
-            "another embedder, pooling, prefix or normalization, the recovered texts mean nothing.",
-            stacklevel=3,
-        )
-
-
-def read_vectors(path: str) -> Any:
-    """The array of a .npy file; never unpickles.
-
-    Raises:
-        InputError: the file is missing, empty, or not a plain array.
-    """
-    file, advice = Path(path), "save the array of vectors with numpy.save"
-    if file.exists() and not file.is_file():
-        raise InputError(f"{path!r} is a folder, a pipe or a device; {advice}.")
-    try:
-        with file.open("rb") as content:
-            magic = content.read(len(np.lib.format.MAGIC_PREFIX))
-        if not magic:
-            raise InputError(f"{path} is empty; {advice}.")
-        if magic.startswith(b"PK"):
-            raise InputError(f"{path} is an archive, of arrays maybe; {advice}.")
-        if magic != np.lib.format.MAGIC_PREFIX:
-            raise InputError(f"{path} is not a .npy file; {advice}.")
-        # Mapped, not read: a header that promises more than the file holds is refused before memory is asked for.
-        return np.array(np.load(file, allow_pickle=False, mmap_mode="r"))
-    except FileNotFoundError:
-        raise InputError(f"There is no file {path}; give a .npy file of vectors.") from None
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror or error}); {advice}.") from error
-    except InputError:
-        raise
-    # numpy reads the header as Python source, so damage in it shows as that language's errors too.
-    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError) as error:
-        raise InputError(f"{path} is truncated, damaged or holds something else than numbers; {advice}.") from error
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row, [n, E] and [n, E] -> [n]"""
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.clip((a * b).sum(axis=1) / np.maximum(norms, 1e-12), -1, 1)
 
 
 def invert_embeddings(
@@ -188,8 +76,8 @@ def invert_embeddings(
         num_steps: N, correction steps; 0 gives the nearest of the inverter's guesses (of one, for W = 1).
         sequence_beam_width: W, hypotheses kept between steps.
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
-        patience: stop a vector after so many steps without improvement; 0 doesn't.
-        batch_size: vectors at a time on a device, by default 32, or fewer for beams wider than 5; what is more goes to
+        patience: stop a vector after this many steps without improvement; 0 = never.
+        batch_size: vectors at a time on a device, by default 32, or fewer for beams wider than 5; further ones go to
             other devices of this process at the same time. The result doesn't depend on it.
 
     Raises:
@@ -202,25 +90,11 @@ def invert_embeddings(
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
     warn_of_foreign_vectors(inverter, e)
-    if inverter.embedder.normalized:
-        e = (e / np.linalg.norm(e.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
-    found = run_correction(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size)
-    # What is reported is embedded anew from its text, by the victim's own tokenizer: a sequence of pieces that the
-    # tokenizer would never make of the text can't flatter.
-    n, steps = found.trace_ids.shape[:2]
-    texts = inverter.vocabulary.decode(found.trace_ids.reshape(n * steps, -1))
-    embedded = embed_anew(inverter, texts)
-    values = cosines(embedded, np.repeat(e, steps, axis=0)).reshape(n, steps)
-    return [_recovered(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
+    batches = invert_batches(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size)
+    return [found for batch in batches for found in batch]
 
 
-def embed_anew(inverter: InversionPipeline, texts: Sequence[str]) -> np.ndarray:
-    """The embeddings [n, E] of texts, blank ones too; of a model on a mesh, each process makes its share."""
-    embed = functools.partial(embed_texts, inverter.embedder)
-    return embed(texts) if inverter.mesh is None else processes.shared(texts, embed)
-
-
-def run_correction(
+def invert_batches(
     inverter: InversionPipeline,
     e: np.ndarray,
     num_steps: int,
@@ -228,48 +102,21 @@ def run_correction(
     mode: Mode,
     patience: int = 0,
     batch_size: int | None = None,
-) -> Correction:
-    """The correction loop over vectors [n, E], in batches cut over the model's mesh, or else this process's devices."""
-    loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
-    # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
-    most = batch_size or max(1, min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2))
-    rows = None if inverter.mesh is None else decoding_rows(inverter.mesh, inverter.decode)
-    parts = 1 if rows is None else math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
-    each = -(-len(e) // parts)
-    whole = -(-each // BATCH_SIZE) * BATCH_SIZE
-    size = parts * min(most, next((size for size in BATCH_SIZES if each <= size), whole))
-    weights, place = inverter.loop_params(), jnp.asarray
-    # Where hypotheses reach the embedder over the host, one device does all.
-    devices = [] if inverter.host_bound or rows else jax.local_devices()[: len(e) // size]
-    if rows is not None:
-        place = functools.partial(processes.put, shardings=rows)
-    elif len(devices) > 1:
-        mesh = make_mesh(MeshConfig(), devices)
-        weights = jax.device_put(weights, replicated(mesh))
-        place, size = functools.partial(jax.device_put, device=batch_sharding(mesh)), size * len(devices)
-    filled = np.concatenate([e, np.repeat(e[-1:], max(size - len(e), 0), axis=0)])
-    with (
-        progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
-        ExitStack() as first,
-        nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode),
-    ):
-        first.enter_context(progress.stage(f"compiling for {size} texts at a time, or fetching what was compiled"))
-        reports = 0
+) -> Iterator[list[InversionResult]]:
+    """Recovers the texts of vectors [n, E] batch by batch; of `e`, which may be memory-mapped, it reads a batch a time.
 
-        def on_progress(done: int, cosine: float) -> None:
-            nonlocal reports
-            reports += 1
-            if reports == 2 or num_steps == 0:  # both programs, the first guess and the steps, have run once
-                first.close()
-            update(min(done, len(e)), cosine=round(cosine, 4))
-
-        with host_errors():
-            found = correct_in_batches(loop, weights, filled, num_steps, size, on_progress, place)
-    *arrays, steps_run = found
-    return Correction._make([*(array[: len(e)] for array in arrays), steps_run])
+    Arguments as `invert_embeddings`, which checks them.
+    """
+    for rows, found in corrections(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size):
+        # What is reported is embedded again from its text, by the embedder's own tokenizer: a sequence of tokens that
+        # the tokenizer would never make of the text can't flatter.
+        n, steps = found.trace_ids.shape[:2]
+        texts = inverter.vocabulary.decode(found.trace_ids.reshape(n * steps, -1))
+        values = cosines(embed_decoded(inverter, texts), np.repeat(rows, steps, axis=0)).reshape(n, steps)
+        yield [_result(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
 
 
-def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> InversionResult:
+def _result(texts: Sequence[str], values: np.ndarray, mode: str) -> InversionResult:
     best, trace = 0, []
     for step in range(len(texts)):
         # Rounding in the last place of a cosine is no improvement.
@@ -277,6 +124,86 @@ def _recovered(texts: Sequence[str], values: np.ndarray, mode: str) -> Inversion
             best = step
         trace.append(TraceStep(step, texts[best], float(values[best])))
     return InversionResult(texts[best], float(values[best]), best, tuple(trace))
+
+
+def embed_decoded(inverter: InversionPipeline, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings [n, E] of texts, blank ones too; with a mesh over several processes, each embeds a share."""
+    embed = functools.partial(embed_texts, inverter.embedder)
+    return embed(texts) if inverter.mesh is None else processes.shared(texts, embed)
+
+
+def corrections(
+    inverter: InversionPipeline,
+    e: np.ndarray,
+    num_steps: int,
+    sequence_beam_width: int,
+    mode: Mode,
+    patience: int = 0,
+    batch_size: int | None = None,
+) -> Iterator[tuple[np.ndarray, Correction]]:
+    """The correction loop over vectors [n, E]: the vectors of each batch, brought to length 1 where the embedder does
+    that, and what it found. A batch is one program, unless somebody watches its steps."""
+    loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
+    # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
+    size, weights, place = _placement(
+        inverter, len(e), batch_size or min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2)
+    )
+    # Programs that several processes run together must be the same on all of them.
+    watched = progress.on_terminal() and (inverter.mesh is None or jax.process_count() == 1)
+    with (
+        progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
+        ExitStack() as compiling,
+    ):
+        if watched:
+            compiling.enter_context(
+                progress.stage(f"compiling for {size} texts at a time, or loading the compiled program")
+            )
+        for first in range(0, len(e), size):
+            rows = np.asarray(e[first : first + size], np.float32)
+            if inverter.embedder.normalized:
+                rows = (rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
+            filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])  # one shape, one compile
+
+            def on_step(step: int, cosine: float, _: int, first: int = first, count: int = len(rows)) -> None:
+                if step or not num_steps:  # the first guesses and a step have run
+                    compiling.close()
+                update(first + count * step // max(num_steps, 1), cosine=round(cosine, 4))
+
+            with nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode):
+                found = loop(weights, place(filled), num_steps, on_step if watched else None)
+            *arrays, steps_run = found
+            found = Correction._make([*(array[: len(rows)] for array in arrays), steps_run])
+            update(first + len(rows), cosine=round(float(found.similarity.mean()), 4))
+            yield rows, found
+
+
+def _placement(
+    inverter: InversionPipeline, count: int, most: int
+) -> tuple[int, Any, Callable[[np.ndarray], jax.Array]]:
+    """Vectors in a batch, at most `most` on a device; the loop's weights; and what puts a batch beside them."""
+    rows = None if inverter.mesh is None else decoding_rows(inverter.mesh, inverter.decode)
+    parts = 1 if rows is None else math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    each = -(-count // parts)
+    whole = -(-each // BATCH_SIZE) * BATCH_SIZE
+    size = parts * min(max(most, 1), next((size for size in BATCH_SIZES if each <= size), whole))
+    if rows is not None:
+        return size, inverter.loop_params(), functools.partial(processes.put, shardings=rows)
+    # Where hypotheses reach the embedder through the host, one device does everything.
+    devices = jax.local_devices()[: count // size] if inverter.shares_vocabulary else []
+    if len(devices) < 2:
+        return size, inverter.loop_params(), jnp.asarray
+    mesh = make_mesh(MeshConfig(), devices)
+    place = functools.partial(jax.device_put, device=batch_sharding(mesh))
+    return size * len(devices), inverter.loop_params(mesh), place
+
+
+def run_correction(
+    inverter: InversionPipeline, e: np.ndarray, num_steps: int, sequence_beam_width: int, mode: Mode
+) -> Correction:
+    """`corrections` of all vectors in one; `steps_run` is the largest of any batch."""
+    batches = corrections(inverter, e, num_steps, sequence_beam_width, mode)
+    *arrays, steps_run = zip(*(found for _, found in batches), strict=True)
+    return Correction._make([*(np.concatenate(parts) for parts in arrays), max(steps_run)])
 
 
 def invert_on_all_hosts(
@@ -326,17 +253,17 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
     """
     check_texts(texts)
     if len(texts) == 0:
-        raise InputError("There are no texts to recover; give at least one.")
+        raise InputError("There are no texts to recover; pass at least one.")
     longest = inverter.config.max_length
     references = inverter.vocabulary.normalize(texts, longest)
     for i, (text, reference) in enumerate(zip(texts, references, strict=True)):
         if not reference.strip():
             raise InputError(
-                f"Text {i + 1} of {len(texts)} holds nothing that the embedder's tokenizer knows; give it a word."
+                f"Text {i + 1} of {len(texts)} holds nothing that the embedder's tokenizer knows; use other words."
             )
         if inverter.vocabulary.normalize([text], len(text.encode()) + 2)[0] != reference:
-            progress.note(f"Text {i + 1} is cut to the {longest - 1} word-pieces that the model takes: {reference!r}")
-    found = invert_embeddings(inverter, embed_anew(inverter, references), **options)
+            progress.note(f"Text {i + 1} is cut to the {longest - 1} tokens that the model takes: {reference!r}")
+    found = invert_embeddings(inverter, embed_decoded(inverter, references), **options)
     return [
         InversionResult(f.text, f.cosine, f.step, f.trace, reference, f.text == reference)
         for f, reference in zip(found, references, strict=True)
@@ -344,8 +271,16 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
 
 
 def embed(texts: Sequence[str], embedder: str | Path | TextEmbedder = "all-MiniLM-L6-v2") -> np.ndarray:
-    """Embeddings [len(texts), E] float32 by an embedder's name or folder, or by the embedder itself."""
+    """Embeddings [len(texts), E] float32 by an embedder's name or folder, or by the embedder itself.
+
+    An embedder loaded by name stays loaded: the last one named.
+    """
+    given = named_or_embedder(embedder)
+    return (_loaded(given) if isinstance(given, str) else given).embed(texts)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str) -> JaxEmbedder:
     from v2t_jax.embedders.load import load_embedder
 
-    given = named_or_embedder(embedder)
-    return (load_embedder(given) if isinstance(given, str) else given).embed(texts)
+    return load_embedder(name)

@@ -1,117 +1,64 @@
-"""From inside the compiled correction loop to what lives on the host, by one batched callback a step.
+"""From inside a compiled program to what lives on the host, by one batched callback a step.
 
-The way from hypothesis to embedding where the two don't share a vocabulary: back to text and to the embedder's own
-tokens (`host_bridge`), or to an embedder that isn't JAX at all (`host_embedder`). What goes wrong there reaches the
-caller as it was raised where the loop is run in `host_errors`.
+Hypotheses take this way to an embedder that doesn't share the model's vocabulary: as text, to the embedder's own
+tokenizer (`tokens`), or to an embedder that isn't JAX at all (`vectors`).
 """
 
-from __future__ import annotations
-
-import itertools
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-Answer = TypeVar("Answer")
 
+class HostFunctions:
+    """Host functions as functions for use under jit.
 
-def host_bridge(
-    host_fn: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], embedder_length: int
-) -> Callable[[Array], tuple[Array, Array]]:
-    """The way to an embedder with another vocabulary, from inside the compiled loop: ids -> text -> its ids.
+    A host function gets a whole batch at once, must depend on nothing but its argument, and must not call jax: on a CPU
+    the device waits for it, and a computation started in it may wait for that device.
 
-    Args:
-        host_fn: model ids [rows, L] int32 -> (embedder ids [rows, M], mask [rows, M]), numpy in and out. It
-            gets a whole batch at once, must depend on nothing but its argument, and must not call jax: on a
-            CPU the device waits for it, and a computation started in it may wait for that device.
-        embedder_length: M, the fixed length of what host_fn returns.
-
-    Returns:
-        A function of ids [rows, L] for use under jit, giving int32 ids and mask [rows, M].
+    What one raises (an `InputError` of an embedder, Ctrl-C) would reach the caller of the program as an error of JAX's.
+    It is kept instead; until `check` raises it, no host function is called, and all return embeddings of NaN.
     """
 
-    def on_host(ids: Array) -> tuple[np.ndarray, np.ndarray]:
-        embedder_ids, mask = _kept(host_fn, ids)
-        return np.asarray(embedder_ids, np.int32), np.asarray(mask, np.int32)
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
 
-    def bridge(ids: Array) -> tuple[Array, Array]:
-        shape = jax.ShapeDtypeStruct((ids.shape[0], embedder_length), jnp.int32)
-        return jax.pure_callback(on_host, (shape, shape), ids)
+    def check(self) -> None:
+        """Raises what a host function raised since the last check; call it when a program's results have arrived."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
-    return bridge
+    def vectors(self, function: Callable[[np.ndarray], np.ndarray], width: int) -> Callable[[Array], Array]:
+        """`function`: ids [rows, L] int32 -> vectors [rows, width]; the result gives them as float32."""
+        return lambda ids: self._call(function, jax.ShapeDtypeStruct((len(ids), width), jnp.float32), ids)
 
+    def tokens(
+        self, function: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], length: int
+    ) -> Callable[[Array], tuple[Array, Array]]:
+        """`function`: ids [rows, L] int32 -> another vocabulary's ids and mask [rows, length]; -1 if it failed."""
 
-def host_embedder(host_fn: Callable[[np.ndarray], np.ndarray], width: int) -> Callable[[Array], Array]:
-    """The way to a black-box embedder (an API, another framework) from inside the compiled loop.
+        def call(ids: Array) -> tuple[Array, Array]:
+            shape = jax.ShapeDtypeStruct((len(ids), length), jnp.int32)
+            return self._call(function, (shape, shape), ids)
 
-    Args:
-        host_fn: model ids [rows, L] int32 -> embeddings [rows, E]; the rules of `host_bridge` hold.
-        width: E.
+        return call
 
-    Returns:
-        A function of ids [rows, L] for use under jit, giving float32 [rows, E].
-    """
+    def _call(self, function: Callable[[np.ndarray], Any], shapes: Any, ids: Array) -> Any:
+        def on_host(ids: Array) -> Any:
+            if self._error is None:
+                try:
+                    found = function(np.asarray(ids, np.int32))
+                    return jax.tree.map(lambda shape, x: np.asarray(x, shape.dtype), shapes, found)
+                except BaseException as error:  # Ctrl-C too
+                    self._error = error
+            return jax.tree.map(_failed, shapes)
 
-    def on_host(ids: Array) -> np.ndarray:
-        return np.asarray(_kept(host_fn, ids), np.float32)
-
-    def embed(ids: Array) -> Array:
-        return jax.pure_callback(on_host, jax.ShapeDtypeStruct((ids.shape[0], width), jnp.float32), ids)
-
-    return embed
-
-
-class _HostError(Exception):
-    """Stands in for what was raised: of an exception, only the text comes through the compiled program."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.mark = f"host error {next(_marks)}"
-        super().__init__(f"{self.mark}: {type(error).__name__}: {error}")
+        return jax.pure_callback(on_host, shapes, ids)
 
 
-_marks = itertools.count(1)
-_raised: dict[str, BaseException] = {}  # by mark, in the order of raising
-_MOST_KEPT = 8  # those that nobody asks for go
-
-
-def _kept(host_fn: Callable[[np.ndarray], Answer], ids: Array) -> Answer:
-    """Calls a host function; what it raises is kept for `host_errors`."""
-    try:
-        return host_fn(np.asarray(ids, np.int32))
-    except BaseException as error:  # Ctrl-C too: JAX would make an ordinary error of it
-        stand_in = _HostError(error)
-        _raised[stand_in.mark] = error
-        for mark in [*_raised][:-_MOST_KEPT]:
-            _raised.pop(mark, None)
-        raise stand_in from error
-
-
-@contextmanager
-def host_errors() -> Iterator[None]:
-    """Around a run of a program over the host: what a host function raised is raised here, as itself.
-
-    Without it, such an error (an `InputError` of an embedder, Ctrl-C) arrives as one of JAX's, with a traceback in its
-    text and in the log. The program's results must be waited for inside.
-    """
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], _HostError))
-
-    logger = logging.getLogger("jax._src.callback")
-    logger.addFilter(is_other)
-    try:
-        yield
-    except Exception as error:  # which class it is depends on JAX's version and on the device
-        text = str(error)
-        found = next((mark for mark in _raised if f"{mark}:" in text), None)
-        if found is None:
-            raise
-        raise _raised.pop(found) from None
-    finally:
-        logger.removeFilter(is_other)
+def _failed(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.full(shape.shape, np.nan if shape.dtype == jnp.float32 else -1, shape.dtype)

@@ -2,7 +2,7 @@
 
     DIR/config.json               sizes, embedder (name and hash of its weights), hashes of the files beside it
     DIR/{inverter,corrector}.safetensors    parameters, flat names joined by "/"; large tables as int8 rows with scales
-    DIR/pieces.safetensors        model id -> the tokenizer's piece
+    DIR/pieces.safetensors        model id -> tokenizer id
     DIR/tokenizer.json            the model's own tokenizer; models that share their embedder's have none
     DIR/README.md                 model card
 
@@ -11,15 +11,15 @@ Nothing is unpickled; every file's sha256 is checked before it is used.
 
 import dataclasses
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError
@@ -29,13 +29,14 @@ from tokenizers import Tokenizer
 from v2t_jax import progress
 from v2t_jax.config import DecodeLayout, ModelConfig, Stage, from_dict, to_dict
 from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
-from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, named_or_embedder
+from v2t_jax.embedders.base import EmbedderIdentity, JaxEmbedder, TextEmbedder, check_identity, named_or_embedder
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
-from v2t_jax.inversion.proposals import embed_hypotheses, initial_hypotheses, propose_corrections
+from v2t_jax.inversion.proposals import embed_hypotheses, embedder_params, initial_hypotheses, propose_corrections
+from v2t_jax.inversion.torch_order import topk_order
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
 from v2t_jax.models.t5 import round_weights, unstack_decoder
@@ -57,8 +58,8 @@ class InversionPipeline:
         shares_vocabulary: the model writes its embedder's own tokens, and the correction loop never leaves the device.
             Otherwise its tokenizer is its own, and hypotheses reach the embedder as text, through a host callback.
         embedding_norm: mean and standard deviation of the lengths of the vectors it was trained on, where known.
-        mesh: of all the run's devices, over which the parameters are cut and it decodes, in the layout `decode`; all
-            processes then call the same together. By default each process decodes on its own devices.
+        mesh: all devices of the run, over which the parameters are sharded and it decodes, in the layout `decode`; all
+            processes then make the same calls together. By default each process decodes on its own devices.
     """
 
     name: str
@@ -73,32 +74,48 @@ class InversionPipeline:
 
     def __post_init__(self) -> None:
         self._loops: dict[CorrectionSettings, CorrectionLoop] = {}
+        self._weights: dict[Mesh | None, Any] = {}
+        self._weights_of: Any = None
         if self.config.embedding_width != self.embedder.width:
             raise InputError(
                 f"The model {self.name} inverts embeddings of width {self.config.embedding_width}, but those of "
-                f"{self.embedder.name} are {self.embedder.width} wide; give the embedder that it was trained for."
+                f"{self.embedder.name} are {self.embedder.width} wide; pass the embedder that it was trained for."
             )
 
     @property
     def has_corrector(self) -> bool:
         return "corrector" in self.params
 
-    @property
-    def host_bound(self) -> bool:
-        """Whether the correction loop leaves the device to embed its hypotheses."""
-        return not self.shares_vocabulary
+    def loop_params(self, devices: Mesh | None = None) -> dict[str, Any]:
+        """The weights that a correction loop takes: in the arithmetic's dtype, layer by layer, laid out for decoding.
 
-    def loop_params(self) -> dict[str, Any]:
-        """The weights that a correction loop's programs take as arguments; on a mesh laid out for decoding."""
+        Prepared once for these `params` and kept until they are replaced or `release` is called.
+
+        Args:
+            devices: of a pipeline without a mesh of its own, the devices that each hold a copy; None: the first.
+        """
+        if self._weights_of is not self.params:
+            self._weights, self._weights_of = {}, self.params
+        if devices not in self._weights:
+            one = self._weights.get(None) or self._prepared()
+            self._weights = {None: one}
+            if devices is not None:
+                self._weights[devices] = jax.device_put(one, replicated(devices))
+        return self._weights[devices]
+
+    def release(self) -> None:
+        """Frees what `loop_params` keeps: a second copy of the networks."""
+        self._weights = {}
+
+    def _prepared(self) -> dict[str, Any]:
         networks: dict[str, Any] = {}
         for stage, params in self.params.items():
+            params = {**params, "t5": round_weights(self.config.t5, params["t5"])}  # in the end it would be anyway
             if self.mesh is not None:
-                params = {**params, "t5": round_weights(self.config.t5, params["t5"])}  # in the end it would be anyway
                 specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
                 params = processes.put(params, state_shardings(self.mesh, params, specs))
             networks[stage] = {**params, "t5": unstack_decoder(params["t5"])}
-        embedder = self.embedder.params if isinstance(self.embedder, JaxEmbedder) else {}
-        others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.vocab_map)}
+        others = {"embedder": embedder_params(self.embedder), "pieces": jnp.asarray(self.vocabulary.vocab_map)}
         return networks | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
 
     def correction_loop(
@@ -118,20 +135,12 @@ class InversionPipeline:
         if mode == "upstream" and not self.shares_vocabulary:
             config = dataclasses.replace(config, max_length=UPSTREAM_LENGTH)
             guess_length = self.config.max_length - 1
-        settings = CorrectionSettings(
-            sequence_beam_width=sequence_beam_width,
-            mode=mode,
-            num_candidates=num_candidates,
-            patience=patience,
-            scan_chunk=1 if config.max_length > 64 else 2,
-            guess_length=guess_length,
-        )
+        settings = CorrectionSettings(sequence_beam_width, num_candidates, mode, patience, guess_length)
         if settings not in self._loops:
+            embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary)
+            proposers = (propose_corrections(config, mode),)
             self._loops[settings] = CorrectionLoop(
-                initial_hypotheses(config),
-                propose_corrections(config, mode),
-                embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary),
-                settings,
+                initial_hypotheses(config), proposers, embed, settings, rank=topk_order, check=check
             )
         return self._loops[settings]
 
@@ -139,24 +148,23 @@ class InversionPipeline:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
 
         Raises:
-            InputError: the folder can't be written, or holds something else than a model.
+            InputError: the folder can't be written, or holds something other than a model.
         """
         if folder.exists() and not (folder / "pieces.safetensors").is_file() and any(folder.iterdir()):
-            raise InputError(f"{folder} holds files that aren't a model's and would be lost; give another folder.")
+            raise InputError(f"{folder} holds files that aren't a model's and would be lost; pass another folder.")
         with whole_folder(folder, replace=True) as building:
             for stage, params in self.params.items():
                 save_file(_flatten(params, quantize), building / f"{stage}.safetensors")
             save_file({"pieces": self.vocabulary.vocab_map}, building / "pieces.safetensors")
             if not self.shares_vocabulary:
                 (building / TOKENIZER).write_text(self.vocabulary.tokenizer.to_str(), encoding="utf-8")
-            files = {file.name: sha256_of([file]) for file in sorted(building.iterdir())}
             config = {
                 "format_version": FORMAT_VERSION,
                 "name": self.name,
                 "embedder": self.embedder.identity.to_dict(),
                 "embedding_norm": self.embedding_norm,
                 "model": to_dict(self.config),
-                "files": files,
+                "files": {file.name: sha256_of([file]) for file in sorted(building.iterdir())},
                 "record": record,
             }
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -164,6 +172,35 @@ class InversionPipeline:
 
 
 Inverter = InversionPipeline  # its name in version 0.1; to be removed in 0.3
+
+
+class _Header(msgspec.Struct):
+    """A model's config.json."""
+
+    format_version: Literal[1]
+    name: str
+    embedder: EmbedderIdentity
+    model: Any  # of `from_dict`
+    files: dict[str, str]
+    embedding_norm: tuple[float, float] | None = None
+    record: dict[str, Any] = {}
+
+
+class StoredModel(NamedTuple):
+    """What a model folder holds: all but the embedder."""
+
+    name: str
+    config: ModelConfig
+    params: dict[Stage, Params]
+    vocab_map: np.ndarray
+    tokenizer: Tokenizer | None  # the model's own; None: it shares its embedder's vocabulary
+    embedder: EmbedderIdentity
+    embedding_norm: tuple[float, float] | None
+    record: dict[str, Any]  # recipe, scores, or what it was converted from
+
+
+def packaged_models() -> list[str]:
+    return sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
 
 
 def locate_model(name: str) -> Path:
@@ -183,28 +220,8 @@ def locate_model(name: str) -> Path:
             raise InputError(f"There is no model folder {name!r} here, and from the hub: {error}") from error
     packaged = ", ".join(packaged_models()) or "none"
     raise InputError(
-        f"There is no model {name!r}: give a model folder, a packaged name ({packaged}), or owner/name on the hub."
+        f"There is no model {name!r}: pass a model folder, a packaged name ({packaged}), or owner/name on the hub."
     )
-
-
-def packaged_models() -> list[str]:
-    return sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
-
-
-class StoredModel(NamedTuple):
-    """What a model folder holds: all but the embedder."""
-
-    name: str
-    config: ModelConfig
-    params: dict[Stage, Params]
-    vocab_map: np.ndarray
-    tokenizer: Tokenizer | None
-    """the model's own; None: it writes its embedder's word-pieces"""
-    embedder: dict[str, Any]
-    """an `EmbedderIdentity.to_dict()`; older folders have fewer fields"""
-    embedding_norm: tuple[float, float] | None
-    record: dict[str, Any]
-    """recipe, scores, or what it was converted from"""
 
 
 def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> StoredModel:
@@ -217,53 +234,25 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
         InputError: no such model; or a file is missing, altered or truncated.
     """
     folder = locate_model(name)
-    config = read_json(folder / "config.json", "a model folder")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{folder}/config.json is not of model format {FORMAT_VERSION}; fetch the model again.")
-    for field in ("name", "embedder", "model", "files"):
-        if field not in config:
-            raise InputError(f"{folder}/config.json lacks the field {field!r}; fetch the model again.")
-    embedder, record = config["embedder"], config.get("record", {})
-    if (
-        not isinstance(config["name"], str)
-        or not isinstance(config["files"], dict)
-        or not isinstance(record, dict)
-        or not isinstance(embedder, dict)
-        or not all(isinstance(embedder.get(key), str) for key in ("name", "weights_sha256"))
-        or not isinstance(embedder.get("prefix", ""), str)
-    ):
-        raise InputError(
-            f"{folder}/config.json has a field name, embedder, record or files of another form; fetch the model again."
-        )
-    longest = embedder.get("max_length", 3)
-    if type(longest) is not int or longest < 3:
-        raise InputError(
-            f"{folder}/config.json says embedder.max_length = {longest!r}; it must be a whole number of at least 3: "
-            "fetch the model again."
-        )
-    model = from_dict(ModelConfig, config["model"], "model")
-    with progress.stage(f"loading the model {config['name']}"):
-        tensors, tokenizer = _read_files(folder, config["files"])
-        params: dict[Stage, Params] = {
-            stage: _unflatten(
-                tensors[stage],
-                network(model).abstract_params(),
-                stage,
-                put,
-            )
-            for stage, network in NETWORKS.items()
-            if stage in tensors
-        }
+    values = read_json(folder / "config.json", "a model folder")
+    try:
+        header = msgspec.convert(values, _Header)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{folder}/config.json isn't a model's ({error}); download the model again.") from error
+    model = from_dict(ModelConfig, header.model, "model")
+    with progress.stage(f"loading the model {header.name}"):
+        tensors, tokenizer = _read_files(folder, header.files)
+        params: dict[Stage, Params] = {}
+        for stage, network in NETWORKS.items():
+            if stage in tensors:
+                params[stage] = _unflatten(tensors[stage], network(model).abstract_params(), stage, put)
         if "inverter" not in params or "pieces" not in tensors:
-            raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; fetch the model again.")
-        pieces = tensors["pieces"].get("pieces")
-        if pieces is None or pieces.ndim != 1 or not np.issubdtype(pieces.dtype, np.integer):
-            raise InputError(
-                f"{folder}/pieces.safetensors holds no row of whole numbers by the name 'pieces'; fetch the model "
-                "again."
-            )
-    norm = _recorded_norm(config)
-    return StoredModel(config["name"], model, params, pieces, tokenizer, embedder, norm, record)
+            raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; download the model again.")
+        vocab_map = tensors["pieces"].get("pieces")
+        if vocab_map is None or vocab_map.ndim != 1 or not np.issubdtype(vocab_map.dtype, np.integer):
+            raise InputError(f"{folder}/pieces.safetensors doesn't hold a row of integers; download the model again.")
+    norm, record = header.embedding_norm, header.record
+    return StoredModel(header.name, model, params, vocab_map, tokenizer, header.embedder, norm, record)
 
 
 def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str, np.ndarray]], Tokenizer | None]:
@@ -272,10 +261,10 @@ def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str
     for file, sha256 in files.items():
         path = folder / Path(file).name
         if not os.access(path, os.R_OK) or not path.is_file():
-            raise InputError(f"{path} is missing or unreadable; fetch the model again.")
+            raise InputError(f"{path} is missing or unreadable; download the model again.")
         if sha256_of([path]) != sha256:
             raise InputError(
-                f"{path} is truncated or altered (its sha256 is not the recorded one); fetch the model again."
+                f"{path} is truncated or altered (its sha256 is not the recorded one); download the model again."
             )
         if path.name == TOKENIZER:
             tokenizer = read_tokenizer(path)
@@ -283,7 +272,7 @@ def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str
         try:
             tensors[path.stem] = load_file(path)
         except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file ({error}); fetch the model again.") from error
+            raise InputError(f"{path} is not a safetensors file ({error}); download the model again.") from error
     return tensors, tokenizer
 
 
@@ -305,33 +294,36 @@ def load(
     """
     embedder = embedder if embedder is None else named_or_embedder(embedder)
     stored = read_model(str(name), put)
-    recorded = stored.embedder["weights_sha256"]
-    if embedder is None and not recorded:
+    recorded = stored.embedder
+    if embedder is None and not recorded.weights_sha256:
         raise InputError(
-            f"The model {stored.name} was trained for {stored.embedder['name']}, of which no weights are known: "
-            "give that embedder, as load(name, embedder=...)."
+            f"The model {stored.name} was trained for {recorded.name}, whose weights aren't known: pass that embedder, "
+            "as load(name, embedder=...)."
         )
     if embedder is None or isinstance(embedder, str):
         # By name alone a prefix may be the table's, the folder's, or one that was asked for.
-        embedder = load_embedder(embedder or stored.embedder["name"], prefix=stored.embedder.get("prefix"))
-    if isinstance(embedder, JaxEmbedder) and stored.embedder.get("max_length", math.inf) < embedder.config.max_length:
-        embedder = embedder.shortened(stored.embedder["max_length"])
+        embedder = load_embedder(embedder or recorded.name, prefix=recorded.prefix)
+    longest = recorded.max_length
+    if isinstance(embedder, JaxEmbedder) and longest and longest < embedder.config.max_length:
+        embedder = embedder.shortened(longest)
     # A name that can't be checked draws a warning, below, and another width an error of the pipeline's own. Training
     # may round the embedder's arithmetic; the vectors to invert are the exact embedder's.
-    check_identity(stored.embedder, embedder.identity, f"The model {stored.name}", ignored=("name", "width", "dtype"))
+    whose, ignored = f"The model {stored.name}", ("name", "width", "dtype")
+    check_identity(recorded.to_dict(), embedder.identity, whose, ignored)
+    comparable = recorded.weights_sha256 and embedder.weights_sha256
     tokenizer = stored.tokenizer
     if tokenizer is None:
         if not isinstance(embedder, JaxEmbedder):
             raise InputError(
-                f"The model {stored.name} shares its embedder's word-pieces, so it can't use {embedder.name}, which "
-                "takes text only; leave the embedder out, or train a model with a tokenizer of its own."
+                f"The model {stored.name} shares its embedder's vocabulary, so it can't use {embedder.name}, which "
+                "takes only text; leave the embedder out, or train a model with a tokenizer of its own."
             )
         check_length(stored.config.max_length, embedder)
         tokenizer = embedder.tokenizer
-    if not (recorded and embedder.weights_sha256) and embedder.name != stored.embedder["name"]:
+    if not comparable and embedder.name != recorded.name:
         warnings.warn(
-            f"The model {stored.name} was trained for {stored.embedder['name']}; that {embedder.name} is the same "
-            "embedder can't be checked.",
+            f"The model {stored.name} was trained for {recorded.name}; that {embedder.name} is the same embedder can't "
+            "be checked.",
             stacklevel=2,
         )
     return InversionPipeline(
@@ -385,23 +377,14 @@ def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str, put: Callable
         name = "/".join(str(key.key) for key in path)
         names.update((name, f"{name}.scale"))
         if name not in flat:
-            raise InputError(f"The {stage} lacks the parameter {name!r}; fetch the model again.")
+            raise InputError(f"The {stage} lacks the parameter {name!r}; download the model again.")
         array = flat[name].astype(np.float32) * flat.get(f"{name}.scale", np.float32(1))
         if array.shape != shape.shape:
-            raise InputError(f"The {stage}'s {name!r} has shape {array.shape}; config.json means {shape.shape}.")
+            raise InputError(f"The {stage}'s {name!r} has shape {array.shape}; config.json implies {shape.shape}.")
         return put(array)
 
     params = jax.tree_util.tree_map_with_path(leaf, like)
     unknown = sorted(set(flat) - names)
     if unknown:
-        raise InputError(f"The {stage} holds the unknown parameter {unknown[0]!r}; fetch the model again.")
+        raise InputError(f"The {stage} holds the unknown parameter {unknown[0]!r}; download the model again.")
     return params
-
-
-def _recorded_norm(config: dict[str, Any]) -> tuple[float, float] | None:
-    recorded = config.get("embedding_norm")
-    if recorded is None:
-        return None
-    if not isinstance(recorded, list) or len(recorded) != 2 or not all(isinstance(x, int | float) for x in recorded):
-        raise InputError("The model's config.json has an embedding_norm that isn't two numbers; fetch the model again.")
-    return float(recorded[0]), float(recorded[1])

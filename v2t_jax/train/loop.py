@@ -32,7 +32,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluate, plot
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.eval.model_card import model_card
-from v2t_jax.inversion.api import embed_anew, invert_on_all_hosts, invert_strings, run_correction
+from v2t_jax.inversion.api import embed_decoded, invert_on_all_hosts, invert_strings, run_correction
 from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, norm_statistics
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
@@ -195,6 +195,7 @@ def train_stage(
                 with progress.stage(f"recovering held-out texts at step {step}"):
                     probe.params = context.decodable(dict(trained) | {stage: state.params})
                     log.write({"step": step} | evaluate_stage(context, probe, samples, step))
+                    probe.release()
                 rates.restart()
             if stopping:
                 checkpoints.save(step, state)
@@ -337,7 +338,7 @@ def evaluate_stage(context: TrainContext, inverter: InversionPipeline, samples: 
         options = {"num_steps": num_steps, "sequence_beam_width": 1}
         predictions = [one.text for one in invert_on_all_hosts(invert_strings, inverter, references, **options)]
     else:
-        e = embed_anew(inverter, references)
+        e = embed_decoded(inverter, references)
         ids = run_correction(inverter, e, num_steps, sequence_beam_width=1, mode="upstream").ids
         predictions = context.vocabulary.decode(ids)
     scores = text_scores(predictions, references)
