@@ -362,7 +362,7 @@ def test_a_corrector_alone_learns_from_a_trained_inverter(finished, recipe, tmp_
     jax.tree.map(np.testing.assert_array_equal, made.params["inverter"], v2t_jax.load(model).params["inverter"])
     assert made.has_corrector and not (tmp_path / "alone" / "inverter").exists()
     larger = dataclasses.replace(alone, model=dataclasses.replace(recipe.model, num_pseudo_tokens=3))
-    with pytest.raises(InputError, match="has other sizes or word-pieces than this recipe"):
+    with pytest.raises(InputError, match="has other sizes or another vocabulary than this recipe"):
         train(larger, tmp_path / "larger")
     with pytest.raises(InputError, match="initial_inverter is for a recipe whose stages are corrector alone"):
         dataclasses.replace(recipe, initial_inverter=model)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -73,7 +74,7 @@ def test_batches_bring_texts_and_hypotheses_in_the_embedders_tokens(recipe: Conf
     assert context.retokenizes and context.in_step is not None
     batches = make_batches(recipe, context.datasets, recipe.corrector.batch_size)
     params = random_params("inverter", context.model, mesh)[0](np.asarray(jax.random.key_data(jax.random.key(0))))
-    frozen = FrozenParams(context.in_step.params, context.vocab_map, params)
+    frozen = FrozenParams(context.in_step.params, jnp.asarray(context.vocabulary.vocab_map), params)
     feed = Feed(context, "corrector", batches, frozen, mesh)
     for step in (0, 3):
         batch, tokens = feed.start(step)()

@@ -251,7 +251,8 @@ def _frozen(context: TrainContext, stage: Stage, trained: dict[Stage, Params], m
     """What the stage reads but doesn't train, on its devices."""
     decodes = stage == "corrector" and not context.config.data.hypotheses
     weights = context.in_step.params if context.in_step else None
-    frozen = FrozenParams(weights, context.vocab_map, trained.get("inverter") if decodes else None)
+    vocab_map = jnp.asarray(context.vocabulary.vocab_map)
+    frozen = FrozenParams(weights, vocab_map, trained.get("inverter") if decodes else None)
     return processes.put(frozen, frozen_shardings(mesh, frozen))
 
 

@@ -1,4 +1,4 @@
-"""What a recipe trains with: the embedder, the texts, the vocabulary, and the parameters that it starts from."""
+"""What a recipe trains with: embedder, tokenizer, texts, columns, and the parameters it starts from."""
 
 import dataclasses
 import functools
@@ -35,8 +35,8 @@ from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
 from v2t_jax.train.precompute import EMBEDDING, check_column
 from v2t_jax.train.step import FrozenParams, Tokens, make_embed
 
-STATISTICS_TEXTS = 4096  # texts whose embeddings the input statistics are taken from
-NORM_TEXTS = 256  # texts whose vectors' lengths are recorded in the model: by them it knows foreign vectors
+STATISTICS_TEXTS = 4096  # for the mean and deviation that `standardize` uses
+NORM_TEXTS = 256  # for the vectors' lengths, by which a model recognizes vectors of another embedder
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class TrainContext:
     embedder: TextEmbedder
     vocabulary: Vocabulary
     datasets: list[TokenDataset]
-    columns: dict[str, Column]  # of the data set, by name: what the stages read instead of making it
+    columns: dict[str, Column]  # by name: what the stages read instead of computing it
     held_out: list[str]  # normalized, short enough for the model
 
     def __post_init__(self) -> None:
@@ -70,15 +70,11 @@ class TrainContext:
         return self.in_step is not None and not self.shares_vocabulary
 
     @property
-    def vocab_map(self) -> jax.Array:
-        return jnp.asarray(self.vocabulary.vocab_map)
-
-    @property
     def token_map(self) -> TokenMap | None:
         return self.in_step.token_map() if self.in_step and self.shares_vocabulary else None
 
     def inverter(self, params: dict[Stage, Params]) -> InversionPipeline:
-        """The model of these networks: it decodes over the recipe's mesh, or if the host embeds, host by host."""
+        """A pipeline with these networks; it decodes on the recipe's mesh, or where hosts embed, host by host."""
         mesh = make_mesh(self.config.mesh) if self.shares_vocabulary else None
         return InversionPipeline(
             *(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary),
@@ -88,7 +84,7 @@ class TrainContext:
         )
 
     def decodable(self, params: dict[Stage, Params]) -> dict[Stage, Params]:
-        """Networks in training as `inverter` takes them."""
+        """Parameters in training as the pipeline takes them."""
         return params if self.shares_vocabulary else processes.fetch(params)
 
     def retokenize(self, ids: np.ndarray) -> Tokens:
@@ -110,47 +106,41 @@ class TrainContext:
         embedder = self.in_step
         assert embedder is not None
         embed = jax.jit(make_embed(embedder.config, self.token_map))
-        frozen = FrozenParams(embedder.params, self.vocab_map)
+        frozen = FrozenParams(embedder.params, jnp.asarray(self.vocabulary.vocab_map))
         parts = [ids[i : i + 256] for i in range(0, len(ids), 256)]
         made = [embed(frozen, part, self.retokenize(part) if self.retokenizes else None, None) for part in parts]
         return np.concatenate([np.asarray(part) for part in made])
 
     def hashes(self) -> dict[str, Any]:
-        """Of all that the config names but doesn't hold; of the embedder everything that decides its vectors."""
-        return {
+        """Identifies everything that the config names but doesn't contain."""
+        config = self.config
+        found = {
             "identity": self.embedder.identity.to_dict(),
             "embedder": self.embedder.weights_sha256 or self.embedder.name,
             "pieces": hashlib.sha256(self.vocabulary.vocab_map.tobytes()).hexdigest(),
             "tokens": texts_sha256(self.datasets),
-            **{
-                f"column {name}": hashlib.sha256(json.dumps(column.made_by).encode()).hexdigest()
-                for name, column in self.columns.items()
-            },
-            **(
-                {"initial_inverter": sha256_of([locate_model(self.config.initial_inverter) / "inverter.safetensors"])}
-                if self.config.initial_inverter
-                else {}
-            ),
-            **(
-                {"initial_t5": sha256_of(weight_files(folder_of(self.config.initial_t5)))}
-                if self.config.initial_t5
-                else {}
-            ),
         }
+        for name, column in self.columns.items():
+            found[f"column {name}"] = hashlib.sha256(json.dumps(column.made_by).encode()).hexdigest()
+        if config.initial_inverter:
+            found["initial_inverter"] = sha256_of([locate_model(config.initial_inverter) / "inverter.safetensors"])
+        if config.initial_t5:
+            found["initial_t5"] = sha256_of(weight_files(folder_of(config.initial_t5)))
+        return found
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
-    """Refuses batches that the mesh doesn't divide.
+    """Checks that micro-batches and devices divide every stage's batch.
 
     Raises:
-        InputError: a stage's batch_size is no multiple of the micro-batches and the devices.
+        InputError: they don't.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in config.stages:
         settings: StageConfig = getattr(config, stage)
         if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
             raise InputError(
-                f"{stage}.batch_size={settings.batch_size} can't be cut into {settings.optimizer.accumulate_steps} "
+                f"{stage}.batch_size={settings.batch_size} is not divisible by {settings.optimizer.accumulate_steps} "
                 f"micro-batches over {parts} devices: make it a multiple of their product."
             )
 
@@ -192,7 +182,7 @@ def prepare(config: Config) -> TrainContext:
             f"initial_embedding=embedder needs the tokenizer and the weights of {embedder.name}: set it to random, or "
             "leave data.tokenizer empty."
         )
-    if local is None:  # ask now: a wrong key or limit shows before training, and the answers are kept
+    if local is None:  # now, so that a wrong key or limit shows before training; the answers are cached
         embed_once(embedder, held_out)
     return context
 
@@ -203,7 +193,7 @@ def find_tokenizer(name: str) -> Tokenizer:
 
 
 def _check_columns(config: Config) -> None:
-    """An embedder whose network doesn't run here isn't asked inside a training step: columns must hold its vectors."""
+    """A training step can't ask an embedder that runs elsewhere: columns must hold its vectors."""
     needed = {"embeddings": "texts' vectors with 'v2t data embed'"}
     if "corrector" in config.stages:
         needed["hypotheses"] = "corrector's hypotheses and their vectors with 'v2t data hypotheses'"
@@ -223,9 +213,9 @@ def column_names(config: Config, stage: Stage) -> dict[str, str]:
 
 
 def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
-    """The sizes of the T5 that the recipe starts from, under the recipe's own dtype, dropout and the like.
+    """Sizes of the recipe's initial T5, with the recipe's own dtype, dropout, remat and unrolling.
 
-    Its weights are read once and let go, to learn of damage before anything is written.
+    Its weights are read once and dropped, to find damage before anything is written.
 
     Raises:
         InputError: there is none, it is damaged, or it has another tokenizer than the texts.
@@ -243,31 +233,31 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     return dataclasses.replace(loaded, **kept)
 
 
-def trained_inverter(setup: TrainContext, mesh: Mesh) -> Params:
-    """The inverter of the model that the recipe names, cut over the mesh: from each host's memory to its places.
+def trained_inverter(context: TrainContext, mesh: Mesh) -> Params:
+    """Parameters of `initial_inverter`, sharded over the mesh.
 
     Raises:
-        InputError: it isn't of the recipe's sizes and word-pieces.
+        InputError: its sizes or its vocabulary aren't the recipe's.
     """
-    name = setup.config.initial_inverter
-    found = load(name, setup.embedder, put=lambda array: array)
+    name = context.config.initial_inverter
+    found = load(name, context.embedder, put=lambda array: array)
     params = found.params["inverter"]
-    expected = Inverter(setup.model).abstract_params()
+    expected = Inverter(context.model).abstract_params()
     shapes = jax.tree.map(lambda p: p.shape, (params, expected))
-    pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, setup.vocabulary)]
-    if found.shares_vocabulary != setup.shares_vocabulary or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
+    pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, context.vocabulary)]
+    if found.shares_vocabulary != context.shares_vocabulary or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
         raise InputError(
-            f"The inverter of {name} has other sizes or word-pieces than this recipe: give both the same model, "
-            "data.sources and data.vocabulary_size, or train a new one."
+            f"The inverter of {name} has other sizes or another vocabulary than this recipe: give both the same "
+            "model, data.sources and data.vocabulary_size, or train a new one."
         )
     return processes.put(params, state_shardings(mesh, params, param_specs(params, Inverter.PARAM_AXES)))
 
 
 def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """`program(key's data) -> parameters` over a mesh, and their shardings.
+    """`program(key data) -> parameters`, sharded over a mesh, and their shardings.
 
-    Each device makes its own parts alone: they are the same numbers on any mesh, but for rounding, as JAX's generator
-    is a function of an element's place (jax_threefry_partitionable).
+    Each device computes its own shards. Up to rounding they are the same numbers on any mesh, because JAX's generator
+    is a function of an element's position (jax_threefry_partitionable).
     """
     network = NETWORKS[stage]
 
@@ -279,13 +269,15 @@ def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, An
     return jax.jit(program, out_shardings=shardings), shardings
 
 
-def input_statistics(setup: TrainContext, batches: Batches) -> Params:
-    """Mean and deviation [E] of the first training texts' embeddings, as training takes them: process 0's, for all to
-    have the same to the bit."""
-    mean, std = np.zeros((2, setup.embedder.width), np.float32)
+def input_statistics(context: TrainContext, batches: Batches) -> Params:
+    """Mean and standard deviation [E] of the first training texts' embeddings.
+
+    Process 0 computes them, so that all processes have the same bits.
+    """
+    mean, std = np.zeros((2, context.embedder.width), np.float32)
     if processes.is_main():
         parts: list[np.ndarray] = []
-        name, longest = setup.config.data.embeddings, setup.model.max_length
+        name, longest = context.config.data.embeddings, context.model.max_length
         while sum(map(len, parts)) < STATISTICS_TEXTS:
             if name:
                 parts.append(batches.columns(len(parts))[name].astype(np.float32))
@@ -293,26 +285,26 @@ def input_statistics(setup: TrainContext, batches: Batches) -> Params:
                 ids = batches(len(parts))
                 parts.append(np.pad(ids, ((0, 0), (0, longest - ids.shape[1]))))
         first = np.concatenate(parts)[:STATISTICS_TEXTS]
-        e = first if name else setup.embed(first)
+        e = first if name else context.embed(first)
         mean, std = e.mean(axis=0), e.std(axis=0)
     mean, std = processes.broadcast((mean, std))
-    # Some embedders have constant dimensions: there the deviation is only rounding.
+    # Some embedders have constant dimensions, whose deviation is only rounding.
     return {"mean": mean, "std": np.maximum(std, 0.1 * std.mean())}
 
 
 def initial_params(
-    setup: TrainContext, stage: Stage, trained: dict[Stage, Params], batches: Batches, mesh: Mesh
+    context: TrainContext, stage: Stage, trained: dict[Stage, Params], batches: Batches, mesh: Mesh
 ) -> Params:
-    """Random parameters, with the recipe's options laid over them; cut over the mesh, and nowhere whole."""
-    config, model = setup.config, setup.model
+    """A stage's parameters before the first step, sharded over the mesh: random where the recipe names no source."""
+    config, model = context.config, context.model
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
     program, shardings = random_params(stage, model, mesh)
     params = program(np.asarray(jax.random.key_data(key)))
     if config.initial_t5:
-        places = iter(jax.tree.leaves(shardings["t5"]))  # in whose order the arrays are read, one at a time
+        places = iter(jax.tree.leaves(shardings["t5"]))  # arrays are read one at a time, in this order
         _, params["t5"] = load_t5(config.initial_t5, put=lambda array: processes.put(array, next(places)))
-    if config.initial_embedding == "embedder" and setup.in_step is not None:  # `prepare` has checked the vocabulary
-        words = setup.in_step.params["encoder"]["word_embedding"][setup.vocab_map]
+    if config.initial_embedding == "embedder" and context.in_step is not None:  # `prepare` has checked the vocabulary
+        words = context.in_step.params["encoder"]["word_embedding"][context.vocabulary.vocab_map]
         if words.shape[1] != model.t5.d_model:
             raise InputError(
                 f"initial_embedding=embedder needs model.t5.d_model={words.shape[1]}, the embedder's width; "
@@ -323,7 +315,7 @@ def initial_params(
         # Small embeddings under a tied head scaled by 1/sqrt(D) would start with logits near zero.
         params["t5"]["decoder"]["final_norm"]["scale"] *= model.t5.d_model**0.5
     if model.standardize:
-        params["statistics"] = input_statistics(setup, batches)
+        params["statistics"] = input_statistics(context, batches)
     if stage == "corrector" and config.corrector_from_inverter:
         source = trained["inverter"]
         params |= {"t5": source["t5"], "projection_target": source["projection"]}

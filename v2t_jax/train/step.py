@@ -36,7 +36,7 @@ from v2t_jax.parallel.mesh import (
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on: the data position and the dropout keys are functions of `step`."""
+    """Everything a run needs to resume: the data position and the dropout keys are functions of `step`."""
 
     step: jax.Array  # [] int32, batches seen
     params: Params
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
 
 class FrozenParams(NamedTuple):
-    """Weights that training reads but doesn't change."""
+    """Weights that training reads but doesn't update."""
 
     embedder: Params | None  # None: its network doesn't run here, and batches bring the embeddings
     vocab_map: jax.Array  # [V] int32, model id -> embedder id
@@ -83,8 +83,8 @@ class Metrics(NamedTuple):
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, correct tokens, tokens; padding doesn't count.
 
-    All that it takes from the vocabulary axis are sums and maxima: where that axis is cut over devices, each works on
-    its own words, and three numbers a token are exchanged (Shoeybi et al. 2019, section 3). An index would not do.
+    The vocabulary axis is reduced by sums and maxima only: where it is sharded, each device works on its own tokens and
+    three numbers per position are exchanged (Shoeybi et al. 2019, section 3); indexing would gather the logits.
     """
     weights = (labels != PAD).astype(jnp.float32)
     best = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
@@ -92,13 +92,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     is_label = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
     chosen = jnp.sum(jnp.where(is_label, shifted, 0.0), axis=-1)
     losses = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
-    # A comparison with the maximum, which the loss needs anyway: an argmax is one more pass over the logits.
+    # The loss needs the maximum anyway; an argmax would be another pass over the logits.
     correct = (chosen >= 0).astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(correct * weights), jnp.sum(weights)
 
 
 def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array, decode: DecodeLayout = "batch") -> jax.Array:
-    """The inverter's greedy outputs, ids [B, L]; on a mesh laid out for decoding, see sharding.py."""
+    """The inverter's greedy outputs, ids [B, L]; on a mesh in the layout `decode` (parallel/mesh.py)."""
     params = decoding_params({**params, "t5": round_weights(config.t5, params["t5"])}, Inverter.PARAM_AXES, decode)
     return spread_rows(functools.partial(_greedy, config, params), decode, e)
 
@@ -110,11 +110,10 @@ def _greedy(config: ModelConfig, params: Params, e: jax.Array) -> jax.Array:
 
 
 def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
-    """The texts `ids` [B, L] with some tokens replaced by what the inverter, given all before it, takes for likeliest.
+    """The texts `ids` [B, L] with a random share of tokens replaced by what the inverter predicts from those before.
 
-    The share is uniform in 0..1, drawn for each text. In the loop's later steps a corrector meets hypotheses that are
-    nearly right, which the inverter's guesses hardly ever are. One pass of teacher forcing makes these, at a fraction
-    of the cost of decoding.
+    The share is uniform in 0..1 for each text. In later steps of the loop a corrector meets nearly correct hypotheses,
+    which the inverter's outputs rarely are. One teacher-forced pass makes these, at a fraction of decoding's cost.
     """
     k_share, k_tokens = jax.random.split(key)
     logits = Inverter(config).apply({"params": params}, e, ids)
@@ -132,10 +131,10 @@ def training_hypotheses(
     partial_key: jax.Array | None,
     decode: DecodeLayout = "batch",
 ) -> jax.Array:
-    """What the corrector is to correct, [B, max_length]: the inverter's guesses; with a key, every other one mixed."""
+    """The corrector's input [B, max_length]: the inverter's outputs; with a key, every other one is mixed."""
     if partial_key is None:
         return greedy_hypotheses(config, params, e, decode)
-    # Every other row, not one half: a device's rows stay on it when the batch is cut over devices.
+    # Every other row rather than one half, so that a device keeps its own rows.
     e, ids = e.reshape(-1, 2, e.shape[1]), ids.reshape(-1, 2, ids.shape[1])
     partial = mixed_hypotheses(config, params, e[:, 1], ids[:, 1], partial_key)
     partial = jnp.pad(partial, ((0, 0), (0, config.max_length - partial.shape[1])))
@@ -239,7 +238,7 @@ def make_hypothesize(
 
 def _micro_batches(batch: Any, count: int) -> Any:
     """A batch's arrays [B, ...] as [count, B / count, ...]."""
-    # Every n-th row, not every n-th part: a device's rows stay on it when the batch is cut over devices.
+    # Every n-th row rather than n-th part, so that a device keeps its own rows.
     return jax.tree.map(lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch)
 
 
@@ -254,7 +253,7 @@ def make_step(
 
     A batch is whatever the loss takes, a tree of arrays [B, ...].
 
-    With `skip_bad`, an update whose loss or gradient isn't finite leaves parameters and optimizer as they were.
+    With `skip_bad`, an update with a non-finite loss or gradient leaves parameters and optimizer unchanged.
     """
 
     def gradients(params: Params, frozen: FrozenParams, batch: Any, key: jax.Array) -> Any:
@@ -293,13 +292,12 @@ def make_step(
 
 
 def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[OnMesh, Any]:
-    """Jits `step` over `mesh`: batches cut over (data, fsdp), parameters by their table; frozen weights stay where
-    `frozen_shardings` put them.
+    """Jits `step` over `mesh`: batches split over (data, fsdp), parameters by PARAM_AXES, frozen weights as they are.
 
     Args:
         state: a TrainState, of arrays or of shapes.
     Returns:
-        the compiled-on-first-use step (the old state's memory is given up), and the state's shardings.
+        the step, which donates the old state, and the state's shardings.
     """
     specs = param_specs(state.params, NETWORKS[stage].PARAM_AXES)
     shardings = state_shardings(mesh, state, specs)
@@ -319,8 +317,7 @@ def shard_hypothesize(hypothesize: Callable, mesh: Mesh) -> OnMesh:
 
 
 def frozen_shardings(mesh: Mesh, frozen: FrozenParams) -> Any:
-    """The inverter is cut as when it was trained. The embedder is whole on every device: it is read in each step, and
-    small beside a training state."""
+    """The inverter is sharded as in its training; the embedder, small beside a training state, is replicated."""
     whole: Any = replicated(mesh)
     cut = None
     if frozen.inverter is not None:
