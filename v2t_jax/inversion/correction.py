@@ -214,11 +214,11 @@ class CorrectionLoop:
         """
         e, steps = jnp.asarray(e, jnp.float32), np.int32(num_steps)
         room = max(TRACE_STEPS, 1 << (max(num_steps, 1) - 1).bit_length())
-        if on_step is None:
+        if on_step is None and num_steps > 0:
             state = self.run(params, e, steps, room=room)
-        else:
+        else:  # without steps no corrector is needed, and a model may have none
             state = self.start(params, e, steps, room=room)
-            while True:
+            while on_step is not None:
                 now, similarity, done = fetch((state.step, state.beam.pool.similarity[:, 0], state.beam.done))
                 self._check()
                 on_step(int(now), float(similarity.mean()), int(done.sum()))
