@@ -94,7 +94,7 @@ def test_invert_texts_given_one_by_one(run: Run) -> None:
     assert status == 0
     assert [one["reference"] for one in found] == ["the red cat", "a dog", "the cat the cat the cat the"]
     assert all(isinstance(one["exact_match"], bool) for one in found)
-    assert "Text 3 is cut to the 7 word-pieces" in err
+    assert "Text 3 is cut to the 7 tokens" in err
 
 
 def test_invert_for_people_shows_the_trace(run: Run) -> None:
@@ -302,7 +302,7 @@ MISTAKES = [
     (("eval", *TINY, "--split", "test"), "no split 'test'"),
     (("eval", *TINY, "--limit", "0"), "limit is 0"),
     (("eval", *TINY, "--num-steps", "0", "-2"), "num_steps is -2; give a number from 0"),
-    (("eval", *TINY, "--sequence-beam-width", "0"), "each at least 1"),
+    (("eval", *TINY, "--sequence-beam-width", "0"), "give a number from 1 to 64"),
     (("eval", *TINY, "--plot", "T/folder"), "plot can't be written"),
     (("eval", *TINY, "--source", "T/nothing.txt"), "no file"),
     (("train",), "The recipe is missing; put it first"),
@@ -440,7 +440,7 @@ def test_control_c_that_jax_swallows_ends_all_the_same(monkeypatch: pytest.Monke
     ("arguments", "complaint"),
     [
         (("invert", "--text", "cat", "--num-steps", "99999999999"), "num_steps is 99999999999; give a number from 0"),
-        (("invert", "--text", "cat", "--model", "M/tiny", "--sequence-beam-width", "65"), "give at most 64"),
+        (("invert", "--text", "cat", "--model", "M/tiny", "--sequence-beam-width", "65"), "give a number from 1 to 64"),
         (("invert", "--text", "cat", "--model", ""), "There is no model ''"),
         (("invert", "--embeddings", "T/pipe"), "is a folder, a pipe or a device"),
         (("embed", "--input", "M/texts.txt", "--output", "T/pipe"), "is a folder or a device"),

@@ -178,7 +178,9 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return read_tokenizer(folder / "tokenizer.json")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(f"{folder} has no tokenizer: neither tokenizer.json nor {', '.join(TOKENIZER_FILES)}.")
+        raise InputError(
+            f"{folder} has no tokenizer: neither tokenizer.json nor {', '.join(TOKENIZER_FILES)}; download it again."
+        )
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return tokenizer.backend_tokenizer
