@@ -36,9 +36,12 @@ def report(name: str, rows: int, run: Callable[[], object], repeats: int, as_jso
     """Calls `run` once to compile, then times `repeats` calls and prints medians and rows per second."""
     import jax
 
+    def run_to_end() -> None:
+        jax.block_until_ready(run())
+
     check_whole("repeats", repeats, 1)
-    run()
-    turns = [turn(run) for _ in range(repeats)]
+    run_to_end()
+    turns = [turn(run_to_end) for _ in range(repeats)]
     wall, cpu = (statistics.median(times) for times in zip(*turns, strict=True))
     device = jax.devices()[0].device_kind
     if as_json:

@@ -46,7 +46,7 @@ class Decode:
             ids = jnp.asarray(source_ids(T5_BASE, size, self.source_length), jnp.int32)
             name = f"greedy decoding of {self.num_tokens} tokens, T5-base, batch {size}"
             call = functools.partial(jitted, T5_BASE, params, ids, self.num_tokens)
-            report(name, size, lambda call=call: jax.block_until_ready(call()), self.repeats, self.json)
+            report(name, size, call, self.repeats, self.json)
 
 
 def source_ids(config: T5Config, batch_size: int, length: int) -> np.ndarray:
