@@ -1,8 +1,7 @@
 """Reads `torch.save` files of weights without torch: tensors and plain containers; every other object is refused.
 
 The format is a zip archive of uncompressed members: PREFIX/data.pkl, a pickle whose tensors refer to the members
-PREFIX/data/KEY, the raw elements of a storage. Unpickling can run any code that a pickle names, so `find_class` knows
-three names, those of the storages, and no others.
+PREFIX/data/KEY, the raw elements of a storage. A pickle can run any code that it names: `find_class` knows few names.
 """
 
 import importlib
@@ -33,9 +32,10 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
+        gist = f"{type(error).__name__}: {error}".split("\n")[0]
         raise InputError(
-            f"{path} is damaged or contains more than weights ({type(error).__name__}: {error}); fetch it again, or "
-            "save the weights as model.safetensors."
+            f"{path} is damaged or contains more than weights ({gist}); fetch it again, or save the weights as "
+            "model.safetensors."
         ) from error
     named = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
     if not named or not all(isinstance(value, np.ndarray) for value in loaded.values()):
