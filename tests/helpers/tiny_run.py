@@ -118,9 +118,11 @@ def make_recipe(folder: Path, **changes: Any) -> Config:
         d_model=16, d_kv=8, d_ff=32, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.1
     )
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+    # Of this seed, the few held-out texts scatter as the training texts do: no warning of foreign vectors.
+    embedder = make_embedder(folder / "embedder", seed=4)
     config = Config(
         name="test",
-        embedder=str(make_embedder(folder / "embedder")),
+        embedder=str(embedder),
         model=ModelConfig(
             t5=t5, num_pseudo_tokens=2, max_length=8, projection_dropout=0.1, standardize=True, bag_of_words=True
         ),

@@ -177,7 +177,7 @@ def test_a_head_is_a_copy_only_where_transformers_leaves_it_out(tmp_path: Path) 
 
 
 def test_no_such_t5() -> None:
-    with pytest.raises(InputError, match="no name on the hub"):
+    with pytest.raises(InputError, match="not a name on the hub"):
         load_t5("no/such/folder")
     with pytest.raises(InputError, match="hub"):  # tests are offline
         load_t5("no-such/t5")

@@ -62,10 +62,10 @@ def test_incomplete_or_contradictory_places(options, environ, message):
 
 
 def test_settings_out_of_range():
-    for settings, message in (({"num_processes": 0}, "at least 1"), ({"process_id": -1}, "negative")):
+    for settings, message in (({"num_processes": 0}, ">= 1"), ({"process_id": -1}, ">= 0")):
         with pytest.raises(InputError, match=message):
             DistributedConfig(**settings)
-    with pytest.raises(InputError, match="above 0"):
+    with pytest.raises(InputError, match="timeout is 0; it must be"):
         DistributedConfig(timeout=0)
 
 
