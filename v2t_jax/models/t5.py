@@ -329,8 +329,8 @@ def unstack_decoder(params: Params) -> Params:
 def round_weights(config: T5Config, params: Params) -> Params:
     """The weights in the arithmetic's dtype, as decoding uses them; norms and position tables stay float32."""
 
-    def leaf(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
-        return p if path[-1].key in ("scale", "relative_bias") else p.astype(config.dtype)
+    def leaf(path: tuple[Any, ...], p: Any) -> Any:  # of JAX or numpy
+        return p if path[-1].key in ("scale", "relative_bias") else p.astype(jnp.dtype(config.dtype))
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
