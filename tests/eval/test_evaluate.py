@@ -85,5 +85,5 @@ def test_what_cannot_be_evaluated_is_refused(model: InversionPipeline, tmp_path:
         evaluation_texts(model, "test")
     source = tmp_path / "long.txt"
     source.write_text("the cat and the dog and the bird and the fish")
-    with pytest.raises(InputError, match="fits in the 7 word-pieces"):
+    with pytest.raises(InputError, match="fits in the 7 tokens"):
         evaluation_texts(model, "train", source=str(source))

@@ -110,7 +110,7 @@ def test_columns_stand_for_what_is_made_on_the_fly(recipe, tmp_path):
     np.testing.assert_allclose(
         losses(tmp_path / "columns", "corrector"), losses(tmp_path / "fly", "corrector"), atol=0.01
     )
-    with pytest.raises(InputError, match="The column vectors was made with another embedder"):
+    with pytest.raises(InputError, match="The column vectors was made with an embedder whose dtype is 'float32'"):
         train(dataclasses.replace(read, embedder_dtype="bfloat16"), tmp_path / "other")
 
 

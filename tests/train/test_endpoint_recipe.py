@@ -204,7 +204,7 @@ def test_a_run_goes_on_with_other_limits_but_no_other_embedder(done: Whole) -> N
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"embeddings": ""}}, "isn't asked while training: make the texts' vectors with 'v2t data embed'"),
     ({"data": {"hypotheses": ""}}, "make the corrector's hypotheses and their vectors with 'v2t data hypotheses'"),
-    ({"data": {"span_share": 0.5}}, "vectors belongs to whole texts, not to spans of them: set data.span_share to 0"),
+    ({"data": {"span_share": 0.5}}, "vectors belongs to whole texts, not to spans: set data.span_share to 0"),
     ({"partial_hypotheses": True, "data": {"hypotheses": ""}}, "with 'v2t data hypotheses'"),
     ({"partial_hypotheses": True}, "partial_hypotheses are made on the fly"),
     ({"initial_embedding": "embedder"}, "initial_embedding=embedder needs the tokenizer and the weights of"),

@@ -91,7 +91,7 @@ def test_statistics_are_process_0s(setup, monkeypatch):
         assert not any(array.any() for array in value)  # nothing was computed here
         return np.ones(16, np.float32), np.full(16, 2, np.float32)
 
-    monkeypatch.setattr(starting.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(starting.distributed, "broadcast", others)
+    monkeypatch.setattr(starting.processes, "is_main", lambda: False)
+    monkeypatch.setattr(starting.processes, "broadcast", others)
     found = starting.input_statistics(setup, lambda step: pytest.fail("it read texts"))
     np.testing.assert_array_equal(found["std"], np.full(16, 2))

@@ -364,7 +364,7 @@ def test_a_corrector_alone_learns_from_a_trained_inverter(finished, recipe, tmp_
     larger = dataclasses.replace(alone, model=dataclasses.replace(recipe.model, num_pseudo_tokens=3))
     with pytest.raises(InputError, match="has other sizes or another vocabulary than this recipe"):
         train(larger, tmp_path / "larger")
-    with pytest.raises(InputError, match="initial_inverter is for a recipe whose stages are corrector alone"):
+    with pytest.raises(InputError, match="initial_inverter is for recipes whose only stage is the corrector"):
         dataclasses.replace(recipe, initial_inverter=model)
     with pytest.raises(InputError, match="give a trained model as initial_inverter"):
         dataclasses.replace(recipe, stages=("corrector",))
