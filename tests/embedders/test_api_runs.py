@@ -176,7 +176,7 @@ def test_embed_from_the_command_line(
     code, out, err = run(*options, "--api.max-requests", "3")
     assert (code, out) == (2, "") and "4 requests, about 160 tokens, beyond api.max_requests 3 " in err
     code, out, err = run(*options, embedder="all-MiniLM-L6-v2")
-    assert (code, out) == (2, "") and "--api options need an endpoint" in err
+    assert (code, out) == (2, "") and "The --api options are for endpoints" in err
     assert "api.max_cost needs api.price" in run(*options, "--api.max-cost", "3")[2]
     assert not endpoint.requests and not output.exists()
     endpoint.then(status(500, f"with {KEY}"), raw(b"<html>"))
