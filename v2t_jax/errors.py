@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user gave is wrong. The message is one sentence: what is wrong, what to do."""
 
 

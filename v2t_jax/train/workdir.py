@@ -30,7 +30,7 @@ def check_workdir(config: Config, workdir: Path) -> None:
         before = _flat(from_dict(Config, json.loads(file.read_text(encoding="utf-8"))))
     except OSError as error:
         raise InputError(f"The work directory {workdir} can't be used ({error.strerror}); give another.") from error
-    except ValueError as error:  # not JSON, not UTF-8, not a config
+    except (ValueError, InputError) as error:  # not JSON, not UTF-8, not a config
         raise InputError(f"{file} is damaged ({str(error).rstrip('.')}); give a new --workdir.") from error
     now, free = _flat(config), _free_fields(config, workdir)
     changed = [f"{name}={before[name]!r}, not {now[name]!r}" for name in now if before[name] != now[name]]
