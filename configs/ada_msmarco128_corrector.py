@@ -1,18 +1,19 @@
-r"""The paper's corrector for text-embedding-ada-002, on the inverter that ada_msmarco128_inverter.py trained.
+r"""The paper's corrector for text-embedding-ada-002, on top of the inverter from ada_msmarco128_inverter.py.
 
     v2t data hypotheses data/msmarco --name ada_guesses --embeddings ada \
         --model runs/ada_msmarco128_inverter/model --embedder https://api.openai.com/v1 \
         --api.model text-embedding-ada-002 --api.price 0.1 --api.max-cost 120 --api.cache data/answers
     v2t train configs/ada_msmarco128_corrector.py --workdir runs/ada_msmarco128_corrector
 
-After the inverter's commands, whose data set and column it reads. `hypotheses` pays for one more vector a text; it
-takes 32 GB, and 54 GB of answers. Training asks only where held-out texts are corrected; the most of that is the final
-evaluation: 500 texts, 50 steps of beam 8 and so 64 texts each (20 dollars at most, at 0.1 a million tokens).
+Run the inverter's commands first: this recipe reads their data set and column. `hypotheses` pays for one more vector
+per text and needs 32 GB of disk, plus 54 GB for the cached answers. Training calls the API only to evaluate the
+correction loop on held-out texts; the largest part is the final evaluation: 500 texts, 50 steps, beam 8, hence 64
+hypotheses per step (at most 20 dollars at 0.1 per million tokens).
 
-Hardware: 16 chips of TPU v5e (4x4). Not yet run. Compiled for them (`v2t bench aot`), a step takes at least 17 ms and
-8.4 GB a chip, so 100 epochs at least 33 hours; two to three times that is usual.
-Expected, with 50 steps and a sequence beam of 8: BLEU 55.0, exact 8.0% (Morris et al. 2023, ada-002 on MSMARCO, 128
-tokens).
+Hardware: 16 TPU v5e chips (4x4). Not yet run. According to `v2t bench aot`, a step takes at least 17 ms and 8.4 GB per
+chip, so 100 epochs take at least 33 hours; two to three times that is usual.
+Expected with 50 steps and a sequence beam of 8: BLEU 55.0, exact match 8.0% (Morris et al. 2023, ada-002 on MSMARCO,
+128 tokens).
 """
 
 from dataclasses import replace

@@ -6,13 +6,14 @@ r"""The paper's inverter for text-embedding-ada-002: MSMARCO passages of up to 1
         --api.model text-embedding-ada-002 --api.price 0.1 --api.max-cost 120 --api.cache data/answers
     v2t train configs/ada_msmarco128_inverter.py --workdir runs/ada_msmarco128_inverter
 
-The pieces are T5's, which gtr-base has. `embed` pays for a vector of each of the 8.8 million texts, once (some 127
-tokens at most: 112 dollars at 0.1 a million; give your provider's price). The column takes 27 GB, and data/answers,
-from which a killed `embed` goes on, 54 GB more, until you delete it. Training asks for the held-out texts alone.
+The data set is tokenized with T5's tokenizer, which gtr-base uses. `embed` pays for one vector for each of the 8.8
+million texts, once (up to 127 tokens each: 112 dollars at 0.1 per million; pass your provider's price). The column
+takes 27 GB. The cached answers in data/answers, which let an interrupted `embed` resume, take another 54 GB until you
+delete them. Training calls the API for held-out texts only.
 
-Hardware: 16 chips of TPU v5e (4x4). Not yet run. Compiled for them (`v2t bench aot`), a step takes at least 21 ms and
-9.4 GB a chip, so 100 epochs at least 10 hours; two to three times that is usual.
-Expected: BLEU 17.0, token F1 0.54, exact 0.6% (Morris et al. 2023, ada-002 on MSMARCO, 128 tokens, 0 steps).
+Hardware: 16 TPU v5e chips (4x4). Not yet run. According to `v2t bench aot`, a step takes at least 21 ms and 9.4 GB per
+chip, so 100 epochs take at least 10 hours; two to three times that is usual.
+Expected: BLEU 17.0, token F1 0.54, exact match 0.6% (Morris et al. 2023, ada-002 on MSMARCO, 128 tokens, 0 steps).
 """
 
 from dataclasses import replace

@@ -1,12 +1,12 @@
-"""The paper's inverter for GTR-base: texts of up to 32 tokens, 5 million passages of Wikipedia (NQ), 100 epochs.
+"""The paper's inverter for GTR-base: 5 million Wikipedia passages (NQ), up to 32 tokens, 100 epochs.
 
     v2t data build psgs_w100.tsv --embedder gtr-base --output data/nq --held-out-share 0.001
     v2t train configs/gtr_nq32_inverter.py --workdir runs/gtr_nq32_inverter
 
-Hardware: 16 chips of TPU v5e (4x4); on fewer, with `--inverter.optimizer.accumulate-steps`. Not yet run. Compiled for
-v5e:4x4 (`v2t bench aot`), it takes 6.1 GB a chip and a step at least 13 ms, so 100 epochs at least 3.5 hours; two to
-three times that is usual. The original took days on 4 A6000.
-Expected: BLEU 31.9, token F1 0.67, exact 0% (Morris et al. 2023, GTR on NQ, 0 steps).
+Hardware: 16 TPU v5e chips (4x4); on fewer, raise `--inverter.optimizer.accumulate-steps`. Not yet run. According to
+`v2t bench aot` for v5e:4x4, a step takes at least 13 ms and 6.1 GB per chip, so 100 epochs take at least 3.5 hours; two
+to three times that is usual. The original took days on 4 A6000 GPUs.
+Expected: BLEU 31.9, token F1 0.67, exact match 0% (Morris et al. 2023, GTR on NQ, 0 steps).
 """
 
 from dataclasses import replace

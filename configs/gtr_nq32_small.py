@@ -1,12 +1,12 @@
-"""A T5-small pair for GTR-base, both stages, 10 epochs of the paper's texts: for trying things out.
+"""A T5-small inverter and corrector for GTR-base, 10 epochs of the paper's texts: a cheaper variant for experiments.
 
     v2t data build psgs_w100.tsv --embedder gtr-base --output data/nq --held-out-share 0.001
     v2t train configs/gtr_nq32_small.py --workdir runs/gtr_nq32_small
 
-Hardware: 4 chips of TPU v5e (2x2), or any GPU or TPU with room (on fewer, `--inverter.optimizer.accumulate-steps`).
-Not yet run. Compiled for v5e:2x2 (`v2t bench aot`), a step takes at least 10 ms and 4.1 GB a chip for the inverter, 28
-ms and 7.7 GB for the corrector, so the two at least 17 and 46 minutes; two to three times that is usual. No score is
-known (the paper has no T5-small).
+Hardware: 4 TPU v5e chips (2x2) or any GPU or TPU with enough memory; otherwise raise
+`--inverter.optimizer.accumulate-steps`. Not yet run. According to `v2t bench aot` for v5e:2x2, a step takes at least 10
+ms and 4.1 GB per chip for the inverter, 28 ms and 7.7 GB for the corrector, so the stages take at least 17 and 46
+minutes; two to three times that is usual. The paper reports no scores for T5-small.
 """
 
 from dataclasses import replace

@@ -1,12 +1,12 @@
-"""A T5-3B pair for GTR-base on a pod: both stages, weights cut over 16 chips of each slice, 10 epochs.
+"""A T5-3B inverter and corrector for GTR-base on a pod: weights sharded over the 16 chips of each slice, 10 epochs.
 
     v2t data build psgs_w100.tsv --embedder gtr-base --output data/nq --held-out-share 0.001
     v2t train configs/t5_3b_nq32.py --workdir runs/t5_3b_nq32
 
-Hardware: a multiple of 16 chips, such as 16 of TPU v5e (4x4). Not yet run. Compiled for v5e:4x4 (`v2t bench aot`), a
-step takes at least 0.34 s for the inverter and 0.91 s for the corrector, so the two at least 2.3 and 6.2 hours; two to
-three times that is usual. A chip has 9.0 GB in use at most. More slices train with larger batches. No score is known
-for this size.
+Hardware: a multiple of 16 chips, such as 16 TPU v5e (4x4); more slices train with larger batches. Not yet run.
+According to `v2t bench aot` for v5e:4x4, a step takes at least 0.34 s for the inverter and 0.91 s for the corrector and
+9.0 GB per chip, so the stages take at least 2.3 and 6.2 hours; two to three times that is usual. The paper reports no
+scores for this size.
 """
 
 from dataclasses import replace
@@ -27,6 +27,6 @@ def get_config() -> Config:
         initial_t5="t5-3b",
         inverter=stage,
         corrector=stage,
-        # Cut by fsdp alone, the corrector's evaluation wouldn't fit: it keeps weights whole, or cut over `model`.
+        # Sharded by fsdp alone, the corrector's evaluation wouldn't fit: decoding shards weights over `model` only.
         mesh=MeshConfig(data=-1, fsdp=4, model=4, decode="model"),
     )

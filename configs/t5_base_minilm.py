@@ -3,11 +3,12 @@
     v2t data build psgs_w100.tsv --embedder gtr-base --output data/nq --held-out-share 0.001
     v2t train configs/t5_base_minilm.py --workdir runs/t5_base_minilm
 
-Texts and hypotheses are T5's tokens (gtr-base has T5's tokenizer); on their way to the embedder, the host turns each
-batch back into text and tokenizes it as MiniLM does. Any other embedder works the same way: `--embedder NAME`.
+Texts and hypotheses are sequences of T5 tokens (gtr-base uses T5's tokenizer). Before they reach the embedder, the host
+decodes each batch to text and tokenizes it with MiniLM's tokenizer. Any other embedder works the same way: pass
+`--embedder NAME`.
 
-Hardware: as for gtr_nq32_inverter.py, 16 chips of TPU v5e (4x4), and a host that tokenizes 512 texts, twice for the
-corrector, in the time of a step. Not yet run: no time and no score are known.
+Hardware: 16 TPU v5e chips (4x4), as for gtr_nq32_inverter.py, with a host that tokenizes 512 texts per step (twice that
+for the corrector). Not yet run: neither time nor scores are known.
 """
 
 from dataclasses import replace

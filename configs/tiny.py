@@ -2,8 +2,8 @@
 
     v2t train configs/tiny.py --workdir runs/tiny
 
-For seeing training at work, and for tests: what it recovers is poor (BLEU 2). It took 2 min 46 s on 2 cores of an AMD
-EPYC, the final evaluation included.
+For watching a training run, and for tests; its scores are poor (BLEU 2). It took 2 min 46 s on 2 cores of an AMD EPYC,
+including the final evaluation.
 """
 
 from v2t_jax.config import (
