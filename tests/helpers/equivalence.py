@@ -24,7 +24,7 @@ from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
 from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.embedder import EmbedderConfig, Pooling, embed
-from v2t_jax.models.encoders import ENCODER_OF, EncoderConfig
+from v2t_jax.models.encoders import EncoderConfig, encoder_network
 from v2t_jax.models.inverter import EmbeddingToText, Inverter
 from v2t_jax.models.layers import Params, mask_bias
 from v2t_jax.models.t5 import T5, Cache, T5Layer, T5Stack, relative_buckets
@@ -166,7 +166,7 @@ _embed = jax.jit(embed, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(config: EncoderConfig, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return ENCODER_OF[type(config)](config).apply({"params": params}, ids, mask)
+    return encoder_network(config).apply({"params": params}, ids, mask)
 
 
 def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:

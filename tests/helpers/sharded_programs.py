@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from v2t_jax.config import MeshConfig, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap
-from v2t_jax.models.encoders import Bert, BertConfig
+from v2t_jax.models.encoders import BertConfig, TextEncoder
 from v2t_jax.parallel.mesh import OnMesh, make_mesh
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
@@ -58,7 +58,7 @@ def train_step(stage: str, config: MeshConfig) -> str:
     state = TrainState(count, params, jax.eval_shape(optimizer.init, params))
     step = make_step(make_loss(stage, MODEL, EMBEDDER, TokenMap((2,), 3)), optimizer, 1, 0)
     frozen = FrozenParams(
-        {"encoder": Bert(EMBEDDER.encoder).abstract_params()},
+        {"encoder": TextEncoder(EMBEDDER.encoder).abstract_params()},
         jax.ShapeDtypeStruct((VOCAB,), jnp.int32),
         NETWORKS["inverter"](MODEL).abstract_params() if stage == "corrector" else None,
     )

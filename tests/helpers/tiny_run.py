@@ -21,7 +21,7 @@ from v2t_jax.config import (
     StageConfig,
     T5Config,
 )
-from v2t_jax.models.encoders import Bert, BertConfig
+from v2t_jax.models.encoders import BertConfig, TextEncoder
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = [
@@ -74,7 +74,7 @@ def make_embedder(folder: Path, seed: int = 0) -> Path:
     """Writes a random embedder as a sentence-transformers folder: mean pooling and L2, 32 positions, width 16."""
     assert len(PIECES) == BERT.vocab_size
     (folder / "1_Pooling").mkdir(parents=True)
-    state = dict(_huggingface_state(Bert(BERT).init_params(jax.random.key(seed))))
+    state = dict(_huggingface_state(TextEncoder(BERT).init_params(jax.random.key(seed))))
     save_file({k: np.ascontiguousarray(v, np.float32) for k, v in state.items()}, folder / "model.safetensors")
     make_tokenizer().save(str(folder / "tokenizer.json"))
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))

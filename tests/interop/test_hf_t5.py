@@ -29,7 +29,7 @@ def make(config: T5Config) -> Params:
 @pytest.mark.parametrize("config", [TINY, V1_1], ids=["v1.0", "v1.1"])
 def test_there_and_back_changes_nothing(config: T5Config) -> None:
     params = make(config)
-    state = t5_to_huggingface(params, config)
+    state = t5_to_huggingface(params)
     assert all(value.flags.c_contiguous and value.dtype == np.float32 for value in state.values())
     jax.tree.map(np.testing.assert_array_equal, t5_from_huggingface(state, config), params)
 
@@ -38,14 +38,14 @@ def test_there_and_back_changes_nothing(config: T5Config) -> None:
 def test_back_and_there_gives_torch_its_own_keys(name: str) -> None:
     case: Case = load(name)
     config, params = t5_of(case)
-    state, theirs = t5_to_huggingface(params, config), state_dict(case)
+    state, theirs = t5_to_huggingface(params), state_dict(case)
     assert set(state) == set(theirs)
     for key, value in theirs.items():
         np.testing.assert_array_equal(state[key], value.astype(np.float32), err_msg=key)
 
 
 def test_copies_of_a_tied_embedding_and_dead_keys_are_accepted() -> None:
-    state = t5_to_huggingface(make(TINY), TINY)
+    state = t5_to_huggingface(make(TINY))
     for key in ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         state[key] = state["shared.weight"]
     state["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((32, 2), np.float32)
@@ -82,7 +82,7 @@ def _untied(state: Case) -> None:
     ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_refuses_and_names_the_key(spoil: Callable[[Case], None], words: str) -> None:
-    state = t5_to_huggingface(make(TINY), TINY)
+    state = t5_to_huggingface(make(TINY))
     spoil(state)
     with pytest.raises(InputError, match=words):
         t5_from_huggingface(state, TINY)

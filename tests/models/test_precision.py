@@ -11,7 +11,7 @@ import pytest
 from tests.models.test_param_trees import BERT, CASES, MODEL, OPTIONS
 from v2t_jax.decode.sample import greedy
 from v2t_jax.models.embedder import EmbedderConfig, EmbedderNetwork
-from v2t_jax.models.encoders import Bert
+from v2t_jax.models.encoders import TextEncoder
 from v2t_jax.models.inverter import Inverter
 
 
@@ -36,7 +36,7 @@ def test_networks(name: str) -> None:
 def test_embedder_with_dense_layers() -> None:
     config = EmbedderConfig(dataclasses.replace(BERT, pooler=True), "pooler", dense=("tanh",), width=6)
     dense = [{"kernel": jnp.zeros((8, 6)), "bias": jnp.zeros(6)}]
-    params = {"encoder": Bert(config.encoder).abstract_params(), "dense": dense}
+    params = {"encoder": TextEncoder(config.encoder).abstract_params(), "dense": dense}
     ids = jnp.ones((2, 5), jnp.int32)
     assert all(map(is_highest, products(EmbedderNetwork(config).apply, {"params": params}, ids, ids)))
 

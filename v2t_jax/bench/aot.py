@@ -161,7 +161,7 @@ class _Recipe:
         if self.embedder is None:
             return None
         encoder = self.embedder.encoder
-        params: dict[str, Any] = {"encoder": encoders.ENCODER_OF[type(encoder)](encoder).abstract_params()}
+        params: dict[str, Any] = {"encoder": encoders.encoder_network(encoder).abstract_params()}
         width = self.embedder.width
         if self.embedder.dense:
             kernel = jax.ShapeDtypeStruct((width, width), jnp.float32)

@@ -1,20 +1,17 @@
-"""Model folders on disk: tensors, configs and tokenizers read as Hugging Face writes them; folders written whole.
-
-Our parameters differ from PyTorch projects' in three ways: the layers of a stack are stacked on a leading axis, linear
-weights are [in, out] where torch has [out, in], and matrices that are stored as one are kept apart.
-"""
+"""Model folders on disk: tensors, configs and tokenizers read as Hugging Face writes them; folders written whole."""
 
 import hashlib
 import importlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +29,10 @@ TOKENIZER_FILES = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe
 
 
 class StoredTensor:
-    """A tensor in a file: its shape, and its values, read at every access (of a pickle, a view of the mapped file)."""
+    """A tensor in a safetensors file: its shape, and its values, read at every access."""
 
-    def __init__(self, path: Path, source: Any, shape: Any) -> None:
-        self.shape: tuple[int, ...] = tuple(shape)
+    def __init__(self, path: Path, source: Any) -> None:
+        self.shape: tuple[int, ...] = tuple(source.get_shape())
         self._path, self._source = path, source
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -46,60 +43,35 @@ class StoredTensor:
                 f"{self._path} is unreadable or of an unknown dtype ({error}); download it again."
             ) from error
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self[:], dtype, copy=copy)
+
+Tensor = StoredTensor | np.ndarray
 
 
-def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder by its key; safetensors before `.bin`, one file or shards with an index.
-
-    Raises:
-        InputError: no weights, a damaged or missing file, or a `.bin` that contains more than weights.
-    """
+def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by its key; safetensors before `.bin`, one file or shards with an index."""
     return open_weights(weight_files(folder))
 
 
-def open_weights(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor of files by its key; see `open_checkpoint`."""
-    tensors: dict[str, StoredTensor] = {}
+def open_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of files by its key.
+
+    Raises:
+        InputError: a file is damaged, or is a `.bin` that contains more than weights.
+    """
+    tensors: dict[str, Tensor] = {}
     for path in files:
-        if path.suffix == ".safetensors":
-            tensors |= _open_safetensors(path)
-        else:
-            tensors |= {key: StoredTensor(path, array, array.shape) for key, array in read_torch_file(path).items()}
+        if path.suffix != ".safetensors":
+            tensors |= read_torch_file(path)
+            continue
+        try:
+            file = safe_open(path, "numpy")
+            tensors |= {key: StoredTensor(path, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is damaged or no safetensors file ({error}); download it again.") from error
     return tensors
 
 
-def sha256_of(files: Iterable[Path]) -> str:
-    """The sha256 of a file; of several, that of their sha256s, in hexadecimal and in order."""
-    hashes = []
-    for path in files:
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes a file, whole or not at all; it is on disk when this returns.
-
-    Returns:
-        Its entry for a manifest: "bytes" and "sha256".
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    digest, size = hashlib.sha256(), 0
-    with temporary.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def part(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under a prefix, named without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
@@ -119,20 +91,19 @@ def weight_files(folder: Path) -> list[Path]:
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise InputError(f"{index} has no weight_map; download it again.")
             files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
+            if missing := [file.name for file in files if not file.is_file()]:
                 raise InputError(f"{folder} lacks {missing[0]}, which its index names; download it again.")
             return files
     raise InputError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}; download it again.")
 
 
-def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    try:
-        file = safe_open(path, "numpy")
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({error}); download it again.") from error
-    return {key: StoredTensor(path, values, values.get_shape()) for key, values in slices.items()}
+def sha256_of(files: Iterable[Path]) -> str:
+    """The sha256 of a file; of several, that of their sha256s, in hexadecimal and in order."""
+    hashes = []
+    for path in files:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def read_json(path: Path, what: str, kind: type = dict) -> Any:
@@ -182,8 +153,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer: neither tokenizer.json nor {', '.join(TOKENIZER_FILES)}; download it again."
         )
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return tokenizer.backend_tokenizer
+        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     except Exception as error:  # of transformers, tokenizers, sentencepiece or protobuf
         raise InputError(
             f"The tokenizer in {folder} can't be converted: its files are damaged or of an unknown kind; save a "
@@ -198,11 +168,7 @@ def _transformers() -> Any:
 
 
 def size(config: dict[str, Any], *names: str) -> int:
-    """A whole number from 1 to 2**31 - 1 from a `config.json`, under the first of these names that is there.
-
-    Raises:
-        InputError: it is something else.
-    """
+    """A whole number from 1 to 2**31 - 1 from a `config.json`, under the first of these names that is there."""
     name = next((name for name in names if name in config), names[-1])
     value = config.get(name)
     if type(value) is not int or not 1 <= value < 2**31:
@@ -214,87 +180,104 @@ class ShapeError(InputError):
     """A weight's shape differs from the one that the config implies: one of them belongs to another model."""
 
 
-class Tensor(Protocol):
-    """An array, or something that can be read as one, whole or in part."""
+class Place(NamedTuple):
+    """Where a tensor of theirs goes in an array of ours."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def __getitem__(self, index: Any) -> np.ndarray: ...
+    key: str
+    target: np.ndarray  # part of our array, its axes in their order
+    index: int  # ours is this one of `count` equal parts of theirs, cut over its first axis
+    count: int
 
 
-class Entry(NamedTuple):
-    """Where a tensor of theirs goes in our parameters."""
+def places(table: Mapping[str, str], name: str, array: np.ndarray) -> Iterator[Place]:
+    """The tensors that our array `name` ("layers/query/kernel") consists of.
 
-    theirs: str
-    ours: tuple[str, ...]
-    layer: int | None  # index on our leading axis, None where there is no such axis
-    transposed: bool
-    part: tuple[int, int] = (0, 1)
-    """(i, n): ours is the i-th of n equal parts of theirs, cut over its first axis"""
+    PyTorch's linear weights are [out, in], ours [in, out]; the layers of a stack are stacked on our leading axis.
+
+    Args:
+        table: our module ("layers/query"; or a parameter that is none of kernel, scale and bias) -> their key without
+            its ending: {} is the layer's number, and [i/n] the i-th of n matrices that they store as one.
+    """
+    module, _, kind = name.rpartition("/")
+    module = module if kind in ("kernel", "scale", "bias") else name
+    key, index, count = re.findall(r"([^[]+)(?:\[(\d)/(\d)\])?", table[module])[0]
+    key += ".bias" if kind == "bias" else ".weight"
+    for layer, target in enumerate(array) if "{}" in key else [(0, array)]:
+        yield Place(
+            key.format(layer), target.T if _is_matrix(name, target) else target, int(index or 0), int(count or 1)
+        )
+
+
+def _is_matrix(name: str, array: np.ndarray) -> bool:
+    """Whether an array, of one layer, is multiplied with: the other tables with two axes are looked up in."""
+    return array.ndim == 2 and not name.endswith(("_embedding", "relative_bias"))
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves of a tree by their paths, joined by "/"."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def fill(
     abstract: Any,
-    entries: Iterable[Entry],
+    table: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     what: str,
-    ignored: Callable[[str], bool],
-    kernel_dtype: str = "float32",
+    *,
+    ignored: str,
+    absent: Collection[str] = (),
+    dtype: str = "float32",
     put: Callable[[np.ndarray], Any] = lambda array: array,
 ) -> Params:
-    """Parameters like `abstract` (a tree of shapes), filled from `tensors`.
+    """Parameters like `abstract` (a tree of shapes), filled from `tensors` by a table as `places` reads it.
 
     One of our arrays is in the host's memory at a time, if `put` takes it away.
 
     Args:
         what: the architecture's name, for errors.
-        ignored: keys that may be there and aren't read.
-        kernel_dtype: of what is only ever multiplied with in this dtype; the rest is float32.
+        ignored: pattern of keys that may be there and aren't read.
+        absent: keys that no file has; ours is then zero.
+        dtype: of matrices; the rest is float32.
         put: takes each array when it is full.
 
     Raises:
         InputError: a key is missing, unknown, of another shape than the config implies, or quantized.
     """
-    parts: dict[tuple[str, ...], list[Entry]] = {}
-    used = set()
-    for entry in entries:
-        parts.setdefault(entry.ours, []).append(entry)
-        used.add(entry.theirs)
-        if entry.theirs not in tensors:
+    empty = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in named(abstract).items()}
+    meant = {
+        place.key: (place.count * len(place.target), *place.target.shape[1:])
+        for name, array in empty.items()
+        for place in places(table, name, array)
+        if place.key not in absent
+    }
+    for key, shape in meant.items():
+        if key not in tensors:
             raise InputError(
-                f"The {what} weights lack {entry.theirs!r}; the file is incomplete or its config describes another "
-                "model."
+                f"The {what} weights lack {key!r}; the file is incomplete or its config describes another model."
             )
-    unknown = sorted(key for key in tensors if key not in used and not ignored(key))
-    if unknown:
+        if tensors[key].shape != shape:
+            raise ShapeError(f"{what} weight {key!r} has shape {tensors[key].shape}; its config implies {shape}.")
+    if unknown := sorted(key for key in tensors if key not in meant and not re.fullmatch(ignored, key)):
         raise InputError(f"The {what} weights hold the unknown key {unknown[0]!r}; its config describes another model.")
 
-    def filled(path: tuple[Any, ...], leaf: Any) -> Any:
-        chosen = parts[tuple(step.key for step in path)]
-        for entry in chosen:  # before there is an array of the size that the config implies
-            shape = leaf.shape if entry.layer is None else leaf.shape[1:]
-            shape = shape[::-1] if entry.transposed else shape
-            found, meant = tensors[entry.theirs].shape, (entry.part[1] * shape[0], *shape[1:])
-            if found != meant:
-                raise ShapeError(f"{what} weight {entry.theirs!r} has shape {found}; its config implies {meant}.")
-        array = np.zeros(leaf.shape, kernel_dtype if chosen[0].transposed else np.float32)
-        for entry in chosen:
-            target = array if entry.layer is None else array[entry.layer]
-            target = target.T if entry.transposed else target
-            i = entry.part[0]
-            values = tensors[entry.theirs][i * target.shape[0] : (i + 1) * target.shape[0]]
-            target[...] = real_numbers(values, f"{what} weight {entry.theirs!r}")
-        return put(array)
+    def filled(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        layer = next(places(table, name, empty[name])).target
+        array = np.zeros(shape, dtype if _is_matrix(name, layer) else np.float32)
+        for key, target, index, _ in places(table, name, array):
+            if key not in absent:
+                values = tensors[key][index * len(target) : (index + 1) * len(target)]
+                target[...] = real_numbers(values, f"{what} weight {key!r}")
+        return array
 
-    return jax.tree_util.tree_map_with_path(filled, abstract)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: put(filled(_name(path), leaf.shape)), abstract)
 
 
 def real_numbers(values: np.ndarray, where: str) -> np.ndarray:
-    """The values themselves.
-
-    Raises:
-        InputError: they are quantized.
-    """
+    """The values themselves; refuses quantized ones."""
     if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
         raise InputError(
             f"{where} is of dtype {values.dtype}; quantized weights aren't read: give those of float32, float16 or "
@@ -303,20 +286,34 @@ def real_numbers(values: np.ndarray, where: str) -> np.ndarray:
     return values
 
 
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file, whole or not at all; it is on disk when this returns.
+
+    Returns:
+        Its entry for a manifest: "bytes" and "sha256".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    digest, size = hashlib.sha256(), 0
+    with temporary.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A folder, filled elsewhere beside it and renamed at the end: it appears whole or not at all.
 
-    Args:
-        replace: whether what lies at `folder` goes.
-
     Raises:
-        InputError: there is something at `folder`, or it can't be written.
+        InputError: see `check_new`; or the folder can't be written.
     """
-    if replace:
-        _check_replaceable(folder)
-    else:
-        check_new(folder)
+    check_new(folder, replace)
     around = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -338,26 +335,12 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(around, ignore_errors=True)
 
 
-def check_new(folder: Path) -> None:
-    """Refuses a target of `whole_folder` where something lies.
+def check_new(folder: Path, replace: bool = False) -> None:
+    """Refuses a target of `whole_folder` that can't be replaced, or that isn't to be and exists.
 
     Raises:
-        InputError: there is something at `folder`, or it can't be replaced.
+        InputError: that.
     """
-    _check_replaceable(folder)
-    try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        above = next(parent for parent in folder.absolute().parents if parent.exists())
-    except OSError as error:
-        raise InputError(f"{folder} can't be written ({error}); give another folder.") from error
-    if taken:
-        raise InputError(f"{folder} exists already; give a new or an empty folder.")
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{folder} can't be written: {above} is no folder or can't be written to; give another.")
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuses what another folder can't be renamed to."""
     try:
         is_link, is_here = folder.is_symlink(), folder.exists() and folder.samefile(".")
         if is_link or is_here or folder.is_mount():
@@ -365,5 +348,11 @@ def _check_replaceable(folder: Path) -> None:
             raise InputError(
                 f"{folder} is {kind}, which can't be replaced; give another folder, such as one inside it."
             )
+        taken = not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
     except OSError as error:
         raise InputError(f"{folder} can't be written ({error}); give another folder.") from error
+    if taken:
+        raise InputError(f"{folder} exists already; give a new or an empty folder.")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{folder} can't be written: {above} is no folder or can't be written to; give another.")

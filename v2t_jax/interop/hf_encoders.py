@@ -2,36 +2,35 @@
 
 transformers reads config.json and fills in what it leaves out; what it would compute and we don't is refused, never
 ignored.
-
-A table maps our modules to theirs: `kernel` and `scale` are their `weight`, {} is the layer's number, and [i/n] the
-i-th of n matrices that they store as one.
 """
 
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from v2t_jax.config import Dtype, T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import Entry, Tensor, fill, size
-from v2t_jax.interop.hf_t5 import stack_entries, t5_config
+from v2t_jax.interop import hf_t5
+from v2t_jax.interop.files import Tensor, fill, part, size
 from v2t_jax.models.encoders import (
-    ENCODER_OF,
     BertConfig,
     ClipTextConfig,
     EncoderConfig,
     LlamaConfig,
     ModernBertConfig,
     NomicBertConfig,
+    TextEncoderConfig,
+    encoder_network,
 )
 from v2t_jax.models.layers import Params
 
 Json = dict[str, Any]
+Kind = TypeVar("Kind", bound=TextEncoderConfig)
 
 # Our sizes under their names. Architectures with names of their own come first: transformers leaves Nomic's as they
 # are and fills in defaults under BERT's.
@@ -43,18 +42,29 @@ _SIZES = {
     "intermediate_size": ("hidden_dim", "n_inner", "intermediate_size"),
     "max_positions": ("max_position_embeddings",),
     "type_vocab_size": ("type_vocab_size",),
+    "num_key_value_heads": ("num_key_value_heads",),
 }
+_EPSILONS = ("norm_eps", "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 
 
-def _sizes(config: Json, *names: str, without: str = "") -> dict[str, Any]:
-    """The sizes that every encoder has, and those named besides."""
-    every = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", *names)
-    found = {name: size(config, *_SIZES[name]) for name in every if name != without}
-    if config.get("head_dim") is None and found["hidden_size"] % found["num_heads"]:
+def _read(kind: type[Kind], config: Json, dtype: Dtype, *names: str, **settings: Any) -> Kind:
+    """The sizes that every encoder has and those of `names`; `settings` come before what the file says."""
+    for name in (*list(_SIZES)[:5], *names):
+        settings.setdefault(name, size(config, *_SIZES[name]))
+    epsilon = next((name for name in _EPSILONS if name in config), None)  # DistilBERT's isn't written down
+    if epsilon is not None:
+        if not 0 < config[epsilon] <= sys.float_info.max:
+            raise InputError(f"config.json has {epsilon} = {config[epsilon]!r}; it must be a positive number.")
+        settings["norm_epsilon"] = float(config[epsilon])
+    read = kind(**settings, dtype=dtype)
+    if not read.head_width and read.hidden_size % read.num_heads:
+        raise InputError(f"config.json has hidden size {read.hidden_size}, which {read.num_heads} heads don't divide.")
+    if read.num_heads % (read.num_key_value_heads or 1):
         raise InputError(
-            f"config.json has hidden size {found['hidden_size']}, which {found['num_heads']} heads don't divide."
+            f"config.json has num_key_value_heads = {read.num_key_value_heads}, which must divide the "
+            f"{read.num_heads} heads."
         )
-    return found
+    return read
 
 
 def _only(config: Json, **supported: Any) -> None:
@@ -64,15 +74,6 @@ def _only(config: Json, **supported: Any) -> None:
         if config.get(name) is not None and config[name] not in allowed:
             listed = " or ".join(map(repr, allowed))
             raise InputError(f"config.json has {name} = {config[name]!r}; only {listed} is supported.")
-
-
-def _epsilon(config: Json, *names: str) -> float:
-    name = next((name for name in names if name in config), None)
-    if name is None:
-        return 1e-12  # what DistilBERT computes with and doesn't write down
-    if not 0 < config[name] <= sys.float_info.max:
-        raise InputError(f"config.json has {name} = {config[name]!r}; it must be a positive number.")
-    return float(config[name])
 
 
 def _rotary_theta(config: Json, layers: str | None = None) -> float:
@@ -86,22 +87,26 @@ def _rotary_theta(config: Json, layers: str | None = None) -> float:
     return float(rotary["rope_theta"])
 
 
-def _local_layers(config: Json) -> tuple[bool, ...]:
-    """Which layers attend locally."""
+def _local(config: Json, window: int) -> dict[str, Any]:
+    """Which layers attend locally, to tokens at most `window` away."""
     kinds = config["layer_types"]
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
         raise InputError(
             f"config.json has layers of type {unknown[0]!r}; only full and sliding attention are supported."
         )
-    return tuple(kind == "sliding_attention" for kind in kinds)
+    return {"local": tuple(kind == "sliding_attention" for kind in kinds), "window": window}
 
 
-def _bert(config: Json, dtype: Dtype, **fixed: Any) -> BertConfig:
+def _both_thetas(config: Json) -> dict[str, float]:
+    kinds = {"rotary_theta": "full_attention", "local_theta": "sliding_attention"}
+    return {name: _rotary_theta(config, kind) for name, kind in kinds.items()}
+
+
+def _bert(config: Json, dtype: Dtype, **settings: Any) -> BertConfig:
     _only(config, hidden_act="gelu", activation="gelu", position_embedding_type="absolute", is_decoder=False)
     _only(config, projection_dim=0)
-    types = () if "type_vocab_size" in fixed else ("type_vocab_size",)
-    sizes = _sizes(config, "max_positions", *types) | fixed
-    return BertConfig(**sizes, layer_norm_epsilon=_epsilon(config, "layer_norm_eps"), dtype=dtype)
+    types = () if "type_vocab_size" in settings else ("type_vocab_size",)
+    return _read(BertConfig, config, dtype, "max_positions", *types, **settings)
 
 
 def _roberta(config: Json, dtype: Dtype) -> BertConfig:
@@ -119,7 +124,7 @@ def _mpnet(config: Json, dtype: Dtype) -> BertConfig:
 
 def _t5(config: Json, dtype: Dtype) -> T5Config:
     # An encoder's file may leave out or zero what is the decoder's.
-    return replace(t5_config(config | {"num_decoder_layers": 1}), dtype=dtype)
+    return replace(hf_t5.t5_config(config | {"num_decoder_layers": 1}), dtype=dtype)
 
 
 def _nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
@@ -131,68 +136,43 @@ def _nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
         raise InputError(
             "config.json has a rotary_scaling_factor, which isn't supported; remove it to read 2048 tokens."
         )
-    sizes = _sizes(config, "type_vocab_size")
+    theta = float(config.get("rotary_emb_base") or _rotary_theta(config))
+    read = _read(NomicBertConfig, config, dtype, "type_vocab_size", rotary_theta=theta)
     if "n_embd" not in config:
-        _only(config, head_dim=sizes["hidden_size"] // sizes["num_heads"])
-    return NomicBertConfig(
-        **sizes,
-        rotary_theta=float(config.get("rotary_emb_base") or _rotary_theta(config)),
-        layer_norm_epsilon=_epsilon(config, "layer_norm_epsilon", "layer_norm_eps"),
-        dtype=dtype,
-    )
+        _only(config, head_dim=read.hidden_size // read.num_heads)
+    return read
 
 
 def _modernbert(config: Json, dtype: Dtype) -> ModernBertConfig:
     _only(config, hidden_activation="gelu", norm_bias=False, attention_bias=False, mlp_bias=False)
-    return ModernBertConfig(
-        **_sizes(config, without="num_layers"),
-        local=_local_layers(config),
-        window=size(config, "local_attention") // 2,
-        local_theta=_rotary_theta(config, "sliding_attention"),
-        global_theta=_rotary_theta(config, "full_attention"),
-        layer_norm_epsilon=_epsilon(config, "norm_eps"),
-        dtype=dtype,
-    )
+    local = _local(config, size(config, "local_attention") // 2)
+    return _read(ModernBertConfig, config, dtype, **local, **_both_thetas(config))
 
 
-def _decoder(config: Json, dtype: Dtype) -> LlamaConfig:
+def _decoder(config: Json, dtype: Dtype, **settings: Any) -> LlamaConfig:
     """What the Llama-like share."""
     _only(config, attention_bias=False, mlp_bias=False)
-    sizes = _sizes(config)
-    num_key_value_heads = size(config, "num_key_value_heads")
-    if sizes["num_heads"] % num_key_value_heads:
-        raise InputError(
-            f"config.json has num_key_value_heads = {num_key_value_heads}, which must divide the {sizes['num_heads']} "
-            "heads."
-        )
-    return LlamaConfig(
-        num_key_value_heads=num_key_value_heads,
-        head_width=config.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"],
-        local=(False,) * sizes.pop("num_layers"),
-        rms_norm_epsilon=_epsilon(config, "rms_norm_eps"),
-        dtype=dtype,
-        **sizes,
-    )
+    settings["head_width"] = config.get("head_dim") or 0
+    return _read(LlamaConfig, config, dtype, "num_key_value_heads", **settings)
 
 
-def _llama(config: Json, dtype: Dtype) -> LlamaConfig:
+def _llama(config: Json, dtype: Dtype, **settings: Any) -> LlamaConfig:
     _only(config, hidden_act="silu")
     theta = _rotary_theta(config)
-    return replace(_decoder(config, dtype), rotary_theta=theta, local_theta=theta)
+    return _decoder(config, dtype, rotary_theta=theta, local_theta=theta, **settings)
 
 
 def _mistral(config: Json, dtype: Dtype) -> LlamaConfig:
     read = _llama(config, dtype)
     if config["sliding_window"] is None:
         return read
-    return replace(read, local=(True,) * len(read.local), window=size(config, "sliding_window") - 1)  # itself included
+    # A window counts the token itself.
+    return replace(read, local=(True,) * read.num_layers, window=size(config, "sliding_window") - 1)
 
 
 def _qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
-    read = replace(_llama(config, dtype), head_norms=True)
-    if config["sliding_window"] is None:
-        return read
-    return replace(read, local=_local_layers(config), window=size(config, "sliding_window") - 1)
+    local = {} if config["sliding_window"] is None else _local(config, size(config, "sliding_window") - 1)
+    return _llama(config, dtype, head_norms=True, **local)
 
 
 def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
@@ -200,16 +180,17 @@ def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
     if config.get("attn_logit_softcapping") is not None:
         raise InputError("config.json has attn_logit_softcapping, which isn't supported.")
     both_ways, window = bool(config.get("use_bidirectional_attention")), size(config, "sliding_window")
-    return replace(
-        _decoder(config, dtype),
-        local=_local_layers(config),
-        # A window counts the token itself. When attention goes both ways, transformers halves it.
-        window=window // 2 if both_ways else window - 1,
+    return _decoder(
+        config,
+        dtype,
+        # When attention goes both ways, transformers halves the window.
+        **_local(config, window // 2 if both_ways else window - 1),
+        **_both_thetas(config),
         causal=not both_ways,
-        rotary_theta=_rotary_theta(config, "full_attention"),
-        local_theta=_rotary_theta(config, "sliding_attention"),
+        activation="gelu_tanh",
+        norm="gemma",
         head_norms=True,
-        gemma=True,
+        scale_embeddings=True,
         attention_scale=size(config, "query_pre_attn_scalar") ** -0.5,
     )
 
@@ -217,9 +198,7 @@ def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
 def _clip(config: Json, dtype: Dtype) -> ClipTextConfig:
     config = config.get("text_config") or config
     _only(config, hidden_act=("quick_gelu", "gelu"))
-    sizes = _sizes(config, "max_positions")
-    epsilon = _epsilon(config, "layer_norm_eps")
-    return ClipTextConfig(**sizes, activation=config["hidden_act"], layer_norm_epsilon=epsilon, dtype=dtype)
+    return _read(ClipTextConfig, config, dtype, "max_positions", activation=config["hidden_act"])
 
 
 @dataclass(frozen=True)
@@ -228,6 +207,7 @@ class Architecture:
 
     config: Callable[[Json, Dtype], EncoderConfig]
     table: Mapping[str, str]
+    """see `files.places`"""
     prefixes: tuple[str, ...] = ()
     """with which all keys of the encoder may begin; keys without it are then another task's heads"""
     absent: tuple[str, ...] = ()
@@ -304,7 +284,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xlm-roberta": Architecture(_roberta, _BERT, ("roberta.",)),
     "mpnet": Architecture(_mpnet, _MPNET, ("mpnet.",)),
     "dpr": Architecture(_bert, _BERT, ("question_encoder.bert_model.", "ctx_encoder.bert_model.")),
-    "t5": Architecture(_t5, {}, ignored=r"decoder\..*|lm_head\.weight|encoder\.embed_tokens\.weight"),
+    "t5": Architecture(_t5, hf_t5.TABLE, ignored=r"decoder\..*|lm_head\.weight|encoder\.embed_tokens\.weight"),
     "nomic_bert": Architecture(_nomic, _NOMIC),
     # Its embeddings are normalized already: the first layer has no norm in front.
     "modernbert": Architecture(_modernbert, _MODERNBERT, ("model.",), absent=("layers.0.attn_norm.weight",)),
@@ -331,11 +311,11 @@ def encoder_config(config: Json, dtype: Dtype = "float32") -> EncoderConfig:
 
 def longest_text(encoder: EncoderConfig, config: Json) -> int | None:
     """Tokens that an encoder has positions for; None where there is no limit."""
-    if isinstance(encoder, BertConfig):
+    if isinstance(encoder, T5Config):
+        return None
+    if encoder.max_positions:
         return encoder.max_positions - (0 if encoder.pad_id is None else encoder.pad_id + 1)
-    if isinstance(encoder, ClipTextConfig):
-        return encoder.max_positions
-    return None if isinstance(encoder, T5Config) else size(config, "n_positions", "max_position_embeddings")
+    return size(config, "n_positions", "max_position_embeddings")
 
 
 def encoder_from_huggingface(
@@ -348,34 +328,10 @@ def encoder_from_huggingface(
     """
     architecture = ARCHITECTURES[model_type]
     for prefix in architecture.prefixes:
-        if any(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        tensors = part(tensors, prefix) or tensors
     # As TensorFlow's BERT named them; the oldest files still do.
     old = {".gamma": ".weight", ".beta": ".bias"}
     tensors = {re.sub(r"(?<=LayerNorm)\.(gamma|beta)$", lambda m: old[m[0]], key): t for key, t in tensors.items()}
-    abstract = ENCODER_OF[type(config)](config).abstract_params()
-    if isinstance(config, T5Config):
-        entries = [
-            Entry("shared.weight", ("word_embedding",), None, False),
-            *stack_entries(config, "encoder", config.num_encoder_layers),
-        ]
-    else:
-        entries = [
-            entry
-            for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
-            for entry in _entries(architecture.table, tuple(step.key for step in path), leaf.shape)
-            if entry.theirs not in architecture.absent
-        ]
-    ignored = re.compile(architecture.ignored)
-    return fill(
-        abstract, entries, tensors, model_type, lambda key: ignored.fullmatch(key) is not None, config.dtype, put
-    )
-
-
-def _entries(table: Mapping[str, str], path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Entry]:
-    """Their tensors for one array of ours."""
-    module, part = (path[:-1], path[-1]) if path[-1] in ("kernel", "scale", "bias") else (path, "table")
-    key, i, n = re.findall(r"([^[]+)(?:\[(\d)/(\d)\])?", table["/".join(module)])[0]
-    key += ".bias" if part == "bias" else ".weight"
-    for layer in range(shape[0]) if path[0] == "layers" else [None]:
-        yield Entry(key.format(layer), path, layer, part == "kernel", (int(i or 0), int(n or 1)))
+    abstract, options = encoder_network(config).abstract_params(), {"dtype": config.dtype, "put": put}
+    keys: Any = {"ignored": architecture.ignored, "absent": architecture.absent}
+    return fill(abstract, architecture.table, tensors, model_type, **keys, **options)

@@ -8,9 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import Stage
 from v2t_jax.decode.state import EOS, PAD
-from v2t_jax.models.inverter import Condition, EmbeddingToText, Inverter, Projection, Statistics
-from v2t_jax.models.layers import LayerNorm, inline
-from v2t_jax.models.t5 import T5
+from v2t_jax.models.inverter import Condition, EmbeddingToText, Inverter, Projection
+from v2t_jax.models.layers import LayerNorm
 
 
 class Corrector(EmbeddingToText):
@@ -22,19 +21,14 @@ class Corrector(EmbeddingToText):
     PARAM_AXES = (*EmbeddingToText.PARAM_AXES, (r"input_norm/(scale|bias)", (None,)))
 
     def setup(self) -> None:
+        super().setup()
         c = self.config
-        self.t5 = T5(c.t5)
         self.projection_target, self.projection_difference = Projection(c), Projection(c)
         self.projection_hypothesis = Projection(c)
         if c.input_norm:
             self.input_norm = LayerNorm(epsilon=1e-5)
-        if c.standardize:
-            self.statistics = Statistics(c.embedding_width)
         if c.bag_of_words:
-            self.bag = self.linear_term("bag_of_words")
-            self.bag_difference = self.linear_term("bag_of_words_difference")
-            inline(self, self.bag)
-            inline(self, self.bag_difference)
+            self.bag_of_words_difference = self.linear_term("bag_of_words_difference")
 
     @nn.nowrap
     def examples(self) -> tuple[Any, ...]:
@@ -53,27 +47,21 @@ class Corrector(EmbeddingToText):
         if c.standardize:
             target, difference = self.statistics(e), self.statistics.scale(difference)
             hypothesis_embedding = self.statistics(hypothesis_embedding)
-        batch = e.shape[0]
         hypothesis = jnp.pad(hypothesis, ((0, 0), (1, 0)), constant_values=PAD)
-        separator = self.t5.embed_tokens(jnp.full((batch, 1), EOS))
+        separator = self.t5.embed_tokens(jnp.full((len(e), 1), EOS))
+        projections = self.projection_target, self.projection_hypothesis, self.projection_difference
+        vectors = target, hypothesis_embedding, difference
         parts = [
-            separator,
-            self.projection_target(target),
-            separator,
-            self.projection_hypothesis(hypothesis_embedding),
-            separator,
-            self.projection_difference(difference),
-            separator,
-            self.t5.embed_tokens(hypothesis),
+            part for projection, x in zip(projections, vectors, strict=True) for part in (separator, projection(x))
         ]
-        embeds = jnp.concatenate(parts, axis=1)
+        embeds = jnp.concatenate([*parts, separator, self.t5.embed_tokens(hypothesis)], axis=1)
         if c.input_norm:
             embeds = self.input_norm(embeds)
-        ones = jnp.ones((batch, embeds.shape[1] - hypothesis.shape[1]), jnp.int32)
+        ones = jnp.ones((len(e), embeds.shape[1] - hypothesis.shape[1]), jnp.int32)
         mask = jnp.concatenate([ones, (hypothesis != PAD).astype(jnp.int32)], axis=1)
         offset = None
         if c.bag_of_words:
-            offset = self.linear_term_scale * (self.bag(target) + self.bag_difference(difference))
+            offset = self.bag_offset((target, self.bag_of_words), (difference, self.bag_of_words_difference))
         return self.t5.encode(embeds, mask), mask, offset
 
 

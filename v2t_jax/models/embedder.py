@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from v2t_jax.decode.state import EOS, PAD
-from v2t_jax.models.encoders import ENCODER_OF, EncoderConfig
-from v2t_jax.models.layers import MASKED, Dense, Network, Params
+from v2t_jax.models.encoders import EncoderConfig, encoder_network
+from v2t_jax.models.layers import MASKED, Network, Params, for_axes, matmul_float32
 
 Pooling = Literal["mean", "cls", "pooler", "last", "max"]
 Activation = Literal["identity", "tanh"]
@@ -42,20 +42,18 @@ class EmbedderNetwork(Network):
     @nn.compact
     def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B E"]:
         c = self.config
-        encoder = ENCODER_OF[type(c.encoder)](c.encoder, name="encoder")
+        encoder: Any = encoder_network(c.encoder, name="encoder")
         if c.pooling == "pooler":
             x = encoder(ids, mask, pooled=True)
         else:
             x = pool(c.pooling, encoder(ids, mask).astype(jnp.float32), mask)
         layers: Any = [] if self.is_initializing() else self.get_variable("params", "dense", ())
         for activation, layer in zip(c.dense, layers, strict=not self.is_initializing()):
-            dense: Any = Dense(layer["kernel"].shape[1], use_bias="bias" in layer, parent=None)
-            x = dense.apply({"params": layer}, x)
+            x = matmul_float32(x, layer["kernel"], jnp.float32)
+            x = x + for_axes(layer["bias"], x) if "bias" in layer else x
             x = jnp.tanh(x) if activation == "tanh" else x
         x = x[:, : c.width]
-        if c.normalize:
-            x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        return x
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if c.normalize else x
 
 
 def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"]) -> Float[Array, "B D"]:
@@ -99,13 +97,13 @@ def embed_model_ids(
         ids: a text ends at its first pad or end id, or at L: `token_map.after` is put there in any case. It is cut
             where the embedder's tokenizer cuts it, so that `after` fits.
     """
-    ids = ids[:, : config.max_length - len(token_map.before) - 1]
+    num_before = len(token_map.before)
+    ids = ids[:, : config.max_length - num_before - 1]
     is_text = jnp.cumsum(((ids == PAD) | (ids == EOS)).astype(jnp.int32), axis=1) == 0
     length = jnp.sum(is_text, axis=1, keepdims=True)  # [B, 1]
-    num_before = len(token_map.before)
-    before = jnp.broadcast_to(jnp.asarray(token_map.before, jnp.int32)[None], (ids.shape[0], num_before))
     text = jnp.pad(jnp.where(is_text, vocab_map[ids], 0), ((0, 0), (0, 1)))
     text = jnp.where(jnp.arange(text.shape[1])[None] == length, token_map.after, text)
+    before = jnp.broadcast_to(jnp.asarray(token_map.before, jnp.int32)[None], (ids.shape[0], num_before))
     whole = jnp.concatenate([before, text], axis=1)
     mask = (jnp.arange(whole.shape[1])[None] <= num_before + length).astype(jnp.int32)
     return embed(config, params, whole, mask)

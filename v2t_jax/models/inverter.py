@@ -1,5 +1,6 @@
 """The inverter: embedding -> text (Morris et al. 2023, section 3.2), on T5."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from v2t_jax.config import ModelConfig
-from v2t_jax.models.layers import Dense, Dropout, Network, Params, inline
+from v2t_jax.models.layers import Dense, Dropout, Network, Params, matmul_float32
 from v2t_jax.models.t5 import T5, Cache, shift_right
 
 # Encoder output [B, X, D], its mask [B, X], and the bag-of-words offset [B, D] of the last hidden state, or None.
@@ -64,19 +65,26 @@ class EmbeddingToText(Network):
         *((f"t5/{path}", axes) for path, axes in T5.PARAM_AXES),
     )
 
-    def encode(self, *inputs: Any, **options: Any) -> Condition:
+    def setup(self) -> None:
+        c = self.config
+        self.t5 = T5(c.t5)
+        if c.standardize:
+            self.statistics = Statistics(c.embedding_width)
+        if c.bag_of_words:
+            self.bag_of_words = self.linear_term("bag_of_words")
+
+    def encode(self, *inputs: Any) -> Condition:
         raise NotImplementedError
 
-    def linear_term(self, name: str) -> Dense:
-        """Linear map whose result, added to the last hidden state, adds the term x A E^T to the logits."""
-        c = self.config
-        zeros, dtype = nn.initializers.zeros, jnp.dtype(c.t5.dtype)
-        return Dense(c.t5.d_model, use_bias=False, dtype=dtype, kernel_init=zeros, flat_name=name)
+    def linear_term(self, name: str) -> jax.Array:
+        """A matrix A of which `bag_offset` adds the term x A E^T to the logits; at first zero."""
+        return self.param(name, nn.initializers.zeros, (self.config.embedding_width, self.config.t5.d_model))
 
-    @property
-    def linear_term_scale(self) -> float:
-        # A tied head scales hidden states by 1/sqrt(D); the term itself isn't scaled.
-        return self.config.t5.d_model**0.5 if self.config.t5.tie_word_embeddings else 1.0
+    def bag_offset(self, *terms: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The sum of x A, for the last hidden state. A tied head scales that by 1/sqrt(D), but not this term."""
+        c, dtype = self.config.t5, jnp.dtype(self.config.t5.dtype)
+        products = (matmul_float32(x, kernel, dtype).astype(dtype) for x, kernel in terms)
+        return (c.d_model**0.5 if c.tie_word_embeddings else 1.0) * functools.reduce(jnp.add, products)
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Teacher forcing: the inputs of `encode`, then labels [B, L] -> logits [B, L, V], float32.
@@ -94,28 +102,16 @@ class EmbeddingToText(Network):
     def start_decoding(self, params: Params, *inputs: jax.Array, num_beams: int = 1) -> tuple[Callable, Cache]:
         """`tokens_to_logits` and its empty cache for rows = B * num_beams; see `T5.start_decoding`."""
         encoded, mask, offset = self.apply({"params": params}, *inputs, method="encode")
-        return T5(self.config.t5).start_decoding(
-            params["t5"],
-            encoded,
-            mask,
-            max_length=self.config.max_length,
-            num_beams=num_beams,
-            hidden_offset=offset,
-        )
+        options: Any = {"max_length": self.config.max_length, "num_beams": num_beams, "hidden_offset": offset}
+        return T5(self.config.t5).start_decoding(params["t5"], encoded, mask, **options)
 
 
 class Inverter(EmbeddingToText):
     """Embedding e [B, E] -> text."""
 
     def setup(self) -> None:
-        c = self.config
-        self.t5 = T5(c.t5)
-        self.projection = Projection(c, c.projection_dropout)
-        if c.standardize:
-            self.statistics = Statistics(c.embedding_width)
-        if c.bag_of_words:
-            self.bag = self.linear_term("bag_of_words")
-            inline(self, self.bag)
+        super().setup()
+        self.projection = Projection(self.config, self.config.projection_dropout)
 
     @nn.nowrap
     def examples(self) -> tuple[Any, ...]:
@@ -125,5 +121,5 @@ class Inverter(EmbeddingToText):
         x = self.statistics(e) if self.config.standardize else e
         embeds = self.projection(x)
         mask = jnp.ones(embeds.shape[:2], jnp.int32)
-        offset = self.linear_term_scale * self.bag(x) if self.config.bag_of_words else None
+        offset = self.bag_offset((x, self.bag_of_words)) if self.config.bag_of_words else None
         return self.t5.encode(embeds, mask), mask, offset

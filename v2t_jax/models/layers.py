@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -20,16 +19,6 @@ Params = dict[str, Any]
 AxesTable = tuple[tuple[str, tuple[str | None, ...]], ...]  # parameter path, a regex -> logical axis names
 MATMUL_OUTPUT = "matmul output"
 MASKED = -1e9  # added to masked attention scores: finite, so a fully masked row stays finite (and is ignored)
-
-# Rules for PARAM_AXES tables: attention and gated feed-forward of a text encoder's stacked layers, without biases.
-ATTENTION_AXES: AxesTable = (
-    (r"layers/(query|key|value)/kernel", ("layers", "embed", "heads")),
-    (r"layers/attention_out/kernel", ("layers", "heads", "embed")),
-)
-GATED_AXES: AxesTable = (
-    (r"layers/(gate|up)/kernel", ("layers", "embed", "mlp")),
-    (r"layers/down/kernel", ("layers", "mlp", "embed")),
-)
 
 
 class Network(nn.Module):
@@ -43,8 +32,8 @@ class Network(nn.Module):
 
     @nn.nowrap
     def examples(self) -> tuple[Any, ...]:
-        """Small inputs of `__call__`."""
-        raise NotImplementedError
+        """Small inputs of `__call__`; by default ids and mask."""
+        return jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
 
     @nn.nowrap
     def init_params(self, key: jax.Array) -> Params:
@@ -88,57 +77,52 @@ def _matmul_backward(dtype: Any, transposed: bool, kept: Any, g: jax.Array) -> t
     dx = _contract("...o,oi->...i" if transposed else "...o,io->...i", g, kernel)
     # Summed over all leading axes at once: merging them by a reshape first takes twice as long on CPUs.
     axes = tuple(range(x.ndim - 1))
-    left, right = (g, x) if transposed else (x, g)
-    dkernel = jax.lax.dot_general(
-        left, right, ((axes, axes), ((), ())), preferred_element_type=jnp.float32, precision=precision(g.dtype)
-    )
+    operands, dimensions = (g, x) if transposed else (x, g), ((axes, axes), ((), ()))
+    exact = precision(g.dtype)
+    dkernel = jax.lax.dot_general(*operands, dimensions, preferred_element_type=jnp.float32, precision=exact)
     return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
 
 
 matmul_float32.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """nn.Dense's product in the dtype of `x`."""
-    # By this name rematerialization knows what to keep: its policies don't see products inside a custom gradient.
-    return checkpoint_name(matmul_float32(x, kernel, x.dtype).astype(x.dtype), MATMUL_OUTPUT)
-
-
-def _cast_all_but_kernel(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, dtype: Any) -> Any:
-    # Cast inside the product, the kernel's gradient stays float32.
-    return x.astype(dtype), kernel, bias if bias is None else bias.astype(dtype)
-
-
-class Dense(nn.Dense):
-    """nn.Dense with operands and result in `dtype`, sums in float32 and the gradient of `matmul_float32`.
+class Dense(nn.Module):
+    """A linear layer with operands and result in `dtype`, sums in float32 and the gradient of `matmul_float32`.
 
     With a `flat_name`, the kernel is a parameter of this name in the parent, as T5's parameter trees have it; see
     `inline`.
     """
 
+    features: int
+    use_bias: bool = True
     dtype: Any = jnp.float32
-    promote_dtype: Any = staticmethod(_cast_all_but_kernel)
-    dot_general: Any = staticmethod(_dot_general)
+    kernel_init: Any = nn.initializers.lecun_normal()
     flat_name: str = ""
 
-    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return super().param(self.flat_name or name, *args, **kwargs)
-
-
-class Table(nn.Embed):
-    """nn.Embed whose table is the parameter `flat_name` of the parent; see `inline`."""
-
-    promote_dtype: Any = staticmethod(promote_dtype)  # annotated anew: flax's own annotation can't be checked
-    flat_name: str = ""
-
-    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return super().param(self.flat_name, *args, **kwargs)
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(self.flat_name or "kernel", self.kernel_init, (x.shape[-1], self.features))
+        # By this name rematerialization knows what to keep: its policies don't see products inside a custom gradient.
+        x = checkpoint_name(matmul_float32(x.astype(self.dtype), kernel, self.dtype).astype(self.dtype), MATMUL_OUTPUT)
+        if not self.use_bias:
+            return x
+        return x + for_axes(self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype), x)
 
 
 def inline(parent: nn.Module, child: Any) -> Any:
     """`child`, with its parameters in the parent's own level of the tree."""
     nn.share_scope(parent, child)
     return child
+
+
+def look_up(table: jax.Array, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Rows of an embedding table [V, D]: ids [...] -> [..., D]."""
+    return jnp.take(table.astype(dtype), ids, axis=0)
+
+
+def for_axes(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector [D] with as many axes as x [..., D]."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 class Dropout(nn.Dropout):
@@ -160,14 +144,7 @@ class GemmaNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
-        return nn.RMSNorm(self.epsilon, dtype=jnp.float32, use_scale=False)(x) * (scale + 1).reshape(
-            (1,) * (x.ndim - 1) + (-1,)
-        )
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """CLIP's approximation of GELU."""
-    return x * jax.nn.sigmoid(1.702 * x)
+        return nn.RMSNorm(self.epsilon, dtype=jnp.float32, use_scale=False)(x) * for_axes(scale + 1, x)
 
 
 def mask_bias(mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
@@ -175,11 +152,15 @@ def mask_bias(mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
     return jnp.where(mask[:, None, None, :] != 0, 0.0, MASKED).astype(jnp.float32)
 
 
+def distances(length: int) -> np.ndarray:
+    """Key position less query position, [L, L]."""
+    return np.arange(length)[None, :] - np.arange(length)[:, None]
+
+
 def window_bias(length: int, *, causal: bool, window: int | None = None) -> Float[Array, "1 1 {length} {length}"]:
     """What to add to scores so that a token sees those at most `window` away, and none after it where `causal`."""
-    ahead = np.arange(length)[None, :] - np.arange(length)[:, None]
-    hidden = np.zeros_like(ahead, bool) if window is None else np.abs(ahead) > window
-    hidden |= (ahead > 0) & causal
+    ahead = distances(length)
+    hidden = (ahead > 0) & causal | (np.abs(ahead) > (length if window is None else window))
     return jnp.asarray(np.where(hidden, MASKED, 0.0), jnp.float32)[None, None]
 
 
@@ -202,7 +183,7 @@ class Attention(nn.Module):
     """Multi-head attention; scores and softmax in float32.
 
     Keys and values may have fewer heads than queries: each then serves several. T5 stores its matrices as `q`, `k`, `v`
-    and `o`, does not scale scores, and folds the missing factor into the initialization of `q`.
+    and `o` (`flat`), does not scale scores, and folds the missing factor into the initialization of `q`.
     """
 
     width: int
@@ -218,12 +199,10 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        inner = self.num_heads * self.head_width
+        inner, std = self.num_heads * self.head_width, self.width**-0.5
         key_value = (self.num_key_value_heads or self.num_heads) * self.head_width
-        std = self.width**-0.5
         self.query = self._dense("q", inner, std * self.head_width**-0.5 if self.scale == 1.0 else std)
-        self.key = self._dense("k", key_value, std)
-        self.value = self._dense("v", key_value, std)
+        self.key, self.value = self._dense("k", key_value, std), self._dense("v", key_value, std)
         self.attention_out = self._dense("o", self.width, inner**-0.5)
         if self.flat:
             for child in (self.query, self.key, self.value, self.attention_out):
@@ -297,13 +276,11 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         first, *gated = (self._dense(name, self.hidden, self.width)(x) for name in self.names[:-1])
-        h = self.activation(first)
-        for factor in gated:
-            h = h * factor
+        h = functools.reduce(jnp.multiply, gated, self.activation(first))
         return self._dense(self.names[-1], self.width, self.hidden)(Dropout(self.dropout_rate)(h))
 
     def _dense(self, name: str, features: int, fan_in: int) -> Dense:
+        place = {"flat_name": name} if self.flat else {"name": name}
         init = nn.initializers.normal(fan_in**-0.5)
-        if self.flat:
-            return inline(self, Dense(features, self.use_bias, dtype=self.dtype, kernel_init=init, flat_name=name))
-        return Dense(features, self.use_bias, dtype=self.dtype, kernel_init=init, name=name)
+        child = Dense(features, self.use_bias, dtype=self.dtype, kernel_init=init, **place)
+        return inline(self, child) if self.flat else child

@@ -20,32 +20,26 @@ from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import T5Config
 from v2t_jax.models.layers import (
-    MASKED,
     MATMUL_OUTPUT,
     Attention,
-    AxesTable,
     Dropout,
     FeedForward,
     Network,
     Params,
-    Table,
     attend_cached,
+    distances,
     for_one_query,
-    inline,
+    look_up,
     mask_bias,
     matmul_float32,
+    window_bias,
 )
 
-# Parameters of a stack: path within it, joined by "/" -> logical axis names. Strict both ways: see parallel/mesh.py.
-STACK_AXES: AxesTable = (
-    (r"(encoder|decoder)/relative_bias", (None, "heads")),
-    (r"(encoder|decoder)/final_norm/scale", (None,)),
-    (r"(encoder|decoder)/layers/\w+_norm/scale", ("layers", None)),
-    (r"(encoder|decoder)/layers/(self|cross)_attention/[qkv]", ("layers", "embed", "heads")),
-    (r"(encoder|decoder)/layers/(self|cross)_attention/o", ("layers", "heads", "embed")),
-    (r"(encoder|decoder)/layers/feed_forward/wi(_[01])?", ("layers", "embed", "mlp")),
-    (r"(encoder|decoder)/layers/feed_forward/wo", ("layers", "mlp", "embed")),
-)
+# Activation and matrices, by `feed_forward`.
+FEED_FORWARD: dict[str, tuple[Callable[[jax.Array], jax.Array], tuple[str, ...]]] = {
+    "relu": (jax.nn.relu, ("wi", "wo")),
+    "gated-gelu": (functools.partial(jax.nn.gelu, approximate=True), ("wi_0", "wi_1", "wo")),
+}
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT),
@@ -65,22 +59,13 @@ class T5Layer(nn.Module):
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = functools.partial(nn.RMSNorm, c.layer_norm_epsilon, dtype=dtype)
-        attention = functools.partial(
-            Attention, c.d_model, c.num_heads, c.d_kv, flat=True, dropout_rate=c.dropout_rate, dtype=dtype
-        )
+        options: Any = {"flat": True, "dropout_rate": c.dropout_rate, "dtype": dtype}
+        attention = functools.partial(Attention, c.d_model, c.num_heads, c.d_kv, **options)
         self.self_attention, self.self_attention_norm = attention(), norm()
         if self.is_decoder:
             self.cross_attention, self.cross_attention_norm = attention(), norm()
-        gated = c.feed_forward == "gated-gelu"
-        self.feed_forward = FeedForward(
-            c.d_model,
-            c.d_ff,
-            functools.partial(jax.nn.gelu, approximate=True) if gated else jax.nn.relu,
-            ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"),
-            flat=True,
-            dropout_rate=c.dropout_rate,
-            dtype=dtype,
-        )
+        activation, names = FEED_FORWARD[c.feed_forward]
+        self.feed_forward = FeedForward(c.d_model, c.d_ff, activation, names, **options)
         self.feed_forward_norm = norm()
         self.dropout = Dropout(c.dropout_rate)
 
@@ -120,27 +105,30 @@ class T5Layer(nn.Module):
         query = query.reshape(batch, rows // batch, *query.shape[2:])
         h = attend_cached(query, *cross, cross_bias).reshape(rows, 1, *query.shape[2:])
         x = x + self.cross_attention.out(h)
-        x = x + self.feed_forward(self.feed_forward_norm(x))
-        return x, (key, value)
+        return x + self.feed_forward(self.feed_forward_norm(x)), (key, value)
 
 
 def relative_buckets(
     relative_position: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
     """Bucket of every (key position - query position): exact when near, logarithmic when far (Raffel et al., 2.1)."""
-    bucket = np.zeros_like(relative_position)
-    distance = -relative_position
+    bucket, distance = np.zeros_like(relative_position), np.maximum(-relative_position, 0)
     if bidirectional:
         num_buckets //= 2
-        bucket = np.where(distance < 0, num_buckets, 0)
-        distance = np.abs(distance)
-    else:
-        distance = np.maximum(distance, 0)
+        bucket, distance = np.where(relative_position > 0, num_buckets, 0), np.abs(relative_position)
     exact = num_buckets // 2
     # float32 as in the public implementations: float64 would move distances that lie on a bucket's edge.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / math.log(max_distance / exact)
     far = exact + (ratio * (num_buckets - exact)).astype(np.int32)
     return bucket + np.where(distance < exact, distance, np.minimum(far, num_buckets - 1))
+
+
+def relative_bias(
+    table: jax.Array, length: int, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Float[Array, "1 H {length} {length}"]:
+    """What a table [buckets, H] adds to the scores of a text of this length."""
+    buckets = relative_buckets(distances(length), bidirectional, num_buckets, max_distance)
+    return jnp.transpose(table[buckets], (2, 0, 1))[None]
 
 
 class T5Stack(nn.Module):
@@ -153,7 +141,7 @@ class T5Stack(nn.Module):
         c = self.config
         layer: Any = T5Layer
         if c.remat != "none":
-            layer = nn.remat(T5Layer, policy=_REMAT_POLICIES[c.remat], prevent_cse=False)
+            layer = nn.remat(layer, policy=_REMAT_POLICIES[c.remat], prevent_cse=False)
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -162,25 +150,16 @@ class T5Stack(nn.Module):
             length=c.num_decoder_layers if self.is_decoder else c.num_encoder_layers,
             unroll=c.scan_unroll,
         )(c, self.is_decoder)
-        self.relative_bias = self.param(
-            "relative_bias",
-            nn.initializers.normal(c.d_model**-0.5),
-            (c.relative_attention_num_buckets, c.num_heads),
-        )
+        shape, init = (c.relative_attention_num_buckets, c.num_heads), nn.initializers.normal(c.d_model**-0.5)
+        self.relative_bias = self.param("relative_bias", init, shape)
         self.final_norm = nn.RMSNorm(c.layer_norm_epsilon, dtype=jnp.dtype(c.dtype))
         self.dropout = Dropout(c.dropout_rate)
 
     def position_bias(self, length: int) -> Float[Array, "1 H {length} {length}"]:
         """Float32; the decoder's masks the future too."""
-        c = self.config
-        relative = np.arange(length)[None, :] - np.arange(length)[:, None]
-        buckets = relative_buckets(
-            relative, not self.is_decoder, c.relative_attention_num_buckets, c.relative_attention_max_distance
-        )
-        bias = jnp.transpose(self.relative_bias[buckets], (2, 0, 1))[None]
-        if self.is_decoder:
-            bias = bias + jnp.asarray(np.where(relative > 0, MASKED, 0.0), jnp.float32)[None, None]
-        return bias
+        sizes = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
+        bias = relative_bias(self.relative_bias, length, not self.is_decoder, *sizes)
+        return bias + window_bias(length, causal=True) if self.is_decoder else bias
 
     def __call__(self, embeds: jax.Array, mask: jax.Array, encoded: jax.Array | None = None) -> jax.Array:
         """embeds [B, L, D] -> [B, L, D]; mask [B, S], of the encoder's positions."""
@@ -193,9 +172,6 @@ class T5Stack(nn.Module):
             x, _ = self.layers(x, bias + mask_bias(mask))
         return self.dropout(self.final_norm(x))
 
-    def normalize(self, x: jax.Array) -> jax.Array:
-        return self.final_norm(x)
-
 
 class T5(Network):
     """Text to text: `encode`, then `decode` and `logits`, or `start_decoding` token by token."""
@@ -206,18 +182,22 @@ class T5(Network):
         # The table is sharded over the vocabulary only: sharding its width too makes XLA rematerialize the lookup.
         (r"token_embedding", ("vocab", None)),
         (r"lm_head", ("embed", "vocab")),
-        *STACK_AXES,
+        (r"(encoder|decoder)/relative_bias", (None, "heads")),
+        (r"(encoder|decoder)/final_norm/scale", (None,)),
+        (r"(encoder|decoder)/layers/\w+_norm/scale", ("layers", None)),
+        (r"(encoder|decoder)/layers/(self|cross)_attention/[qkv]", ("layers", "embed", "heads")),
+        (r"(encoder|decoder)/layers/(self|cross)_attention/o", ("layers", "heads", "embed")),
+        (r"(encoder|decoder)/layers/feed_forward/wi(_[01])?", ("layers", "embed", "mlp")),
+        (r"(encoder|decoder)/layers/feed_forward/wo", ("layers", "mlp", "embed")),
     )
 
     def setup(self) -> None:
         c = self.config
-        init, dtype = nn.initializers.normal(1.0), jnp.dtype(c.dtype)
-        self.table = Table(c.vocab_size, c.d_model, dtype, embedding_init=init, flat_name="token_embedding")
-        inline(self, self.table)
         self.encoder, self.decoder = T5Stack(c, is_decoder=False), T5Stack(c, is_decoder=True)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.d_model**-0.5)
             self.lm_head = self.param("lm_head", init, (c.d_model, c.vocab_size))
+        self.token_embedding = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model))
 
     @nn.nowrap
     def examples(self) -> tuple[Any, ...]:
@@ -230,7 +210,7 @@ class T5(Network):
         return self.logits(self.decode(shift_right(labels), encoded, mask))
 
     def embed_tokens(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        return self.table(ids)
+        return look_up(self.token_embedding, ids, jnp.dtype(self.config.dtype))
 
     def encode(self, embeds: Float[Array, "B S D"], mask: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The encoder, on embedded tokens."""
@@ -246,15 +226,12 @@ class T5(Network):
         """The head, float32. The tied head of v1.0 is scaled by 1/sqrt(D)."""
         dtype = jnp.dtype(self.config.dtype)
         if self.config.tie_word_embeddings:
-            return matmul_float32(hidden * self.config.d_model**-0.5, self.table.embedding, dtype, True)
+            return matmul_float32(hidden * self.config.d_model**-0.5, self.token_embedding, dtype, True)
         return matmul_float32(hidden, self.lm_head, dtype)
-
-    def decoder_bias(self, length: int) -> jax.Array:
-        return self.decoder.position_bias(length)
 
     def head(self, x: jax.Array, offset: jax.Array | None) -> jax.Array:
         """Output of the last decoder layer [rows, 1, D] -> logits [rows, V]."""
-        hidden = self.decoder.normalize(x)[:, 0]
+        hidden = self.decoder.final_norm(x)[:, 0]
         return self.logits(hidden if offset is None else hidden + offset.astype(hidden.dtype))
 
     @nn.nowrap
@@ -268,31 +245,23 @@ class T5(Network):
         num_beams: int = 1,
         hidden_offset: Float[Array, "B D"] | None = None,
     ) -> tuple[Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]], Cache]:
-        """Prepares token-by-token decoding of `num_beams` rows for every sequence.
+        """`tokens_to_logits` and its empty cache, for rows = B * num_beams; see `decode.state.TokensToLogits`.
 
         Args:
             params: this network's, or `unstack_decoder` of those.
             max_length: tokens that will be generated at most (L).
             hidden_offset: added to the decoder's last hidden state before the head (the inverter's bag of words).
-        Returns:
-            `tokens_to_logits(ids [rows], cache, index) -> (logits [rows, V], cache)` with rows = B * num_beams, and the
-            empty self-attention cache. Cross-attention keys are computed here, once a sequence.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         # Unstack and cast once, outside the token loop: inside it every layer is its own array.
         params = round_weights(c, unstack_decoder(params))
-        layers: list[Any] = [
-            functools.partial(T5Layer(c, True).apply, {"params": p}) for p in params["decoder"]["layers"]
-        ]
+        layers: Any = [functools.partial(T5Layer(c, True).apply, {"params": p}) for p in params["decoder"]["layers"]]
         apply = functools.partial(self.apply, {"params": params})
         cross = [layer(encoded.astype(dtype), method="cross_key_value") for layer in layers]
-        bias_table = apply(max_length, method="decoder_bias")
+        bias_table = apply(method=lambda t5: t5.decoder.position_bias(max_length))
         cross_bias = mask_bias(mask)
-        rows = encoded.shape[0] * num_beams
-        empty = (
-            jnp.zeros((rows, c.num_heads, c.d_kv, max_length), dtype),
-            jnp.zeros((rows, c.num_heads, max_length, c.d_kv), dtype),
-        )
+        key = jnp.zeros((encoded.shape[0] * num_beams, c.num_heads, c.d_kv, max_length), dtype)
+        empty = key, jnp.swapaxes(key, 2, 3)
         offset = hidden_offset if hidden_offset is None else jnp.repeat(hidden_offset, num_beams, axis=0)
 
         def tokens_to_logits(ids: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache]:
@@ -318,12 +287,11 @@ def unstack_decoder(params: Params) -> Params:
     `start_decoding` does this itself where needed, but then it copies the decoder's weights at every call. Callers that
     decode often do it once and keep the result.
     """
-    stack = params["decoder"]
-    if isinstance(stack["layers"], list):
+    stacked = params["decoder"]["layers"]
+    if isinstance(stacked, list):
         return params
-    num_layers = jax.tree.leaves(stack["layers"])[0].shape[0]
-    layers = [jax.tree.map(lambda p, i=i: p[i], stack["layers"]) for i in range(num_layers)]
-    return {**params, "decoder": {**stack, "layers": layers}}
+    layers = [jax.tree.map(lambda p, i=i: p[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0]))]
+    return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
 
 def round_weights(config: T5Config, params: Params) -> Params:
@@ -340,18 +308,9 @@ class T5Encoder(Network):
 
     config: T5Config
 
-    PARAM_AXES = ((r"word_embedding", ("vocab", None)), *STACK_AXES)
-
-    def setup(self) -> None:
-        c = self.config
-        self.table = Table(c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), flat_name="word_embedding")
-        inline(self, self.table)
-        self.encoder = T5Stack(c, is_decoder=False)
-
-    @nn.nowrap
-    def examples(self) -> tuple[Any, ...]:
-        return jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
-
+    @nn.compact
     def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Ids and mask of 0 and 1 -> hidden states, in `config.dtype`."""
-        return self.encoder(self.table(ids), mask)
+        c = self.config
+        table = self.param("word_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model))
+        return T5Stack(c, is_decoder=False, name="encoder")(look_up(table, ids, jnp.dtype(c.dtype)), mask)

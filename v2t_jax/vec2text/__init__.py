@@ -114,7 +114,7 @@ def _embed(strings: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
     if len(strings) == 0:
         raise InputError("There are no texts to recover; give at least one.")
     if isinstance(embedder, JaxEmbedder):  # here shortened to the length of the training texts, for hypotheses
-        positions = getattr(embedder.config.encoder, "max_positions", UPSTREAM_TOKENS)
+        positions = getattr(embedder.config.encoder, "max_positions", 0) or UPSTREAM_TOKENS
         embedder = embedder.shortened(min(UPSTREAM_TOKENS, positions))
     return embedder.embed(strings)
 

@@ -21,7 +21,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import (
     SAFETENSORS,
     ShapeError,
-    StoredTensor,
+    Tensor,
     folder_tokenizer,
     open_checkpoint,
     part,
@@ -190,7 +190,7 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
 
 
 def _read_network(
-    stage: Stage, folder: Path, tensors: Mapping[str, StoredTensor], t5: T5Config, settings: Settings
+    stage: Stage, folder: Path, tensors: Mapping[str, Tensor], t5: T5Config, settings: Settings
 ) -> tuple[Params, set[str]]:
     """Parameters of one stage, and the keys that they come from."""
     used = {name for name in tensors if name.startswith((_T5, _EMBEDDER) if stage == "inverter" else _T5)}
@@ -345,7 +345,7 @@ def _check_expressible(config: ModelConfig, params: Mapping[Stage, Params], sett
 
 def _state(stage: Stage, network: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a stage by the original's names."""
-    state = t5_to_huggingface(network["t5"], config.t5)
+    state = t5_to_huggingface(network["t5"])
     for name, array in state.items():
         yield _T5 + name, array
     if config.t5.tie_word_embeddings:
