@@ -1,14 +1,11 @@
 """Beam search with the semantics of Hugging Face's `generate`, K beams an item, in one while loop.
 
 Each step grows the K running hypotheses of an item by every token and looks at the 2K best results, of which at most K
-end (one per parent), so that K can always go on. Those that end *among the best K* compete for the item's K finished
-slots by the mean log p of their tokens, the end of sequence included. At `max_length` everything ends, so hypotheses
-cut short compete with complete ones. An item is done when its slots are full and the best running hypothesis would not
-win one if it ended now; the loop, when all items are. These are `generate`'s defaults, length_penalty=1 and
-early_stopping=False.
-
-Differences from theirs, none of which can change a result: what follows an end of sequence is `pad` (theirs is the end
-of sequence again when pad is 0), and an item that is done no longer holds up the others.
+end (one per parent), so that K can always go on. Those that end *among the best K*, or at `max_length`, compete for the
+item's K finished slots by the mean log p of their tokens, the end of sequence included. An item is done when its slots
+are full and the best running hypothesis would not win one if it ended now. These are `generate`'s defaults,
+length_penalty=1 and early_stopping=False. Unlike theirs, an item that is done doesn't hold up the others, and what
+follows an end of sequence is always `pad`.
 """
 
 from typing import Literal, NamedTuple
@@ -48,11 +45,10 @@ def beam_search(
     """The `num_return` best hypotheses of each item. With one beam this is `greedy`, as it is in `generate`.
 
     Args:
-        tokens_to_logits: the step function, see `TokensToLogits`; rows = B * K, item-major.
-        cache: its state before the first step, leading axis B * K on every leaf (all beams of an item alike).
+        cache: the state of `tokens_to_logits` before the first step, leading axis B * K on every leaf, item-major (all
+            beams of an item alike).
         batch_size: B.
         num_beams: K.
-        num_return: how many of an item's K results to return.
         max_length: L, generated tokens at most, end of sequence included, start id not: `generate`'s less 1.
         stop_rule: whose best log p decides whether an item is done: "running", of the hypotheses that run on; "any", of
             all that the step made, those that just ended too (transformers before 4.50, on which the original runs).
@@ -60,9 +56,6 @@ def beam_search(
     Returns:
         `Decoded` with ids [B, num_return, L] and log_probs [B, num_return], and scores [B, num_return]: log_probs /
         length, best first. A log p of about -1e9 marks a slot for which a tiny vocabulary left no hypothesis.
-
-    Raises:
-        InputError: `max_length` is below 1, or `num_return` exceeds `num_beams`.
     """
     if not 1 <= num_return <= num_beams:
         raise InputError(f"{num_return} results were asked of {num_beams} beams; ask for 1 to {num_beams} of them.")
@@ -79,20 +72,9 @@ def beam_search(
     def step(loop: _Loop) -> _Loop:
         last = jax.lax.dynamic_index_in_dim(loop.tokens, loop.position, axis=2, keepdims=False)
         logits, new_cache = tokens_to_logits(last.reshape(rows), loop.cache, loop.position)
-        logits = logits.astype(jnp.float32)
-        # The 2K best of an item are among the 2K best of its beams; so neither the log p nor the sums of all K * V
-        # continuations need exist. Order among equals is that of one flat top-k: lowest beam, then lowest id.
-        width = min(2 * num_beams, logits.shape[-1])
-        best_logits, best_ids = jax.lax.top_k(logits, width)
-        log_p = jnp.where(jnp.isneginf(best_logits), -jnp.inf, log_softmax_at(logits, best_ids))
-        totals = log_p.reshape(batch_size, num_beams, width) + loop.log_probs[:, :, None]
-        grown_log_probs, flat = jax.lax.top_k(totals.reshape(batch_size, -1), 2 * num_beams)
-        parents = flat // width
-        chosen = _take(best_ids.reshape(batch_size, -1), flat)
-        grown_tokens = jax.lax.dynamic_update_index_in_dim(
-            _take(loop.tokens, parents), chosen, loop.position + 1, axis=2
-        )
+        grown_log_probs, parents, chosen = _grow(logits.astype(jnp.float32), loop.log_probs)
         length = loop.position + 1
+        grown_tokens = jax.lax.dynamic_update_index_in_dim(_take(loop.tokens, parents), chosen, length, axis=2)
         ends = (chosen == EOS) | (length == max_length)
         running_log_probs, running = jax.lax.top_k(jnp.where(ends, grown_log_probs + DEAD, grown_log_probs), num_beams)
 
@@ -116,20 +98,27 @@ def beam_search(
 
     tokens = jnp.full((batch_size, num_beams, 1 + max_length), PAD, jnp.int32).at[:, :, 0].set(START)
     empty = jnp.full((batch_size, num_beams), DEAD, jnp.float32)
-    start = _Loop(
-        position=jnp.int32(0),
-        tokens=tokens,
-        log_probs=empty.at[:, 0].set(0.0),  # all beams start alike: only the first may grow, or all would stay so
-        done_tokens=tokens,
-        done_log_probs=empty,
-        done_scores=empty,
-        done=jnp.zeros((batch_size, num_beams), bool),
-        improvable=jnp.ones(batch_size, bool),
-        cache=cache,
-    )
+    first = empty.at[:, 0].set(0.0)  # all beams start alike: only the first may grow, or all would stay so
+    done, improvable = jnp.zeros((batch_size, num_beams), bool), jnp.ones(batch_size, bool)
+    start = _Loop(jnp.int32(0), tokens, first, tokens, empty, empty, done, improvable, cache)
     end = jax.lax.while_loop(unfinished, step, start)
     decoded = Decoded(end.done_tokens[:, :num_return, 1:], end.done_log_probs[:, :num_return])
     return decoded, end.done_scores[:, :num_return]
+
+
+def _grow(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The 2K best continuations of an item: their log p, the beams that they grow from, and their tokens [B, 2K].
+
+    They are among the 2K best of each beam; so neither the log p nor the sums of all K * V continuations need exist.
+    Order among equals is that of one flat top-k: lowest beam, then lowest id.
+    """
+    batch_size, num_beams = log_probs.shape
+    width = min(2 * num_beams, logits.shape[-1])
+    best_logits, best_ids = jax.lax.top_k(logits, width)
+    log_p = jnp.where(jnp.isneginf(best_logits), -jnp.inf, log_softmax_at(logits, best_ids))
+    totals = log_p.reshape(batch_size, num_beams, width) + log_probs[:, :, None]
+    grown, flat = jax.lax.top_k(totals.reshape(batch_size, -1), 2 * num_beams)
+    return grown, flat // width, _take(best_ids.reshape(batch_size, -1), flat)
 
 
 def _take(values: jax.Array, indices: jax.Array) -> jax.Array:

@@ -24,16 +24,12 @@ def greedy(tokens_to_logits: TokensToLogits, cache: Cache, *, batch_size: int, m
     """Takes the most likely token at every step; of equals, the one with the lowest id.
 
     Args:
-        tokens_to_logits: the step function, see `TokensToLogits`.
-        cache: its state before the first step, leading axis B on every leaf.
+        cache: the state of `tokens_to_logits` before the first step, leading axis B on every leaf.
         batch_size: B.
         max_length: L, generated tokens at most, end of sequence included, start id not.
 
     Returns:
         `Decoded` with ids [B, L] and log_probs [B]. A row that has not ended at L is returned as it is.
-
-    Raises:
-        InputError: `max_length` is below 1.
     """
     return _decode(lambda logits, index: first_argmax(logits), tokens_to_logits, cache, batch_size, max_length)
 
@@ -49,15 +45,11 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Decoded:
-    """Draws every token from the model's distribution, sharpened and truncated in this order.
+    """Draws every token from the model's distribution, sharpened and truncated; else like `greedy`.
 
     Logits are divided by `temperature`, cut to the `top_k` best (0: all), then to the smallest set with mass `top_p`
     (1: all). What a row draws depends on `key`, its row number and the position only, so rows appended to a batch don't
-    change the others. The other arguments and the result are those of `greedy`; `log_probs` is the untempered,
-    untruncated model's.
-
-    Raises:
-        InputError: `max_length`, `temperature`, `top_k` or `top_p` is out of range.
+    change the others. `log_probs` is the untempered, untruncated model's.
     """
     if not temperature > 0:
         raise InputError(f"temperature is {temperature}; it must be above 0 (0 would be greedy decoding).")
@@ -69,10 +61,8 @@ def sample(
 
     def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
         logits = logits / temperature
-        if top_k > 0:
-            logits = keep_top_k(logits, top_k)
-        if top_p < 1.0:
-            logits = keep_top_p(logits, top_p)
+        logits = keep_top_k(logits, top_k) if top_k > 0 else logits
+        logits = keep_top_p(logits, top_p) if top_p < 1.0 else logits
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, index)
         return jax.vmap(jax.random.categorical)(step_keys, logits).astype(jnp.int32)
 
@@ -123,29 +113,21 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
     descending = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(descending, axis=-1)
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    is_best = jnp.arange(logits.shape[-1])[None, :] == 0
-    kept = (mass_before < p) | is_best
+    kept = (mass_before < p) | (jnp.arange(logits.shape[-1])[None, :] == 0)
     cutoff = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < cutoff, -jnp.inf, logits)
 
 
 def log_softmax_at(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """log p [rows, N] of the tokens `ids` [rows, N] under `logits` [rows, V].
-
-    A whole log-softmax would be another array of V columns. The maximum is taken off first: `logit - logsumexp` would
-    lose the digits of a log p near 0 when logits are large.
-    """
+    """log p [rows, N] of the tokens `ids` [rows, N] under `logits` [rows, V], without another array of V columns."""
+    # The maximum is taken off first: `logit - logsumexp` would lose the digits of a log p near 0 when logits are large.
     best = jnp.max(logits, axis=-1, keepdims=True)
     shifted = jnp.take_along_axis(logits, ids, axis=-1) - best
     return shifted - jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
 
 
 def first_argmax(logits: jax.Array) -> jax.Array:
-    """Index [rows] int32 of each row's largest logit, the first of several.
-
-    The same as `jnp.argmax`, whose two-operand reduction XLA does not vectorize on a CPU: three to four times slower
-    there at a T5 vocabulary's width.
-    """
+    """`jnp.argmax` of each row, 3 to 4 times as fast on CPUs: XLA doesn't vectorize its two-operand reduction there."""
     size = logits.shape[-1]
     best = jnp.max(logits, axis=-1, keepdims=True)
     positions = jnp.where(logits == best, jnp.arange(size, dtype=jnp.int32)[None, :], size)

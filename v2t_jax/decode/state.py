@@ -26,14 +26,8 @@ TokensToLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]
 
 
 class Decoded(NamedTuple):
-    """Generated token ids and how likely the model found them.
-
-    `log_probs` is the plain sum of the model's own log p of the generated tokens, end of sequence included: before
-    temperature, truncation or length penalty, so that every decoder's figures compare.
-    """
-
     ids: jax.Array  # [B, L] or [B, K, L] int32, without the start id, pad after the end of sequence
-    log_probs: jax.Array  # [B] or [B, K] float32
+    log_probs: jax.Array  # [B] or [B, K], sums of the model's own log p, before temperature, truncation or penalty
 
 
 def count_tokens(ids: jax.Array) -> jax.Array:
@@ -51,10 +45,7 @@ def _after_eos(ids: jax.Array) -> jax.Array:
 
 
 def check_arguments(cache: Cache, *, rows: int, max_length: int) -> None:
-    """Raises:
-    InputError: `max_length` is below 1.
-    ValueError: a cache leaf does not have `rows` as its leading axis (a fault of the calling code).
-    """
+    """Refuses a `max_length` below 1, and a cache without `rows` as its leading axis (a fault of the calling code)."""
     if max_length < 1:
         raise InputError(f"max_length is {max_length}; it counts generated tokens and must be at least 1.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(cache):

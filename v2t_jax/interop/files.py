@@ -53,11 +53,7 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def open_weights(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Every tensor of files by its key.
-
-    Raises:
-        InputError: a file is damaged, or is a `.bin` that contains more than weights.
-    """
+    """Every tensor of files by its key."""
     tensors: dict[str, Tensor] = {}
     for path in files:
         if path.suffix != ".safetensors":
@@ -77,11 +73,7 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The file of a folder's weights, or all that its index names: safetensors before `.bin`.
-
-    Raises:
-        InputError: there is none, or the index is damaged or names files that are missing.
-    """
+    """The file of a folder's weights, or all that its index names: safetensors before `.bin`."""
     for name in (SAFETENSORS, PICKLE):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -107,11 +99,7 @@ def sha256_of(files: Iterable[Path]) -> str:
 
 
 def read_json(path: Path, what: str, kind: type = dict) -> Any:
-    """An object, or another `kind` of value, from a JSON file of `what`.
-
-    Raises:
-        InputError: the file is missing, damaged, or holds something else.
-    """
+    """An object, or another `kind` of value, from a JSON file of `what`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -124,11 +112,7 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A `config.json` as transformers understands it: old spellings made new, fields that it leaves out filled in.
-
-    Raises:
-        InputError: transformers doesn't know the `model_type`, or a field is of the wrong type.
-    """
+    """A `config.json` as transformers understands it: types checked, old spellings made new, defaults filled in."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -138,14 +122,8 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
-    """A folder's tokenizer: its tokenizer.json as it is, else converted by transformers from the older files.
-
-    A tokenizer.json isn't read by AutoTokenizer: where tokenizer_config.json names no class, that guesses one by
-    `model_type` and rebuilds the tokenizer, which can lose tokens.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
+    """A folder's tokenizer: its tokenizer.json as it is, else converted by transformers from the older files."""
+    # Not by AutoTokenizer: where tokenizer_config.json names no class, it guesses one by `model_type` and loses tokens.
     if (folder / "tokenizer.json").is_file():
         return read_tokenizer(folder / "tokenizer.json")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -235,17 +213,12 @@ def fill(
 ) -> Params:
     """Parameters like `abstract` (a tree of shapes), filled from `tensors` by a table as `places` reads it.
 
-    One of our arrays is in the host's memory at a time, if `put` takes it away.
-
     Args:
         what: the architecture's name, for errors.
         ignored: pattern of keys that may be there and aren't read.
         absent: keys that no file has; ours is then zero.
         dtype: of matrices; the rest is float32.
-        put: takes each array when it is full.
-
-    Raises:
-        InputError: a key is missing, unknown, of another shape than the config implies, or quantized.
+        put: takes each array when it is full, so that one at a time is in the host's memory.
     """
     empty = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in named(abstract).items()}
     meant = {
@@ -287,11 +260,7 @@ def real_numbers(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes a file, whole or not at all; it is on disk when this returns.
-
-    Returns:
-        Its entry for a manifest: "bytes" and "sha256".
-    """
+    """Writes a file, whole or not at all, to the disk; returns its entry for a manifest: "bytes" and "sha256"."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     digest, size = hashlib.sha256(), 0
@@ -308,11 +277,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
 
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder, filled elsewhere beside it and renamed at the end: it appears whole or not at all.
-
-    Raises:
-        InputError: see `check_new`; or the folder can't be written.
-    """
+    """A folder, filled elsewhere beside it and renamed at the end: it appears whole or not at all."""
     check_new(folder, replace)
     around = None
     try:
@@ -336,18 +301,12 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def check_new(folder: Path, replace: bool = False) -> None:
-    """Refuses a target of `whole_folder` that can't be replaced, or that isn't to be and exists.
-
-    Raises:
-        InputError: that.
-    """
+    """Refuses a target of `whole_folder` that can't be replaced, or that isn't to be and exists."""
     try:
         is_link, is_here = folder.is_symlink(), folder.exists() and folder.samefile(".")
         if is_link or is_here or folder.is_mount():
             kind = "a link" if is_link else "the current folder" if is_here else "a mounted disk"
-            raise InputError(
-                f"{folder} is {kind}, which can't be replaced; give another folder, such as one inside it."
-            )
+            raise InputError(f"{folder} is {kind}, which can't be replaced; give another folder, as one inside it.")
         taken = not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         above = next(parent for parent in folder.absolute().parents if parent.exists())
     except OSError as error:

@@ -76,30 +76,27 @@ def _only(config: Json, **supported: Any) -> None:
             raise InputError(f"config.json has {name} = {config[name]!r}; only {listed} is supported.")
 
 
-def _rotary_theta(config: Json, layers: str | None = None) -> float:
-    """The rotary base, of one kind of layer where there are several."""
-    rotary = config["rope_parameters"]
-    rotary = rotary[layers] if layers else rotary
-    if rotary["rope_type"] != "default":
-        raise InputError(
-            f"config.json has rotary positions of type {rotary['rope_type']!r}; only 'default' is supported."
-        )
-    return float(rotary["rope_theta"])
+def _rotary(config: Json) -> dict[str, float]:
+    """The rotary bases of global and of local layers; a file may have one for both."""
+    bases, given = {}, config["rope_parameters"]
+    for name, layers in (("rotary_theta", "full_attention"), ("local_theta", "sliding_attention")):
+        rotary = given.get(layers, given)
+        if rotary["rope_type"] != "default":
+            raise InputError(
+                f"config.json has rotary positions of type {rotary['rope_type']!r}; only 'default' is supported."
+            )
+        bases[name] = float(rotary["rope_theta"])
+    return bases
 
 
 def _local(config: Json, window: int) -> dict[str, Any]:
-    """Which layers attend locally, to tokens at most `window` away."""
+    """Which layers attend to tokens at most `window` away only."""
     kinds = config["layer_types"]
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
         raise InputError(
             f"config.json has layers of type {unknown[0]!r}; only full and sliding attention are supported."
         )
     return {"local": tuple(kind == "sliding_attention" for kind in kinds), "window": window}
-
-
-def _both_thetas(config: Json) -> dict[str, float]:
-    kinds = {"rotary_theta": "full_attention", "local_theta": "sliding_attention"}
-    return {name: _rotary_theta(config, kind) for name, kind in kinds.items()}
 
 
 def _bert(config: Json, dtype: Dtype, **settings: Any) -> BertConfig:
@@ -136,7 +133,7 @@ def _nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
         raise InputError(
             "config.json has a rotary_scaling_factor, which isn't supported; remove it to read 2048 tokens."
         )
-    theta = float(config.get("rotary_emb_base") or _rotary_theta(config))
+    theta = float(config.get("rotary_emb_base") or _rotary(config)["rotary_theta"])
     read = _read(NomicBertConfig, config, dtype, "type_vocab_size", rotary_theta=theta)
     if "n_embd" not in config:
         _only(config, head_dim=read.hidden_size // read.num_heads)
@@ -146,28 +143,26 @@ def _nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
 def _modernbert(config: Json, dtype: Dtype) -> ModernBertConfig:
     _only(config, hidden_activation="gelu", norm_bias=False, attention_bias=False, mlp_bias=False)
     local = _local(config, size(config, "local_attention") // 2)
-    return _read(ModernBertConfig, config, dtype, **local, **_both_thetas(config))
+    return _read(ModernBertConfig, config, dtype, **local, **_rotary(config))
 
 
 def _decoder(config: Json, dtype: Dtype, **settings: Any) -> LlamaConfig:
     """What the Llama-like share."""
     _only(config, attention_bias=False, mlp_bias=False)
-    settings["head_width"] = config.get("head_dim") or 0
+    settings |= {"head_width": config.get("head_dim") or 0, **_rotary(config)}
     return _read(LlamaConfig, config, dtype, "num_key_value_heads", **settings)
 
 
 def _llama(config: Json, dtype: Dtype, **settings: Any) -> LlamaConfig:
     _only(config, hidden_act="silu")
-    theta = _rotary_theta(config)
-    return _decoder(config, dtype, rotary_theta=theta, local_theta=theta, **settings)
+    return _decoder(config, dtype, **settings)
 
 
 def _mistral(config: Json, dtype: Dtype) -> LlamaConfig:
-    read = _llama(config, dtype)
     if config["sliding_window"] is None:
-        return read
-    # A window counts the token itself.
-    return replace(read, local=(True,) * read.num_layers, window=size(config, "sliding_window") - 1)
+        return _llama(config, dtype)
+    layers, window = size(config, "num_hidden_layers"), size(config, "sliding_window")
+    return _llama(config, dtype, local=(True,) * layers, window=window - 1)  # a window counts the token itself
 
 
 def _qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
@@ -180,19 +175,10 @@ def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
     if config.get("attn_logit_softcapping") is not None:
         raise InputError("config.json has attn_logit_softcapping, which isn't supported.")
     both_ways, window = bool(config.get("use_bidirectional_attention")), size(config, "sliding_window")
-    return _decoder(
-        config,
-        dtype,
-        # When attention goes both ways, transformers halves the window.
-        **_local(config, window // 2 if both_ways else window - 1),
-        **_both_thetas(config),
-        causal=not both_ways,
-        activation="gelu_tanh",
-        norm="gemma",
-        head_norms=True,
-        scale_embeddings=True,
-        attention_scale=size(config, "query_pre_attn_scalar") ** -0.5,
-    )
+    settings: Json = {"activation": "gelu_tanh", "norm": "gemma", "head_norms": True, "scale_embeddings": True}
+    # When attention goes both ways, transformers halves the window.
+    settings |= {"causal": not both_ways, **_local(config, window // 2 if both_ways else window - 1)}
+    return _decoder(config, dtype, **settings, attention_scale=size(config, "query_pre_attn_scalar") ** -0.5)
 
 
 def _clip(config: Json, dtype: Dtype) -> ClipTextConfig:
@@ -298,11 +284,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def encoder_config(config: Json, dtype: Dtype = "float32") -> EncoderConfig:
-    """An encoder's configuration from its `config.json`, completed (see `complete_config`).
-
-    Raises:
-        InputError: the `model_type` or a setting isn't supported, or a size is impossible.
-    """
+    """An encoder's configuration from its `config.json`, completed (see `complete_config`)."""
     name = config.get("model_type")
     if name not in ARCHITECTURES:
         raise InputError(f"config.json has model_type {name!r}; supported are {', '.join(ARCHITECTURES)}.")
@@ -321,11 +303,7 @@ def longest_text(encoder: EncoderConfig, config: Json) -> int | None:
 def encoder_from_huggingface(
     tensors: Mapping[str, Tensor], model_type: str, config: EncoderConfig, put: Callable = jax.device_put
 ) -> Params:
-    """Parameters from a checkpoint of this architecture, array by array; `put` takes each.
-
-    Raises:
-        InputError: a key is missing, unknown, or of another shape than `config` implies.
-    """
+    """Parameters from a checkpoint of this architecture, array by array; `put` takes each."""
     architecture = ARCHITECTURES[model_type]
     for prefix in architecture.prefixes:
         tensors = part(tensors, prefix) or tensors

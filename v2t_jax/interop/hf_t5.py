@@ -82,7 +82,8 @@ def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
     Raises:
         InputError: the parameters aren't those of `config`, there is something at `folder`, or it can't be written.
     """
-    shapes, meant = ({name: leaf.shape for name, leaf in named(tree).items()} for tree in (params, _abstract(config)))
+    trees = params, T5(config).abstract_params()
+    shapes, meant = ({name: leaf.shape for name, leaf in named(tree).items()} for tree in trees)
     if differing := sorted(path for path in shapes | meant if shapes.get(path) != meant.get(path)):
         raise InputError(
             f"The T5's parameter {differing[0]!r} has shape {shapes.get(differing[0])}, but its config implies "
@@ -94,21 +95,13 @@ def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
         save_file(t5_to_huggingface(params), building / SAFETENSORS, metadata={"format": "pt"})
 
 
-def _abstract(config: T5Config) -> Params:
-    return T5(config).abstract_params()
-
-
 def t5_from_huggingface(
     state: Mapping[str, Tensor], config: T5Config, put: Callable[[np.ndarray], Any] = lambda array: array
 ) -> Params:
-    """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`; `put` as in `fill`.
-
-    Raises:
-        InputError: a key is missing, unknown, of another shape than `config` implies, or a copy that differs.
-    """
+    """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`; `put` as in `fill`."""
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = "|".join([_IGNORED, *copies])
-    params = fill(_abstract(config), TABLE, state, "T5", ignored=ignored, put=put)
+    params = fill(T5(config).abstract_params(), TABLE, state, "T5", ignored=ignored, put=put)
     for key in copies:
         if key in state and not np.array_equal(state[key][:], state["shared.weight"][:]):
             raise InputError(
@@ -129,11 +122,7 @@ def t5_to_huggingface(params: Params) -> dict[str, np.ndarray]:
 
 
 def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
-    """Sizes from a Hugging Face `config.json` of model_type t5; null means the default.
-
-    Raises:
-        InputError: another architecture, an impossible size, or a feed-forward layer that isn't supported.
-    """
+    """Sizes from a Hugging Face `config.json` of model_type t5; null means the default."""
     if config.get("model_type", "t5") != "t5":
         raise InputError(f"The config has model_type {config['model_type']!r}, not 't5'.")
     given = {name: value for name, value in config.items() if value is not None}

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from v2t_jax import progress
 from v2t_jax.errors import InputError
@@ -31,21 +31,21 @@ def _errors(name: str, failed: str, advice: str) -> Iterator[None]:
     """Turns errors of the hub's client into one sentence; other errors end in `failed` and `advice`."""
     from huggingface_hub import errors
 
-    known = {  # the first that fits: some are subclasses of others
-        errors.GatedRepoError: f"{name} requires consent: accept its terms on the hub, then run 'hf auth login'",
+    login = "run 'hf auth login'"
+    sentences = {  # the first that fits: some are subclasses of others
+        errors.GatedRepoError: f"{name} requires consent: accept its terms on the hub, then {login}",
         errors.HFValidationError: f"There is no folder {name!r}, and it is not a name on the hub (owner/name) either",
-        errors.RepositoryNotFoundError: f"The hub has no {name}, or it is private: check the name, or run "
-        "'hf auth login'",
+        errors.RepositoryNotFoundError: f"The hub has no {name}, or it is private: check the name, or {login}",
         errors.LocalEntryNotFoundError: f"{name} is not in the local cache and the hub can't be reached: connect, or "
         "give a local folder",
-        errors.LocalTokenNotFoundError: "You are not logged in to the hub: run 'hf auth login'",
-        errors.HfHubHTTPError: f"{name} {failed} ({{}}): run 'hf auth login' with a token that may, or {advice}",
+        errors.LocalTokenNotFoundError: f"You are not logged in to the hub: {login}",
+        errors.HfHubHTTPError: f"{name} {failed} ({{}}): {login} with a token that may, or {advice}",
         Exception: f"{name} {failed} ({{}}): {advice}",  # of the network library, of the disk
     }
     try:
         yield
     except Exception as error:
-        sentence = next(text for kind, text in known.items() if isinstance(error, kind))
+        sentence = next(text for kind, text in sentences.items() if isinstance(error, kind))
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise InputError(sentence.replace("{}", reason) + ".") from error
 
@@ -56,85 +56,64 @@ def folder_of(name: str, patterns: Sequence[str] | None = None) -> Path:
 
 
 def download(name: str, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a repository's files, from the local cache if it is up to date.
+    """The folder of a repository's files, from the local cache if it is up to date; `patterns` as in `glob`.
 
-    Args:
-        name: `owner/name`, or one of the old names without an owner, such as `t5-base`.
-        patterns: the files to fetch; by default those of a model.
-
-    Raises:
-        InputError: there is no such repository, access is denied, or the hub can't be reached and nothing is cached.
+    `name` is `owner/name`, or one of the old names without an owner, such as `t5-base`.
     """
     from huggingface_hub import snapshot_download
+
+    def fetch(wanted: Sequence[str]) -> Path:
+        return Path(snapshot_download(name, allow_patterns=[*wanted], ignore_patterns=OTHER_RUNTIMES))
 
     with (
         progress.stage(f"fetching {name} from the Hugging Face hub"),
         _errors(name, "can't be fetched from the hub", "give a local folder instead"),
     ):
-        wanted = [*(patterns or PATTERNS)]
-        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
+        folder = fetch(patterns or PATTERNS)
         pickles = [] if patterns is not None else _pickles(folder)
-        if pickles:
-            snapshot_download(name, allow_patterns=pickles, ignore_patterns=OTHER_RUNTIMES)
-        return folder
+        return fetch(pickles) if pickles else folder
 
 
 def _pickles(folder: Path) -> list[str]:
     """Patterns of pickled weights, for the folders that have no safetensors."""
-    lacking = [
-        config.parent.relative_to(folder)
+    return [
+        (config.parent.relative_to(folder) / "pytorch_model*.bin*").as_posix()
         for config in folder.rglob("config.json")
         if not any(config.parent.glob("*.safetensors")) and not config.parent.name.endswith(("Pooling", "Normalize"))
     ]
-    return [(place / "pytorch_model*.bin*").as_posix() for place in lacking]
 
 
 class Upload(NamedTuple):
     """What `push` sent, or would send: files as (name, bytes), and the repository's URL, None if nothing was sent."""
 
-    repository: str
     files: tuple[tuple[str, int], ...]
     url: str | None = None
 
     @property
     def size(self) -> int:
-        """Total bytes."""
         return sum(size for _, size in self.files)
 
 
-def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool = True, api: Any = None) -> Upload:
-    """Sends a model folder to the hub, creating the repository if needed.
+def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool = True) -> Upload:
+    """Sends a model folder, which the caller has checked, to the hub; creates the repository `owner/name` if needed.
 
-    Args:
-        folder: a complete model folder, as `v2t_jax.load` takes it; the caller checks it.
-        repository: `owner/name`.
-        private: visibility of a new repository.
-        dry_run: only report what would be sent.
-        api: a `huggingface_hub.HfApi`; by default of the account that is logged in.
-
-    Raises:
-        InputError: the name is not a repository's, nobody is logged in, or the hub refuses.
+    With `dry_run` it only reports what would be sent.
     """
     if not is_hub_name(repository):
         raise InputError(f"{repository!r} is not a repository's name: give it as owner/name.")
     # Nothing else in the folder: nobody means to publish a .env or a .git.
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = sorted({"config.json", "README.md", *record["files"]} & {file.name for file in folder.iterdir()})
-    upload = Upload(repository, tuple((name, (folder / name).stat().st_size) for name in names))
+    upload = Upload(tuple((name, (folder / name).stat().st_size) for name in names))
     if dry_run:
         return upload
     from huggingface_hub import HfApi
 
-    api = api or HfApi(library_name="v2t_jax")
+    api, message = HfApi(library_name="v2t_jax"), f"{folder.name}, by v2t_jax"
     with (
         progress.stage(f"sending {upload.size / 1e6:.1f} MB to {repository}"),
         _errors(repository, "can't be sent to the hub", "connect, then run the same command again"),
     ):
         api.create_repo(repository, private=private, exist_ok=True)
-        sent = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=names,
-            commit_message=f"{folder.name}, by v2t_jax",
-        )
+        sent = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names, commit_message=message)
     return upload._replace(url=str(sent.repo_url))

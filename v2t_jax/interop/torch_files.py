@@ -16,17 +16,12 @@ import numpy as np
 
 from v2t_jax.errors import InputError
 
-_DTYPES = {"DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": "bfloat16"}
-_DTYPES |= {"LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "i1"}
-_DTYPES |= {"ByteStorage": "u1", "BoolStorage": "?"}
+_DTYPES = {"Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16, "Long": "<i8", "Int": "<i4"}
+_DTYPES |= {"Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
 
 
 def read_torch_file(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict by name, as views of the memory-mapped file.
-
-    Raises:
-        InputError: the file is damaged, contains more than weights, or is older than torch 1.6 and needs torch itself.
-    """
+    """The tensors of a state dict by name, as views of the memory-mapped file."""
     try:
         loaded = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
     except InputError:
@@ -59,9 +54,12 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, content: np.ndarray, archive: zipfile.ZipFile, prefix: str) -> None:
         super().__init__(file)
         self._content, self._archive, self._prefix = content, archive, prefix
-        self._known = {"collections.OrderedDict": _Dict, "torch._utils._rebuild_tensor_v2": self._tensor}
+        self._known: dict[str, Any] = {
+            "collections.OrderedDict": _Dict,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+        }
         self._known |= {"torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
-        self._known |= {f"torch.{name}": dtype for name, dtype in _DTYPES.items()}
+        self._known |= {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _DTYPES.items()}
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self._known:
@@ -71,7 +69,6 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> tuple[np.ndarray, np.dtype]:
         """The bytes and the dtype of the storage ("storage", dtype, key, device, count)."""
         _, dtype, key, _, count = pid
-        dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         member = self._archive.getinfo(f"{self._prefix}/data/{key}")
         start = member.header_offset + 30  # a header of 30 bytes, then a name and extra fields of variable length
         start += sum(struct.unpack("<HH", self._content[start - 4 : start].tobytes()))
