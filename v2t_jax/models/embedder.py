@@ -33,8 +33,7 @@ class EmbedderConfig:
 class EmbedderNetwork(Network):
     """Tokenizer ids and mask [B, L] -> embeddings [B, E], float32.
 
-    Parameters: `encoder`, and `dense`, a list of {kernel [in, out], bias [out] or none}, one per dense layer. Their
-    sizes are those of the weights, so `init` makes none.
+    Parameters: `encoder`, and `dense`, a list of {kernel [in, out], bias [out] or none}, which `init` doesn't make.
     """
 
     config: EmbedderConfig
@@ -78,13 +77,12 @@ def embed(
 
 @dataclass(frozen=True)
 class TokenMap:
-    """How a model's token ids become the embedder's, when they share word-pieces.
-
-    `before` and `after` are the embedder ids that surround a text: [CLS] (and a prefix's pieces), and [SEP].
-    """
+    """How a model's token ids become the embedder's, when they share word-pieces."""
 
     before: tuple[int, ...]
+    """the embedder's ids in front of a text: [CLS] and a prefix's pieces"""
     after: int
+    """[SEP]"""
 
 
 def embed_model_ids(

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import T5Config
+from v2t_jax.decode.state import START
 from v2t_jax.models.layers import (
     MATMUL_OUTPUT,
     Attention,
@@ -45,9 +46,10 @@ _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT),
 }
 
-# A layer: self-attention keys [rows, H, K, L] and values [rows, H, L, K]. These axes are as the products of one query
-# want them: in any other order XLA copies the whole cache at every token.
-Cache = tuple[tuple[jax.Array, jax.Array], ...]
+# Keys [rows, H, K, L] and values [rows, H, L, K]. These axes are as the products of one query want them: in any other
+# order XLA copies the whole cache at every token.
+KeyValue = tuple[jax.Array, jax.Array]
+Cache = tuple[KeyValue, ...]  # a layer's self-attention each
 
 
 class T5Layer(nn.Module):
@@ -80,20 +82,16 @@ class T5Layer(nn.Module):
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return nn.with_logical_constraint(x, ("batch", None, None)), None
 
-    def cross_key_value(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def cross_key_value(self, encoded: jax.Array) -> KeyValue:
         """[B, S, D] -> keys [B, H, K, S] and values [B, H, S, K], once a sequence and shared by its beams."""
         return for_one_query(*self.cross_attention.keys_values(encoded))
 
     def step(
-        self,
-        x: jax.Array,  # [rows, 1, D]
-        cache: tuple[jax.Array, jax.Array],  # [rows, H, K, L] and [rows, H, L, K]
-        cross: tuple[jax.Array, jax.Array],  # [B, H, K, S] and [B, H, S, K]
-        bias: jax.Array,  # [1, H, 1, L], future positions masked
-        cross_bias: jax.Array,  # [B, 1, 1, S]
-        index: jax.Array,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One token a row. rows = B * beams, item-major."""
+        self, x: jax.Array, cache: KeyValue, cross: KeyValue, bias: jax.Array, cross_bias: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, KeyValue]:
+        """One token a row, rows = B * beams, item-major: x [rows, 1, D], cache of the rows, `cross_key_value` of B,
+        bias [1, H, 1, L], which masks the future, and cross_bias [B, 1, 1, S].
+        """
         rows, batch = x.shape[0], cross[0].shape[0]
         h = self.self_attention_norm(x)
         key, value = for_one_query(*self.self_attention.keys_values(h))
@@ -201,8 +199,7 @@ class T5(Network):
 
     @nn.nowrap
     def examples(self) -> tuple[Any, ...]:
-        ids = jnp.ones((1, 2), jnp.int32)
-        return ids, ids, ids
+        return *super().examples(), jnp.ones((1, 2), jnp.int32)
 
     def __call__(self, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
         """Teacher forcing: source ids and mask [B, S], labels [B, L] -> logits [B, L, V]."""
@@ -213,7 +210,6 @@ class T5(Network):
         return look_up(self.token_embedding, ids, jnp.dtype(self.config.dtype))
 
     def encode(self, embeds: Float[Array, "B S D"], mask: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """The encoder, on embedded tokens."""
         return self.encoder(embeds, mask)
 
     def decode(
@@ -276,16 +272,15 @@ class T5(Network):
         return tokens_to_logits, tuple(empty for _ in range(c.num_decoder_layers))
 
 
-def shift_right(labels: Int[Array, "B L"], start_id: int = 0) -> Int[Array, "B L"]:
+def shift_right(labels: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """Decoder input for labels: the start id, then all labels but the last."""
-    return jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+    return jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=START)
 
 
 def unstack_decoder(params: Params) -> Params:
     """The same parameters with a list of the decoder's layers, for `encode` and `start_decoding` only.
 
-    `start_decoding` does this itself where needed, but then it copies the decoder's weights at every call. Callers that
-    decode often do it once and keep the result.
+    Callers that decode often keep the result; else `start_decoding` does it, and copies the weights, at every call.
     """
     stacked = params["decoder"]["layers"]
     if isinstance(stacked, list):
