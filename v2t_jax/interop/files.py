@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,10 +180,9 @@ def places(table: Mapping[str, str], name: str, array: np.ndarray) -> Iterator[P
     module = module if kind in ("kernel", "scale", "bias") else name
     key, index, count = re.findall(r"([^[]+)(?:\[(\d)/(\d)\])?", table[module])[0]
     key += ".bias" if kind == "bias" else ".weight"
+    share = int(index or 0), int(count or 1)
     for layer, target in enumerate(array) if "{}" in key else [(0, array)]:
-        yield Place(
-            key.format(layer), target.T if _is_matrix(name, target) else target, int(index or 0), int(count or 1)
-        )
+        yield Place(key.format(layer), target.T if _is_matrix(name, target) else target, *share)
 
 
 def _is_matrix(name: str, array: np.ndarray) -> bool:
@@ -207,7 +206,6 @@ def fill(
     what: str,
     *,
     ignored: str,
-    absent: Collection[str] = (),
     dtype: str = "float32",
     put: Callable[[np.ndarray], Any] = lambda array: array,
 ) -> Params:
@@ -216,7 +214,6 @@ def fill(
     Args:
         what: the architecture's name, for errors.
         ignored: pattern of keys that may be there and aren't read.
-        absent: keys that no file has; ours is then zero.
         dtype: of matrices; the rest is float32.
         put: takes each array when it is full, so that one at a time is in the host's memory.
     """
@@ -225,7 +222,6 @@ def fill(
         place.key: (place.count * len(place.target), *place.target.shape[1:])
         for name, array in empty.items()
         for place in places(table, name, array)
-        if place.key not in absent
     }
     for key, shape in meant.items():
         if key not in tensors:
@@ -239,11 +235,10 @@ def fill(
 
     def filled(name: str, shape: tuple[int, ...]) -> np.ndarray:
         layer = next(places(table, name, empty[name])).target
-        array = np.zeros(shape, dtype if _is_matrix(name, layer) else np.float32)
+        array = np.empty(shape, dtype if _is_matrix(name, layer) else np.float32)
         for key, target, index, _ in places(table, name, array):
-            if key not in absent:
-                values = tensors[key][index * len(target) : (index + 1) * len(target)]
-                target[...] = real_numbers(values, f"{what} weight {key!r}")
+            values = tensors[key][index * len(target) : (index + 1) * len(target)]
+            target[...] = real_numbers(values, f"{what} weight {key!r}")
         return array
 
     return jax.tree_util.tree_map_with_path(lambda path, leaf: put(filled(_name(path), leaf.shape)), abstract)

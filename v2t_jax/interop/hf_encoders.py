@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from v2t_jax.config import Dtype, T5Config
 from v2t_jax.errors import InputError
@@ -128,11 +129,7 @@ def _nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
     # Its files are spelled like GPT-2's or, since transformers 5, like BERT's.
     _only(config, hidden_act="silu", activation_function="swiglu", prenorm=False, use_rms_norm=False, causal=False)
     _only(config, qkv_proj_bias=False, mlp_fc1_bias=False, mlp_fc2_bias=False, parallel_block=False)
-    _only(config, rotary_emb_fraction=1.0, rotary_emb_interleaved=False, num_experts=(0, 1))
-    if config.get("rotary_scaling_factor") is not None:
-        raise InputError(
-            "config.json has a rotary_scaling_factor, which isn't supported; remove it to read 2048 tokens."
-        )
+    _only(config, rotary_emb_fraction=1.0, rotary_emb_interleaved=False, rotary_scaling_factor=None, num_experts=(0, 1))
     theta = float(config.get("rotary_emb_base") or _rotary(config)["rotary_theta"])
     read = _read(NomicBertConfig, config, dtype, "type_vocab_size", rotary_theta=theta)
     if "n_embd" not in config:
@@ -171,9 +168,7 @@ def _qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
 
 
 def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
-    _only(config, hidden_activation="gelu_pytorch_tanh")
-    if config.get("attn_logit_softcapping") is not None:
-        raise InputError("config.json has attn_logit_softcapping, which isn't supported.")
+    _only(config, hidden_activation="gelu_pytorch_tanh", attn_logit_softcapping=None)
     both_ways, window = bool(config.get("use_bidirectional_attention")), size(config, "sliding_window")
     settings: Json = {"activation": "gelu_tanh", "norm": "gemma", "head_norms": True, "scale_embeddings": True}
     # When attention goes both ways, transformers halves the window.
@@ -196,8 +191,6 @@ class Architecture:
     """see `files.places`"""
     prefixes: tuple[str, ...] = ()
     """with which all keys of the encoder may begin; keys without it are then another task's heads"""
-    absent: tuple[str, ...] = ()
-    """keys of the table that no file has"""
     ignored: str = r"pooler\..*|.*position_ids"
     """keys that may be there and aren't read"""
 
@@ -216,9 +209,8 @@ _BERT = _table(
     attention_out=attention.output.dense attention_norm=attention.output.LayerNorm
     intermediate=intermediate.dense output=output.dense output_norm=output.LayerNorm""",
 )
-_DISTILBERT = _table(
-    """word_embedding=embeddings.word_embeddings position_embedding=embeddings.position_embeddings
-    embedding_norm=embeddings.LayerNorm""",
+_DISTILBERT = _BERT | _table(
+    "",
     "transformer.layer.{}.",
     """query=attention.q_lin key=attention.k_lin value=attention.v_lin attention_out=attention.out_lin
     attention_norm=sa_layer_norm intermediate=ffn.lin1 output=ffn.lin2 output_norm=output_layer_norm""",
@@ -228,9 +220,8 @@ _MPNET = _BERT | _table(
     "encoder.layer.{}.attention.",
     "query=attn.q key=attn.k value=attn.v attention_out=attn.o attention_norm=LayerNorm",
 )
-_NOMIC = _table(
-    """word_embedding=embeddings.word_embeddings type_embedding=embeddings.token_type_embeddings
-    embedding_norm=emb_ln""",
+_NOMIC = _BERT | _table(
+    "embedding_norm=emb_ln",
     "encoder.layers.{}.",
     """query=attn.Wqkv[0/3] key=attn.Wqkv[1/3] value=attn.Wqkv[2/3] attention_out=attn.out_proj
     attention_norm=norm1 up=mlp.fc11 gate=mlp.fc12 down=mlp.fc2 output_norm=norm2""",
@@ -266,20 +257,17 @@ _HEADS = r"lm_head\..*|.*inv_freq"
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(_bert, _BERT, ("bert.",)),
     "distilbert": Architecture(functools.partial(_bert, type_vocab_size=0), _DISTILBERT, ("distilbert.",)),
-    "roberta": Architecture(_roberta, _BERT, ("roberta.",)),
-    "xlm-roberta": Architecture(_roberta, _BERT, ("roberta.",)),
+    **dict.fromkeys(("roberta", "xlm-roberta"), Architecture(_roberta, _BERT, ("roberta.",))),
     "mpnet": Architecture(_mpnet, _MPNET, ("mpnet.",)),
     "dpr": Architecture(_bert, _BERT, ("question_encoder.bert_model.", "ctx_encoder.bert_model.")),
     "t5": Architecture(_t5, hf_t5.TABLE, ignored=r"decoder\..*|lm_head\.weight|encoder\.embed_tokens\.weight"),
     "nomic_bert": Architecture(_nomic, _NOMIC),
-    # Its embeddings are normalized already: the first layer has no norm in front.
-    "modernbert": Architecture(_modernbert, _MODERNBERT, ("model.",), absent=("layers.0.attn_norm.weight",)),
+    "modernbert": Architecture(_modernbert, _MODERNBERT, ("model.",)),
     "llama": Architecture(_llama, _LLAMA, ("model.",), ignored=_HEADS),
     "mistral": Architecture(_mistral, _LLAMA, ("model.",), ignored=_HEADS),
     "qwen3": Architecture(_qwen3, _LLAMA, ("model.",), ignored=_HEADS),
     "gemma3_text": Architecture(_gemma3, _GEMMA3, ("model.",), ignored=_HEADS),
-    "clip": Architecture(_clip, _CLIP, ("text_model.",)),
-    "clip_text_model": Architecture(_clip, _CLIP, ("text_model.",)),
+    **dict.fromkeys(("clip", "clip_text_model"), Architecture(_clip, _CLIP, ("text_model.",))),
 }
 
 
@@ -310,6 +298,7 @@ def encoder_from_huggingface(
     # As TensorFlow's BERT named them; the oldest files still do.
     old = {".gamma": ".weight", ".beta": ".bias"}
     tensors = {re.sub(r"(?<=LayerNorm)\.(gamma|beta)$", lambda m: old[m[0]], key): t for key, t in tensors.items()}
+    if isinstance(config, ModernBertConfig):  # the one norm that isn't used isn't stored
+        tensors = {"layers.0.attn_norm.weight": np.zeros(config.hidden_size, np.float32)} | tensors
     abstract, options = encoder_network(config).abstract_params(), {"dtype": config.dtype, "put": put}
-    keys: Any = {"ignored": architecture.ignored, "absent": architecture.absent}
-    return fill(abstract, architecture.table, tensors, model_type, **keys, **options)
+    return fill(abstract, architecture.table, tensors, model_type, ignored=architecture.ignored, **options)
