@@ -34,7 +34,7 @@ MODEL = ModelConfig(t5=V1_0, embedding_width=6, num_pseudo_tokens=2, max_length=
 OPTIONS = dataclasses.replace(MODEL, t5=V1_1, standardize=True, bag_of_words=True)
 BERT = BertConfig(10, 8, 2, 2, 12, 7)
 LLAMA = LlamaConfig(10, 8, 2, 4, 12, num_key_value_heads=2, head_width=4)
-GEMMA = dataclasses.replace(LLAMA, local=(True, False), head_norms=True, norm="gemma", scale_embeddings=True)
+GEMMA = dataclasses.replace(LLAMA, local=(True, False), head_norms=True, norm="gemma")
 CASES: dict[str, Network] = {
     "t5 v1.0": T5(V1_0),
     "t5 v1.1": T5(V1_1),

@@ -170,7 +170,7 @@ def _qwen3(config: Json, dtype: Dtype) -> LlamaConfig:
 def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
     _only(config, hidden_activation="gelu_pytorch_tanh", attn_logit_softcapping=None)
     both_ways, window = bool(config.get("use_bidirectional_attention")), size(config, "sliding_window")
-    settings: Json = {"activation": "gelu_tanh", "norm": "gemma", "head_norms": True, "scale_embeddings": True}
+    settings: Json = {"activation": "gelu_tanh", "norm": "gemma", "head_norms": True}
     # When attention goes both ways, transformers halves the window.
     settings |= {"causal": not both_ways, **_local(config, window // 2 if both_ways else window - 1)}
     return _decoder(config, dtype, **settings, attention_scale=size(config, "query_pre_attn_scalar") ** -0.5)

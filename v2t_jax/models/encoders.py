@@ -63,7 +63,8 @@ class TextEncoderConfig:
     gated: bool = False
     use_bias: bool = False
     norm: Norm = "layer"
-    """gemma: RMSNorm whose scale is stored less 1, and two more, of what attention and feed-forward give"""
+    """gemma: RMSNorm whose scale is stored less 1, and two more, of what attention and feed-forward give; its token
+    embeddings are scaled by sqrt(hidden_size)"""
     norm_epsilon: float = 1e-5
     norm_behind: bool = False
     """each norm stands behind the sum with the residual (BERT), not in front of attention and feed-forward"""
@@ -86,8 +87,6 @@ class TextEncoderConfig:
     """if given, the first token's position is pad_id + 1, and pads are not counted (RoBERTa)"""
     relative_buckets: int = 0
     """of a relative position bias that all layers share (MPNet); 0: there is none"""
-    scale_embeddings: bool = False
-    """by sqrt(hidden_size) (Gemma)"""
     pooler: bool = False
 
 
@@ -189,13 +188,12 @@ class EncoderLayer(nn.Module):
         """
         c, norm, width = self.config, _norm_of(self.config), _head_width(self.config)
         options: Any = {"use_bias": c.use_bias, "dtype": jnp.dtype(c.dtype)}
-        scale = width**-0.5 if c.attention_scale is None else c.attention_scale
-        options_of_heads: Any = {"scale": scale, "head_norm": norm if c.head_norms else None}
-        heads = (c.num_heads, width, c.num_key_value_heads)
-        attend = inline(self, Attention(c.hidden_size, *heads, **options_of_heads, **options))
+        heads: Any = {"scale": c.attention_scale or width**-0.5, "head_norm": norm if c.head_norms else None}
+        sizes = (c.hidden_size, c.num_heads, width, c.num_key_value_heads)
+        attend = inline(self, Attention(*sizes, **heads, **options))
         names = ("gate", "up", "down") if c.gated else ("intermediate", "output")
-        sizes = (c.hidden_size, c.intermediate_size)
-        feed_forward = inline(self, FeedForward(*sizes, ACTIVATIONS[c.activation], names, **options))
+        activation = ACTIVATIONS[c.activation]
+        feed_forward = inline(self, FeedForward(c.hidden_size, c.intermediate_size, activation, names, **options))
         bias, rotary = tables if local is None else jax.tree.map(lambda table: table[local], tables)
         bias = pad_bias if bias is None else pad_bias + bias
 
@@ -234,7 +232,7 @@ class TextEncoder(Network):
         if c.type_vocab_size:
             added.append(embed("type_embedding", c.type_vocab_size, jnp.zeros((1, 1), jnp.int32)))
         x = x + functools.reduce(operator.add, added) if added else x
-        x = x * c.hidden_size**0.5 if c.scale_embeddings else x
+        x = x * c.hidden_size**0.5 if c.norm == "gemma" else x
         norm = _norm_of(c)
         x = norm(name="embedding_norm")(x) if c.embedding_norm else x
         bias = mask_bias(mask)
@@ -244,15 +242,10 @@ class TextEncoder(Network):
         tables = _tables(c, length)
         if c.local:
             tables = jax.tree.map(lambda *both: jnp.stack(both), tables, _tables(c, length, local=True))
-        scanned = nn.scan(
-            EncoderLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
-            length=c.num_layers,
-        )(c, name="layers")
+        axes: Any = {"variable_axes": {"params": 0}, "in_axes": (nn.broadcast, nn.broadcast, 0, 0)}
+        layers = nn.scan(EncoderLayer, **axes, split_rngs={"params": True}, length=c.num_layers)(c, name="layers")
         is_local = jnp.asarray(c.local, jnp.int32) if c.local else None
-        x, _ = scanned(x, bias, tables, is_local, jnp.arange(c.num_layers) == 0 if c.bare_first else None)
+        x, _ = layers(x, bias, tables, is_local, jnp.arange(c.num_layers) == 0 if c.bare_first else None)
         x = x if c.norm_behind else norm(name="final_norm")(x)
         first = jnp.tanh(Dense(c.hidden_size, name="pooler")(x[:, 0])) if c.pooler else x[:, 0]
         return first if pooled else x
