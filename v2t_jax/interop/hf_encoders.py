@@ -79,9 +79,9 @@ def _only(config: Json, **supported: Any) -> None:
 
 def _rotary(config: Json) -> dict[str, float]:
     """The rotary bases of global and of local layers; a file may have one for both."""
-    bases, given = {}, config["rope_parameters"]
+    bases: dict[str, float] = {}
     for name, layers in (("rotary_theta", "full_attention"), ("local_theta", "sliding_attention")):
-        rotary = given.get(layers, given)
+        rotary = config["rope_parameters"].get(layers, config["rope_parameters"])
         if rotary["rope_type"] != "default":
             raise InputError(
                 f"config.json has rotary positions of type {rotary['rope_type']!r}; only 'default' is supported."

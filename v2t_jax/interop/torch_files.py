@@ -16,7 +16,7 @@ import numpy as np
 
 from v2t_jax.errors import InputError
 
-_DTYPES = {"Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16, "Long": "<i8", "Int": "<i4"}
+_DTYPES = {"Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": "bfloat16", "Long": "<i8", "Int": "<i4"}
 _DTYPES |= {"Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
 
 
@@ -32,8 +32,8 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
             f"{path} is damaged or contains more than weights ({gist}); fetch it again, or save the weights as "
             "model.safetensors."
         ) from error
-    named = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
-    if not named or not all(isinstance(value, np.ndarray) for value in loaded.values()):
+    items = loaded.items() if isinstance(loaded, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, np.ndarray) for key, value in items):
         raise InputError(f"{path} is not a dict of tensors by name; save a model's state_dict().")
     return loaded
 
@@ -54,12 +54,9 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, content: np.ndarray, archive: zipfile.ZipFile, prefix: str) -> None:
         super().__init__(file)
         self._content, self._archive, self._prefix = content, archive, prefix
-        self._known: dict[str, Any] = {
-            "collections.OrderedDict": _Dict,
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-        }
+        self._known = {"collections.OrderedDict": _Dict, "torch._utils._rebuild_tensor_v2": self._tensor}
         self._known |= {"torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
-        self._known |= {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _DTYPES.items()}
+        self._known |= {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self._known:
@@ -68,7 +65,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> tuple[np.ndarray, np.dtype]:
         """The bytes and the dtype of the storage ("storage", dtype, key, device, count)."""
-        _, dtype, key, _, count = pid
+        _, name, key, _, count = pid
+        dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
         member = self._archive.getinfo(f"{self._prefix}/data/{key}")
         start = member.header_offset + 30  # a header of 30 bytes, then a name and extra fields of variable length
         start += sum(struct.unpack("<HH", self._content[start - 4 : start].tobytes()))

@@ -280,7 +280,7 @@ class FeedForward(nn.Module):
         return self._dense(self.names[-1], self.width, self.hidden)(Dropout(self.dropout_rate)(h))
 
     def _dense(self, name: str, features: int, fan_in: int) -> Dense:
-        place = {"flat_name": name} if self.flat else {"name": name}
+        place: Any = {"flat_name": name} if self.flat else {"name": name}
         init = nn.initializers.normal(fan_in**-0.5)
         child = Dense(features, self.use_bias, dtype=self.dtype, kernel_init=init, **place)
         return inline(self, child) if self.flat else child
