@@ -88,7 +88,7 @@ def make_embedder(folder: Path, seed: int = 0) -> Path:
             "intermediate_size": BERT.intermediate_size,
             "max_position_embeddings": BERT.max_positions,
             "type_vocab_size": BERT.type_vocab_size,
-            "layer_norm_eps": BERT.layer_norm_epsilon,
+            "layer_norm_eps": BERT.norm_epsilon,
         },
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
