@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from v2t_jax.data import dataset as dataset_module
 from v2t_jax.data.batches import Batches, Batching
 from v2t_jax.data.dataset import TokenDataset
-from v2t_jax.data.vocabulary import EOS, PAD, Vocabulary
+from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.errors import InputError
 
 BUCKETS = (6, 9, 11, 13, 15, 17)
@@ -94,10 +96,11 @@ def test_padding_is_small():
     assert share < 0.1
 
 
-def test_texts_with_unknown_tokens_are_dropped_and_counted(tokenizer):
+def test_texts_with_unknown_tokens_are_dropped(tokenizer, monkeypatch):
     vocabulary = Vocabulary.full(tokenizer)
-    dataset = TokenDataset.from_texts(["the cat", "the zebra", "", "dogs"], vocabulary, chunk=3)
-    assert dataset.dropped == 2 and dataset.lengths.tolist() == [2, 2]
+    monkeypatch.setattr(dataset_module, "ENCODED_TEXTS", 3)
+    dataset = TokenDataset.from_texts(["the cat", "the zebra", "", "dogs"], vocabulary)
+    assert dataset.lengths.tolist() == [2, 2]
     assert vocabulary.decode(np.append(dataset.tokens[:2], EOS)) == ["the cat"]
     assert TokenDataset.from_texts(["zebra"], vocabulary).offsets.tolist() == [0]
 
@@ -106,8 +109,6 @@ def test_texts_with_unknown_tokens_are_dropped_and_counted(tokenizer):
     "changed",
     [
         {"batch_size": 500},
-        {"batch_size": 0},
-        {"span_share": 1.5},
         {"bucket_lengths": ()},
         {"bucket_lengths": (6, 9)},
         {"bucket_lengths": (9, 6, 17)},
@@ -117,12 +118,6 @@ def test_texts_with_unknown_tokens_are_dropped_and_counted(tokenizer):
 def test_bad_settings_are_refused(changed):
     with pytest.raises(InputError):
         Batches([make_dataset(20, 1)], Batching(**{**SETTINGS, **changed}))
-
-
-@pytest.mark.parametrize("weights", [[1.0, 1.0], [-1.0]])
-def test_bad_weights_are_refused(weights):
-    with pytest.raises(InputError, match="one weight"):
-        Batches([make_dataset(20, 1)], Batching(**SETTINGS), weights)
 
 
 def share(batch_size, index, count):

@@ -18,7 +18,8 @@ from v2t_jax.data.build import BuildSettings, build
 from v2t_jax.data.columns import ColumnWriter, open_column
 from v2t_jax.data.dataset import FILES, TokenDataset, is_built
 from v2t_jax.data.split import is_held_out, normalize_for_split, read_texts, unique
-from v2t_jax.data.vocabulary import EOS, Vocabulary
+from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.decode.state import EOS
 from v2t_jax.errors import InputError
 
 from .conftest import WORDS

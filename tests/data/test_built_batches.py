@@ -11,7 +11,7 @@ from v2t_jax.data.batches import PREFETCHED, Batches, Batching
 from v2t_jax.data.build import BuildSettings, build
 from v2t_jax.data.columns import Column, ColumnWriter, open_column
 from v2t_jax.data.dataset import BLOCK_ROWS, TokenDataset
-from v2t_jax.data.vocabulary import EOS, PAD
+from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.errors import InputError
 
 from .conftest import PIECES, make_tokenizer

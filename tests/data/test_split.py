@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from v2t_jax.assets.build_corpus import write
-from v2t_jax.data import split
 from v2t_jax.data.readers import WORDNET
 from v2t_jax.data.split import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.errors import InputError
@@ -161,13 +160,3 @@ def test_missing_column_and_empty_split(tmp_path, text_file):
         read_texts(str(tmp_path / "body.parquet"), "train")
     with pytest.raises(InputError, match="held_out split .* is empty"):
         read_texts(str(text_file), "held_out", held_out_share=0)
-    with pytest.raises(InputError, match="held_out_share"):
-        read_texts(str(text_file), "train", held_out_share=1.5)
-
-
-def test_missing_package_is_named(monkeypatch, tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match="pip install pyarrow"):
-        read_texts(str(tmp_path / "a.parquet"), "train")
-    assert split.HELD_OUT_SHARE == 0.02

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from v2t_jax.data.vocabulary import EOS, PAD, Vocabulary, commonest_pieces
+from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.errors import InputError
 
 from .conftest import WORDS
@@ -39,13 +40,10 @@ def test_decode_stops_at_end_and_skips_what_is_no_piece(tokenizer):
 
 def test_pruned_vocabulary_marks_missing_pieces(tokenizer):
     full = Vocabulary.full(tokenizer)
-    corpus = [full.vocab_map[ids] for ids in full.encode(["the cat", "the red cat", "the dog"])]
-    counts = np.bincount(np.concatenate(corpus), minlength=full.size)
-    common = commonest_pieces(counts, tokenizer, 3)
-    assert [tokenizer.id_to_token(i) for i in common] == ["the", "cat", "dog"]
-    assert len(commonest_pieces(counts, tokenizer, 99)) == 4
-    pruned = Vocabulary.of_pieces(tokenizer, common)
-    assert pruned.size == 5
+    counts = np.bincount(np.concatenate(full.encode(["the cat", "the red cat", "the dog"])), minlength=full.size)
+    assert full.pruned(counts, 99).size == 2 + 4
+    pruned = full.pruned(counts, 3)
+    assert [tokenizer.id_to_token(int(i)) for i in pruned.vocab_map] == ["[PAD]", "[SEP]", "the", "cat", "dog"]
     assert [ids.tolist() for ids in pruned.encode(["the cat", "the red dog", ""])] == [[2, 3], [2, -1, 4], []]
     assert pruned.decode(row(pruned.encode(["dog the cat"])[0])) == ["dog the cat"]
 
@@ -54,12 +52,10 @@ def test_special_and_unknown_text_is_marked(tokenizer):
     full = Vocabulary.full(tokenizer)
     for text in ("the [SEP] cat", "[PAD]", "the zebra", "[CLS] the"):
         assert full.encode([text])[0].min() == -1
-    assert Vocabulary.of_pieces(tokenizer, [0, 1, 2, 3, 4, 5, 5]).vocab_map.tolist() == [0, 3, 5]
 
 
 def test_lengths_leave_room_for_the_end(tokenizer):
     full = Vocabulary.full(tokenizer)
-    assert len(full.encode([TEXT], max_length=6)[0]) == 5
     assert full.normalize([TEXT], max_length=6) == ["the dogs sleep under"]
     assert full.normalize([TEXT, "Cat"], 99) == [
         "the dogs sleep under the blue house, a cat jumped over.",
@@ -71,8 +67,8 @@ def test_lengths_leave_room_for_the_end(tokenizer):
 @given(words=st.lists(st.sampled_from([*WORDS, "dogs", "jumping", ",", ".", "a"]), max_size=10))
 def test_normalized_text_is_what_decoding_gives(tokenizer, words):
     full, text = Vocabulary.full(tokenizer), " ".join(words)
-    (ids,) = full.encode([text], max_length=17)
-    assert full.decode(row(ids)) == full.normalize([text], 17)
+    (ids,) = full.encode([text])
+    assert full.decode(row(ids[:16])) == full.normalize([text], 17)
     assert full.normalize(full.normalize([text], 17), 17) == full.normalize([text], 17)
 
 

@@ -46,8 +46,8 @@ class Data:
     """print one JSON document and nothing else"""
 
     def run(self) -> None:
-        if min(self.num_texts, self.bucket_width) < 1 or self.max_length < 4:
-            raise InputError("num_texts and bucket_width must be at least 1, max_length at least 4.")
+        if min(self.num_texts, self.batch_size, self.bucket_width) < 1 or self.max_length < 4:
+            raise InputError("num_texts, batch_size and bucket_width must be at least 1, max_length at least 4.")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(self.folder or temporary)
             folder.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,9 @@ import shutil
 import signal
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,10 +37,10 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
-from v2t_jax.data.dataset import FORMAT, TokenDataset, as_json, claim, npy_bytes, npy_header, tokenizer_sha256
+from v2t_jax.data.dataset import FORMAT, TokenDataset, claim, npy_header, tokenizer_sha256, write_json
 from v2t_jax.data.readers import Source, open_source
 from v2t_jax.data.split import HELD_OUT_SHARE, HeldOutFilter, normalize_for_split, split_hash
-from v2t_jax.data.vocabulary import Vocabulary, commonest_pieces
+from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of, write_file
 
@@ -69,27 +70,17 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker process needs to know."""
+    """What a worker process needs to know; it goes with every task."""
 
     work: Path
-    tokenizer: str  # as JSON
     settings: BuildSettings
     num_parts: int  # of training texts
-
-    @property
-    def vocab_map(self) -> Path:
-        return self.work.parent / "vocabulary.npy"
 
     def chunk(self, index: int) -> Path:
         return self.work / f"chunk-{index:06d}.arrow"
 
     def part(self, index: int) -> Path:
         return self.work / f"part-{index:05d}.npz"
-
-    @functools.cached_property
-    def full(self) -> Vocabulary:
-        """The vocabulary of the ids in chunks: every token of the tokenizer."""
-        return Vocabulary.full(Tokenizer.from_str(self.tokenizer))
 
 
 def build(
@@ -131,25 +122,27 @@ def _build(
     }
     claim(folder / "made_of.json", made_of, folder)
     if (folder / "manifest.json").is_file():
-        dataset = TokenDataset.open(folder)
-        dataset.check()
-        return dataset
-    work = folder / "work"
-    num_parts = -(-sum(source.size for source in sources) // PART_BYTES)
-    claim(work / "layout.json", {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, "num_parts": num_parts}, folder)
-    job = _Job(work, tokenizer.to_str(), settings, num_parts)
-    with _pool(job, processes) as run:
+        with progress.stage(f"checking {folder}"):
+            return TokenDataset.open(folder, whole=True)
+    job = _Job(folder / "work", settings, -(-sum(source.size for source in sources) // PART_BYTES))
+    layout = {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, "num_parts": job.num_parts}
+    claim(job.work / "layout.json", layout, folder)
+    write_file(job.work / "tokenizer.json", [tokenizer.to_str().encode()])
+    _full.cache_clear()
+    _held_out_filter.cache_clear()
+    with _pool(processes) as run:
         chunks = _make_chunks(job, sources, run)
-        counts, vocabulary, held_out = _read_chunks(job, chunks, tokenizer)
-        files = {"vocabulary.npy": write_file(job.vocab_map, npy_bytes(vocabulary.vocab_map.astype("<i4")))}
+        counts, vocabulary, held_out = _read_chunks(job, chunks)
+        vocab_map = vocabulary.vocab_map.astype("<i4")
+        files = {"vocabulary.npy": _write_array(folder / "vocabulary.npy", vocab_map)}
         _make_parts(job, chunks, run)
     files |= _join_parts(folder, job, np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4"), counts)
     files["tokenizer.json"] = write_file(folder / "tokenizer.json", [vocabulary.tokenizer.to_str().encode()])
     lines = (json.dumps({"text": text}).encode() + b"\n" for text in held_out)
     files["held_out.jsonl"] = write_file(folder / "held_out.jsonl", lines)
     described = {"vocabulary_size": vocabulary.size, "counts": counts, "files": files}
-    write_file(folder / "manifest.json", [as_json({"format": FORMAT, "made_of": made_of, **described})])
-    shutil.rmtree(work, ignore_errors=True)
+    write_json(folder / "manifest.json", {"format": FORMAT, "made_of": made_of, **described})
+    shutil.rmtree(job.work, ignore_errors=True)
     for left in folder.glob(".*.*"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
     return TokenDataset.open(folder)
@@ -157,28 +150,50 @@ def _build(
 
 def _fingerprints(sources: Sequence[Source]) -> list[list[dict[str, Any]]]:
     """Name, size and sha256 of every file."""
-    sizes = {path: path.stat().st_size for source in sources for path in source.files}
+    paths = {path for source in sources for path in source.files}
     known: dict[Path, dict[str, Any]] = {}
-    with progress.bar(sum(sizes.values()) // 1024, "hashing the sources", unit="KB") as update:
-        done = 0
-        for path, size in sizes.items():
-            known[path] = {"name": path.name, "bytes": size, "sha256": sha256_of([path])}
-            done += size
-            update(done // 1024)
+    with progress.bar(len(paths), "hashing the sources", unit="files") as update:
+        for path in paths:
+            known[path] = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of([path])}
+            update(len(known))
     return [[known[path] for path in source.files] for source in sources]
 
 
-_job: _Job  # a worker's
+def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    return write_file(path, [npy_header(array.shape, array.dtype), array.tobytes()])
 
 
-def _start(job: _Job) -> None:
-    """Tells this process its job."""
-    global _job
-    _job = job
-    _held_out_filter.cache_clear()
+Run = Callable[[Callable[..., None], Iterable[tuple[Any, ...]]], Iterator[None]]
 
 
-def _start_worker(job: _Job) -> None:
+@contextmanager
+def _pool(processes: int) -> Iterator[Run]:
+    """Gives `run(function, tasks)`: it calls the function with each task's arguments and yields when one is done."""
+    if processes == 1:
+        yield lambda function, tasks: (function(*task) for task in tasks)  # type: ignore[func-returns-value]
+        return
+    # Not forked: JAX may be running in this process.
+    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+    def run(function: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> Iterator[None]:
+        pending: deque[Future[None]] = deque()
+        for task in tasks:
+            pending.append(executor.submit(function, *task))
+            if len(pending) == 2 * processes:  # what waits takes space
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
+
+    try:
+        yield run
+    except BrokenProcessPool as error:
+        raise InputError(
+            "A worker process was killed (did the memory run out?): run the same command again with fewer --processes."
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     parent = multiprocessing.parent_process()
@@ -189,42 +204,6 @@ def _start_worker(job: _Job) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    _start(job)
-
-
-Run = Callable[[Callable[..., None], Iterable[tuple[Any, ...]]], Iterator[None]]
-
-
-@contextmanager
-def _pool(job: _Job, processes: int) -> Iterator[Run]:
-    """Gives `run(function, tasks)`: it calls the function with each task's arguments and yields when one is done."""
-    if processes == 1:
-        _start(job)
-        yield lambda function, tasks: (function(*task) for task in tasks)  # type: ignore[func-returns-value]
-        return
-    # Not forked: JAX may be running in this process.
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(job,))
-
-    def run(function: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> Iterator[None]:
-        pending: set[Future[None]] = set()
-        for task in tasks:
-            pending.add(executor.submit(function, *task))
-            while len(pending) >= 2 * processes:  # what waits, waits in memory
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-
-    try:
-        yield run
-    except BrokenProcessPool as error:
-        raise InputError(
-            "A worker process was killed (did the memory run out?): run the same command again with fewer --processes."
-        ) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
@@ -243,7 +222,7 @@ def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
                     chunk, size = [], 0
         yield chunk
 
-    def missing() -> Iterator[tuple[int, Path]]:
+    def missing() -> Iterator[tuple[_Job, int, Path]]:
         nonlocal count, texts
         for index, chunk in enumerate(every()):
             count, texts = index + 1, texts + len(chunk)
@@ -251,7 +230,7 @@ def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
                 # Not through the pipe: if a worker is killed while megabytes are on their way, Python waits for ever.
                 file = job.work / f".texts-{index:06d}.json"
                 file.write_text(json.dumps(chunk), encoding="utf-8")
-                yield index, file
+                yield job, index, file
 
     with progress.bar(total // 1024, "tokenizing", unit="KB") as update:
         for _ in run(_write_chunk, missing()):
@@ -259,34 +238,33 @@ def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
     return count
 
 
-def _write_chunk(index: int, handed_over: Path) -> None:
+@functools.lru_cache(maxsize=1)
+def _full(job: _Job) -> Vocabulary:
+    """The vocabulary of the ids in chunks: every token of the tokenizer."""
+    return Vocabulary.full(read_tokenizer(job.work / "tokenizer.json"))
+
+
+def _write_chunk(job: _Job, index: int, handed_over: Path) -> None:
     """Tokenizes the texts of a file, writes them to the chunk's and deletes the first."""
     texts = json.loads(handed_over.read_text(encoding="utf-8"))
-    normalized = [normalize_for_split(text) for text in texts]
-    kept = [i for i, text in enumerate(normalized) if text]
-    hashes = [split_hash(normalized[i]) for i in kept]
-    held_out = np.array([h < _job.settings.held_out_share * 2**64 for h in hashes], bool)
-    part = np.where(held_out, 0, [1 + (h * _job.num_parts >> 64) for h in hashes])
-    rows, most = _job.full.encode([texts[i] for i in kept]), _job.settings.max_tokens
-    counts = {"texts": len(texts), "blank": len(texts) - len(kept), "cut": sum(len(row) > most for row in rows)}
-    rows = [row[:most] for row in rows]
-    trained = np.concatenate([np.zeros(0, np.int32), *(rows[i] for i in np.flatnonzero(~held_out))])
-    frequency = np.bincount(trained[trained >= 0], minlength=_job.full.size).astype("<i8")
+    pairs = [(text, normalized) for text in texts if (normalized := normalize_for_split(text))]
+    hashes = [split_hash(normalized) for _, normalized in pairs]
+    held_out = [h < job.settings.held_out_share * 2**64 for h in hashes]
+    part = np.where(held_out, 0, [1 + (h * job.num_parts >> 64) for h in hashes])
+    rows, most = _full(job).encode([text for text, _ in pairs]), job.settings.max_tokens
+    counts = {"texts": len(texts), "blank": len(texts) - len(pairs), "cut": sum(len(row) > most for row in rows)}
+    # Of a training text, only the leak filter reads more than the ids.
+    kept = [text if out else normalized for (text, normalized), out in zip(pairs, held_out, strict=True)]
+    columns = [hashes, kept, [row[:most] for row in rows]]
+    batch = pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
+    trained = batch.filter(pa.array(part > 0))["ids"].flatten().to_numpy()
+    frequency = np.bincount(trained[trained >= 0], minlength=_full(job).size).astype("<i8")
     schema = _SCHEMA.with_metadata({"counts": json.dumps(counts), "frequency": zlib.compress(frequency.tobytes(), 1)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as file:
-        for p in range(1 + _job.num_parts):
-            mine = np.flatnonzero(part == p)
-            of = texts if p == 0 else normalized  # of a training text, only the leak filter reads more than the ids
-            offsets = np.cumsum([0, *(len(rows[i]) for i in mine)])
-            flat = np.concatenate([np.zeros(0, np.int32), *(rows[i] for i in mine)])
-            columns = [
-                pa.array([hashes[i] for i in mine], pa.uint64()),
-                pa.array([of[kept[i]] for i in mine], pa.string()),
-                pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat)),
-            ]
-            file.write_batch(pa.record_batch(columns, schema=schema))
-    write_file(_job.chunk(index), [memoryview(sink.getvalue())])
+        for p in range(1 + job.num_parts):
+            file.write_batch(batch.take(pa.array(np.flatnonzero(part == p))))
+    write_file(job.chunk(index), [memoryview(sink.getvalue())])
     handed_over.unlink()
 
 
@@ -295,16 +273,16 @@ def _collect(job: _Job, chunks: int, part: int) -> tuple[pa.Table, int]:
     batches = []
     for i in range(chunks):
         with pa.memory_map(str(job.chunk(i))) as mapped:
-            columns = pa.ipc.open_file(mapped).get_batch(part).columns
-            batches.append(pa.record_batch(columns, schema=_SCHEMA))
+            batches.append(pa.ipc.open_file(mapped).get_batch(part).replace_schema_metadata())
     table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
     first = np.unique(table["hash"].to_numpy(), return_index=True)[1]
     return table.take(first), len(table) - len(first)
 
 
-def _read_chunks(job: _Job, chunks: int, tokenizer: Tokenizer) -> tuple[dict[str, int], Vocabulary, list[str]]:
+def _read_chunks(job: _Job, chunks: int) -> tuple[dict[str, int], Vocabulary, list[str]]:
     """What the chunks have counted, the vocabulary that follows from it, and the held-out texts."""
-    counts, frequency = dict.fromkeys(("texts", "blank", "cut"), 0), np.zeros(job.full.size, np.int64)
+    vocabulary = _full(job)
+    counts, frequency = dict.fromkeys(("texts", "blank", "cut"), 0), np.zeros(vocabulary.size, np.int64)
     for i in range(chunks):
         with pa.memory_map(str(job.chunk(i))) as mapped:
             found = pa.ipc.open_file(mapped).schema.metadata
@@ -315,59 +293,48 @@ def _read_chunks(job: _Job, chunks: int, tokenizer: Tokenizer) -> tuple[dict[str
     if counts["texts"] == counts["blank"]:
         raise InputError("The sources hold no text: give at least one text of letters or digits.")
     if not len(held_out):
-        share = f"the held-out share of {job.settings.held_out_share}"
         raise InputError(
-            f"None of {counts['texts']} texts falls into {share}: use more, or a larger share in a new folder."
+            f"None of {counts['texts']} texts falls into the held-out share of {job.settings.held_out_share}: use "
+            "more, or a larger share in a new folder."
         )
-    vocabulary = job.full
     if job.settings.vocabulary_size:
-        by_token_id = np.zeros(1 + vocabulary.vocab_map.max(), np.int64)
-        by_token_id[vocabulary.vocab_map] = frequency
-        kept = commonest_pieces(by_token_id, tokenizer, job.settings.vocabulary_size)
-        vocabulary = Vocabulary.of_pieces(tokenizer, kept)
+        vocabulary = vocabulary.pruned(frequency, job.settings.vocabulary_size)
     counts |= {"held_out": len(held_out), "duplicates": duplicates}
     return counts, vocabulary, held_out["text"].to_pylist()
 
 
 def _make_parts(job: _Job, chunks: int, run: Run) -> None:
     missing = [i for i in range(job.num_parts) if not job.part(i).is_file()]
-    done = job.num_parts - len(missing)
-    with progress.bar(job.num_parts, "sorting and filtering", unit="parts", start=done) as update:
-        for _ in run(_write_part, ((i, chunks) for i in missing)):
-            done += 1
+    before = job.num_parts - len(missing)
+    with progress.bar(job.num_parts, "sorting and filtering", unit="parts", start=before) as update:
+        for done, _ in enumerate(run(_write_part, ((job, i, chunks) for i in missing)), before + 1):
             update(done)
 
 
 @functools.lru_cache(maxsize=1)
-def _held_out_filter(chunks: int) -> HeldOutFilter:
-    texts, _ = _collect(_job, chunks, 0)
+def _held_out_filter(job: _Job, chunks: int) -> HeldOutFilter:
+    texts, _ = _collect(job, chunks, 0)
     return HeldOutFilter([normalize_for_split(text) for text in texts["text"].to_pylist()])
 
 
-def _write_part(index: int, chunks: int) -> None:
+def _write_part(job: _Job, index: int, chunks: int) -> None:
     """Collects a part from all chunks and keeps the texts that are good for training."""
-    table, duplicates = _collect(_job, chunks, 1 + index)
-    leaks = _held_out_filter(chunks).leaking(table["text"].to_pylist())
-    vocabulary = Vocabulary(_job.full.tokenizer, np.load(_job.vocab_map, allow_pickle=False))
-    model_id = np.append(vocabulary.model_ids(_job.full.vocab_map), -1)  # -1, no token, stays that
+    table, duplicates = _collect(job, chunks, 1 + index)
+    leaks = _held_out_filter(job, chunks).leaking(table["text"].to_pylist())
+    vocab_map = np.load(job.work.parent / "vocabulary.npy", allow_pickle=False)
+    model_id = Vocabulary(_full(job).tokenizer, vocab_map).model_ids(_full(job).vocab_map)
     lists = table["ids"].combine_chunks()
     offsets = lists.offsets.to_numpy()
-    tokens = model_id[lists.values.to_numpy()]
+    tokens = np.append(model_id, -1)[lists.values.to_numpy()]  # -1, no token, stays that
     lengths = np.diff(offsets)
     # A running count of missing tokens tells which texts have one.
     missing = np.concatenate([[0], np.cumsum(tokens < 0)])
-    unknown = (missing[offsets[1:]] > missing[offsets[:-1]]) | (lengths == 0)
+    unknown = (np.diff(missing[offsets]) > 0) | (lengths == 0)
     kept = ~leaks & ~unknown
     counts = {"duplicates": duplicates, "given_away": leaks.sum(), "unknown": (unknown & ~leaks).sum()}
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        allow_pickle=False,
-        tokens=tokens[np.repeat(kept, lengths)],
-        lengths=lengths[kept],
-        **{name: np.array(count) for name, count in counts.items()},
-    )
-    write_file(_job.part(index), [buffer.getbuffer()])
+    np.savez(buffer, tokens=tokens[np.repeat(kept, lengths)], lengths=lengths[kept], **counts)
+    write_file(job.part(index), [buffer.getbuffer()])
 
 
 def _join_parts(folder: Path, job: _Job, dtype: np.dtype, counts: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -385,9 +352,9 @@ def _join_parts(folder: Path, job: _Job, dtype: np.dtype, counts: dict[str, int]
     if not counts["rows"]:
         raise InputError(f"No text is left for training ({json.dumps(counts)}): use more text, in a new folder.")
     with progress.stage("writing the data set"):
-        header = npy_header((int(offsets[-1]),), dtype)
         tokens = (part.astype(dtype).tobytes() for part in each("tokens"))
+        header = npy_header((int(offsets[-1]),), dtype)
         return {
             "tokens.npy": write_file(folder / "tokens.npy", itertools.chain([header], tokens)),
-            "offsets.npy": write_file(folder / "offsets.npy", npy_bytes(offsets)),
+            "offsets.npy": _write_array(folder / "offsets.npy", offsets),
         }

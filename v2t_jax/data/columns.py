@@ -5,20 +5,26 @@ DIR/columns/NAME/manifest.json   what made it, and once it is finished, its size
 DIR/columns/NAME/done/PIECE      while it is being made, an empty file for each piece of rows that is on disk
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from v2t_jax.data.dataset import FORMAT, TokenDataset, as_json, check_file, claim, npy_header, open_array, read_manifest
+from v2t_jax.data.dataset import (
+    FORMAT,
+    TokenDataset,
+    check_file,
+    claim,
+    npy_header,
+    open_array,
+    read_manifest,
+    write_json,
+)
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import sha256_of, write_file
+from v2t_jax.interop.files import sha256_of
 
 PIECE_ROWS = 4096  # rows that are computed, and kept, at a time
 
@@ -32,21 +38,9 @@ class Column:
     made_by: dict[str, Any]  # everything that determines the values
 
 
-def column_folder(dataset: TokenDataset, name: str) -> Path:
-    """Where a column of this name lies."""
-    return dataset.folder / "columns" / name
-
-
 def open_column(dataset: TokenDataset, name: str, whole: bool = False) -> Column:
-    """Opens a finished column of a built data set.
-
-    Args:
-        whole: compare every byte with the manifest, not only the file's size.
-
-    Raises:
-        InputError: there is none of this name, it isn't finished, is damaged, or belongs to another build.
-    """
-    folder = column_folder(dataset, name)
+    """Opens a finished column; `whole` compares every byte with the manifest, not only the file's size."""
+    folder = dataset.folder / "columns" / name
     manifest, _ = read_manifest(folder / "manifest.json", "v2t data embed' or 'v2t data hypotheses")
     if manifest.get("of") != dataset.manifest_sha256:
         raise InputError(f"{folder} belongs to another build of {dataset.folder}: delete it and make it again.")
@@ -66,30 +60,24 @@ class ColumnWriter:
     must hold everything that determines the values: another one is refused.
 
     Raises (all methods):
-        InputError: the folder holds a column that something else made.
         OSError: the disk is full, or the like.
     """
 
     def __init__(
         self, dataset: TokenDataset, name: str, dtype: str, shape: tuple[int, ...], made_by: dict[str, Any]
     ) -> None:
-        self._folder = column_folder(dataset, name)
+        folder = dataset.folder / "columns" / name
+        self._values, self._manifest, self._done = (folder / part for part in ("values.npy", "manifest.json", "done"))
         self._rows, self._dtype, self._shape = len(dataset), np.dtype(dtype).newbyteorder("<"), shape
         described = {"dtype": dtype, "shape": shape, "piece_rows": PIECE_ROWS, "made_by": made_by}
         self._described = {"format": FORMAT, "of": dataset.manifest_sha256, **json.loads(json.dumps(described))}
-        claim(self._folder / "manifest.json", self._described | {"file": None}, self._folder)
+        claim(self._manifest, self._described | {"file": None}, folder)
         header = npy_header((self._rows, *shape), self._dtype)
-        self._start = len(header)
-        file = os.open(self._folder / "values.npy", os.O_RDWR | os.O_CREAT, 0o666)
-        try:  # the same in every process: it doesn't matter who comes first
-            os.pwrite(file, header, 0)
-            os.ftruncate(file, self._start + self._rows * self._row_bytes)
-        finally:
-            os.close(file)
-
-    @property
-    def _row_bytes(self) -> int:
-        return self._dtype.itemsize * int(np.prod(self._shape))
+        self._start, self._row_bytes = len(header), self._dtype.itemsize * int(np.prod(shape))
+        # The same in every process: it doesn't matter who comes first.
+        with open(os.open(self._values, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            file.write(header)
+            file.truncate(self._start + self._rows * self._row_bytes)
 
     def rows(self, piece: int) -> slice:
         """The rows of a piece."""
@@ -97,27 +85,26 @@ class ColumnWriter:
 
     def missing(self) -> list[int]:
         """The pieces that have yet to be written."""
-        if json.loads((self._folder / "manifest.json").read_bytes())["file"]:
+        if json.loads(self._manifest.read_bytes())["file"]:
             return []
-        done = {int(file.name) for file in (self._folder / "done").glob("[0-9]*")}
+        done = {int(file.name) for file in self._done.glob("[0-9]*")}
         return [piece for piece in range(-(-self._rows // PIECE_ROWS)) if piece not in done]
 
     def write(self, piece: int, values: np.ndarray) -> None:
         """Writes the values [rows, ...] of a piece; they are on disk when this returns."""
         rows = self.rows(piece)
         assert values.shape == (rows.stop - rows.start, *self._shape), f"{values.shape} in piece {piece}"
-        with (self._folder / "values.npy").open("r+b") as file:
+        with self._values.open("r+b") as file:
             file.seek(self._start + rows.start * self._row_bytes)
             file.write(np.ascontiguousarray(values, self._dtype).tobytes())
             file.flush()
             os.fsync(file.fileno())
-        (self._folder / "done").mkdir(exist_ok=True)
-        (self._folder / "done" / f"{piece:06d}").touch()
+        self._done.mkdir(exist_ok=True)
+        (self._done / f"{piece:06d}").touch()
 
     def finish(self) -> None:
         """Writes the final manifest once no piece is missing: from then on the column can be read."""
-        assert not self.missing(), f"pieces {self.missing()} of {self._folder} are missing"
-        values = self._folder / "values.npy"
-        entry = {"bytes": values.stat().st_size, "sha256": sha256_of([values])}
-        write_file(self._folder / "manifest.json", [as_json(self._described | {"file": entry})])
-        shutil.rmtree(self._folder / "done", ignore_errors=True)
+        assert not self.missing(), f"pieces {self.missing()} of {self._values} are missing"
+        entry = {"bytes": self._values.stat().st_size, "sha256": sha256_of([self._values])}
+        write_json(self._manifest, self._described | {"file": entry})
+        shutil.rmtree(self._done, ignore_errors=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from v2t_jax import progress
-from v2t_jax.data.vocabulary import EOS, PAD, Vocabulary, read_tokenizer
+from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
+from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of, write_file
 
 FORMAT = 3
 BLOCK_ROWS = 256  # consecutive texts of a built data set that are read together, and belong to one fold
 FILES = ("tokens.npy", "offsets.npy", "vocabulary.npy", "tokenizer.json", "held_out.jsonl")
+ENCODED_TEXTS = 20_000  # tokenized at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,33 +41,30 @@ class TokenDataset:
     tokens: np.ndarray  # [T] model ids without end-of-sequence
     offsets: np.ndarray  # int64 [N + 1], text i is tokens[offsets[i]:offsets[i + 1]]
     block_rows: int = 1  # consecutive texts that stay together when texts are shuffled
-    dropped: int = 0  # texts left out: empty, or with tokens that the vocabulary lacks
     folder: Path = Path()  # of a built data set, as are the rest
     manifest: dict[str, Any] = field(default_factory=dict)
     manifest_sha256: str = ""
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], vocabulary: Vocabulary, chunk: int = 20_000) -> TokenDataset:
-        """Tokenizes texts; drops (and counts) those that are empty or have tokens outside the vocabulary."""
-        kept: list[np.ndarray] = []
-        for i in range(0, len(texts), chunk):
-            kept += [ids for ids in vocabulary.encode(texts[i : i + chunk]) if len(ids) and ids.min() >= 0]
-        offsets = np.cumsum([0, *(len(ids) for ids in kept)], dtype=np.int64)
-        return cls(np.concatenate([np.zeros(0, np.int32), *kept]), offsets, dropped=len(texts) - len(kept))
+    def from_texts(cls, texts: Sequence[str], vocabulary: Vocabulary) -> TokenDataset:
+        """Tokenizes texts; drops those that are empty or have tokens outside the vocabulary."""
+        kept = [np.zeros(0, np.int32)]
+        for i in range(0, len(texts), ENCODED_TEXTS):
+            kept += [ids for ids in vocabulary.encode(texts[i : i + ENCODED_TEXTS]) if len(ids) and ids.min() >= 0]
+        return cls(np.concatenate(kept), np.cumsum([len(ids) for ids in kept], dtype=np.int64))
 
     @classmethod
-    def open(cls, folder: Path) -> TokenDataset:
+    def open(cls, folder: Path, whole: bool = False) -> TokenDataset:
         """Opens a built data set; compares sizes, and the sha256 of all files but the tokens', with its manifest.
 
-        Raises:
-            InputError: the folder holds no finished data set of this version, or a file is missing or damaged.
+        Args:
+            whole: the tokens' sha256 too.
         """
         manifest, sha256 = read_manifest(folder / "manifest.json", "v2t data build")
         try:
             for name in FILES:
-                check_file(folder / name, manifest["files"][name], whole=name != "tokens.npy")
-            tokens, offsets = (open_array(folder / name) for name in FILES[:2])
-            return cls(tokens, offsets, BLOCK_ROWS, 0, folder, manifest, sha256)
+                check_file(folder / name, manifest["files"][name], whole or name != "tokens.npy")
+            return cls(*(open_array(folder / name) for name in FILES[:2]), BLOCK_ROWS, folder, manifest, sha256)
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder}/manifest.json is damaged ({error} is missing): build it again.") from error
 
@@ -82,30 +81,8 @@ class TokenDataset:
         starts, ends = self.offsets[:-1][rows], self.offsets[1:][rows]
         return pad_rows(self.tokens, starts, np.minimum(ends - starts, length - 1), length)
 
-    def sha256(self) -> str:
-        """A hash of all texts: of a built data set, its manifest's."""
-        return self.manifest_sha256 or hashlib.sha256(self.tokens.tobytes()).hexdigest()
-
-    def check(self) -> None:
-        """Compares every byte of a built data set with its manifest.
-
-        Raises:
-            InputError: a file is damaged.
-        """
-        with progress.bar(len(FILES), f"checking {self.folder}", unit="files") as update:
-            for i, name in enumerate(FILES, 1):
-                check_file(self.folder / name, self.manifest["files"][name], whole=True)
-                update(i)
-
     def vocabulary(self, tokenizer: Tokenizer | None = None) -> Vocabulary:
-        """The vocabulary of a built data set's ids.
-
-        Args:
-            tokenizer: the one it should have been built with; by default the one it was.
-
-        Raises:
-            InputError: it was built with another tokenizer.
-        """
+        """The vocabulary of a built data set's ids; refuses a `tokenizer` that it wasn't built with."""
         if tokenizer is None:
             tokenizer = read_tokenizer(self.folder / "tokenizer.json")
         if tokenizer_sha256(tokenizer) != self.manifest["made_of"]["tokenizer_sha256"]:
@@ -118,7 +95,7 @@ class TokenDataset:
     def held_out(self, limit: int | None = None) -> list[str]:
         """The texts of a built data set that training doesn't see, in random order."""
         with (self.folder / "held_out.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line)["text"] for line, _ in zip(file, range(limit or 2**62), strict=False)]
+            return [json.loads(line)["text"] for line in itertools.islice(file, limit)]
 
 
 def pad_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
@@ -145,11 +122,7 @@ def is_built(source: str) -> bool:
 
 
 def open_array(path: Path) -> np.ndarray:
-    """A memory-mapped .npy file.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """A memory-mapped .npy file."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     except (ValueError, OSError) as error:
@@ -164,17 +137,8 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return header.getvalue()
 
 
-def npy_bytes(array: np.ndarray) -> list[bytes]:
-    """An .npy file of a contiguous array, in two pieces."""
-    return [npy_header(array.shape, array.dtype), array.tobytes()]
-
-
-def check_file(path: Path, entry: dict[str, Any], whole: bool = False) -> None:
-    """Compares a file's size with its manifest entry, and its sha256 too if `whole`.
-
-    Raises:
-        InputError: they differ.
-    """
+def check_file(path: Path, entry: dict[str, Any], whole: bool) -> None:
+    """Compares a file's size with its manifest entry, and its sha256 too if `whole`."""
     advice = "download it again, or delete the folder and make it again"
     if not path.is_file():
         raise InputError(f"{path} is missing: {advice}.")
@@ -186,51 +150,26 @@ def check_file(path: Path, entry: dict[str, Any], whole: bool = False) -> None:
 
 
 def read_manifest(path: Path, maker: str) -> tuple[dict[str, Any], str]:
-    """A manifest, and its sha256.
-
-    Args:
-        maker: the command that writes it.
-
-    Raises:
-        InputError: it is missing, damaged, or an older version's.
-    """
+    """A manifest that the command `maker` writes, and its sha256."""
     try:
         content = path.read_bytes()
         manifest = json.loads(content)
-        found = manifest["format"]
+        _check_format(path.parent, manifest["format"])
+        return manifest, hashlib.sha256(content).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is missing: {path.parent} was never finished; run '{maker}' (again).") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): download it again, or run '{maker}' again.") from error
-    check_format(path.parent, found)
-    return manifest, hashlib.sha256(content).hexdigest()
-
-
-def check_format(folder: Path, found: Any) -> None:
-    """Refuses what another version wrote.
-
-    Raises:
-        InputError: the format isn't this version's.
-    """
-    if found != FORMAT:
-        raise InputError(
-            f"{folder} was built by {'an older' if found in (1, 2) else 'another'} version of v2t: build it again, in "
-            "a new folder."
-        )
 
 
 def claim(file: Path, described: dict[str, Any], folder: Path) -> None:
-    """Records what a folder is being made of, or compares that with the record that is there.
-
-    Raises:
-        InputError: it is being made of something else, or by another version.
-    """
+    """Records in `file` what a folder is being made of, or compares that with the record that is there."""
     if not file.is_file():
-        write_file(file, [as_json(described)])
+        write_json(file, described)
         return
     try:
         before = json.loads(file.read_bytes())
-        check_format(folder, before["format"])
+        _check_format(folder, before["format"])
         # A column's record gains its file when it is finished.
         changed = sorted(key for key in described if key != "file" and described[key] != before[key])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -242,6 +181,12 @@ def claim(file: Path, described: dict[str, Any], folder: Path) -> None:
         )
 
 
-def as_json(value: Any) -> bytes:
-    """JSON as manifests are written."""
-    return (json.dumps(value, indent=1) + "\n").encode()
+def write_json(file: Path, value: Any) -> None:
+    """Writes a manifest or a record."""
+    write_file(file, [(json.dumps(value, indent=1) + "\n").encode()])
+
+
+def _check_format(folder: Path, found: Any) -> None:
+    if found != FORMAT:
+        version = "an older" if found in (1, 2) else "another"
+        raise InputError(f"{folder} was built by {version} version of v2t: build it again, in a new folder.")

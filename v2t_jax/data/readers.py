@@ -12,13 +12,10 @@
 Text, JSON lines and TSV may be compressed by gzip (.txt.gz ...).
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import glob
 import gzip
-import importlib
 import io
 import itertools
 import json
@@ -43,43 +40,39 @@ Watch = Callable[[int], None]  # called with the number of the source's bytes re
 class Source:
     """Something to read texts from, more than once if need be."""
 
-    name: str  # as it was given
     files: tuple[Path, ...]  # what it is made of
     size: int  # bytes of its texts, approximately
     read: Callable[[Watch], Iterator[str]]
 
 
 def open_source(source: str) -> Source:
-    """A source by its name, see the module's docstring; nothing is read yet but a TFDS data set's description.
-
-    Raises:
-        InputError: there is no such source, or it can't be opened. `read` raises it for content that can't be read.
-    """
+    """A source by its name, see the module's docstring; nothing is read yet but a TFDS data set's description."""
     if source.startswith("tfds:"):
         return _open_tfds(source)
-    source = str(WORDNET) if source == "wordnet" else source
-    files = tuple(_files(source))
-    for file in files:
-        if file.stat().st_size == 0:
-            raise InputError(f"{file} is empty: give a file with text in it.")
+    files = tuple(_files(str(WORDNET) if source == "wordnet" else source))
     sizes = [file.stat().st_size for file in files]
+    if 0 in sizes:
+        raise InputError(f"{files[sizes.index(0)]} is empty: give a file with text in it.")
 
     def read(watch: Watch) -> Iterator[str]:
         before = 0
         for file, size in zip(files, sizes, strict=True):
             try:
-                raw = file.open("rb")
+                with file.open("rb") as raw:
+                    for i, text in enumerate(_reader(file)(raw, file)):
+                        if i % WATCH_TEXTS == 0:
+                            watch(before + raw.tell())
+                        yield text
+            except UnicodeDecodeError as error:
+                raise InputError(f"{file} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise InputError(f"{file} is not a complete gzip file ({error}): make or download it again.") from error
             except OSError as error:
                 raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
-            with raw:
-                for i, text in enumerate(_reader(file)(raw, file)):
-                    if i % WATCH_TEXTS == 0:
-                        watch(before + raw.tell())
-                    yield text
             before += size
             watch(before)
 
-    return Source(source, files, sum(sizes), read)
+    return Source(files, sum(sizes), read)
 
 
 def _files(source: str) -> list[Path]:
@@ -88,22 +81,18 @@ def _files(source: str) -> list[Path]:
         if (path / "made_of.json").is_file():
             raise InputError(f"{path} is a built data set: give the files that it was built from.")
         found = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
-        kinds = {file.name.removesuffix(".gz").rpartition(".")[2] for file in found}
+        kinds = sorted({file.name.removesuffix(".gz").rpartition(".")[2] for file in found})
         if not found:
             raise InputError(f"{path} holds no file ending in {', '.join(_READERS)}: check the path.")
         if len(kinds) > 1:
-            raise InputError(
-                f"{path} holds files of several kinds ({', '.join(sorted(kinds))}): name one, {path}/*.KIND."
-            )
+            raise InputError(f"{path} holds files of several kinds ({', '.join(kinds)}): name one, {path}/*.KIND.")
         return found
     if not _reader(path):
         raise InputError(
             f"Cannot read {source!r}: use 'wordnet', 'tfds:NAME:FIELD', a folder, or files ending in "
             f"{', '.join(_READERS)}."
         )
-    if path.is_file():
-        return [path]
-    found = [Path(file) for file in sorted(glob.glob(str(path))) if os.path.isfile(file)]
+    found = [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path))) if os.path.isfile(file)]
     if not found:
         raise InputError(f"There is no file {path}: check the path.")
     return found
@@ -111,20 +100,13 @@ def _files(source: str) -> list[Path]:
 
 def _lines(raw: BinaryIO, path: Path) -> Iterator[str]:
     """Lines that aren't blank, without their ends. A carriage return inside a line is a part of it."""
-    try:
-        packed: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        with io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines:
-            for line in lines:
-                if "\0" in line:
-                    raise InputError(f"{path} is not a text file (it holds zero bytes): give UTF-8 text, one a line.")
-                if not line.isspace():
-                    yield line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a complete gzip file ({error}): make or download it again.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    packed: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+    with io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines:
+        for line in lines:
+            if "\0" in line:
+                raise InputError(f"{path} is not a text file (it holds zero bytes): give UTF-8 text, one a line.")
+            if not line.isspace():
+                yield line.rstrip("\r\n")
 
 
 def _read_lines(raw: BinaryIO, path: Path) -> Iterator[str]:
@@ -142,27 +124,25 @@ def _read_jsonl(raw: BinaryIO, path: Path) -> Iterator[str]:
             raise InputError(
                 f"Record {number} of {path} has no string field 'text': give lines like {{\"text\": ...}}."
             )
-        yield _as_text(record["text"], f"Record {number} of {path}")
+        yield _as_text(record["text"], str(path))
 
 
 def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
     lines = _lines(raw, path)
     first = next(lines, "")
     header = first.split("\t")
-    named = "text" in header
-    if not named and len(header) != 2:
-        raise InputError(
-            f"{path} begins with a line of {len(header)} columns and no header: give id<TAB>text, or a header line "
-            "with a column named text, such as DPR's id<TAB>text<TAB>title."
-        )
-    if named and len(set(header)) < len(header):
+    if "text" not in header:
+        if len(header) != 2:
+            raise InputError(
+                f"{path} begins with a line of {len(header)} columns and no header: give id<TAB>text, or a header line "
+                "with a column named text, such as DPR's id<TAB>text<TAB>title."
+            )
+        header, lines = ["id", "text"], itertools.chain([first], lines)
+    if len(set(header)) < len(header):
         raise InputError(f"The header of {path} names a column twice ({', '.join(header)}): rename one.")
-    column = header.index("text") if named else 1
-    rows: Iterator[list[str]]
+    rows: Iterator[list[str]] = (line.split("\t") for line in lines)
     if "title" in header:  # DPR's: written by a CSV library, where MSMARCO's quotation marks are just that
         rows = csv.reader((f"{line}\n" for line in lines), delimiter="\t")
-    else:
-        rows = (line.split("\t") for line in (lines if named else itertools.chain([first], lines)))
     number = 0
     try:
         for number, row in enumerate(rows, 1):
@@ -170,31 +150,29 @@ def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
                 raise InputError(
                     f"Record {number} of {path} has {len(row)} columns, not {len(header)}: fix it or download it again."
                 )
-            yield row[column].strip()
+            yield row[header.index("text")].strip()
     except csv.Error as error:
         raise InputError(f"Record {number + 1} of {path} is incomplete ({error}): close its quotation mark.") from error
 
 
 def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[str]:
-    parquet = _import("pyarrow.parquet", "pyarrow", "Parquet files")
-    arrow = _import("pyarrow", "pyarrow", "Parquet files")
+    from pyarrow import ArrowException, parquet
+
     try:
         file = parquet.ParquetFile(raw)
         if "text" not in file.schema_arrow.names:
             raise InputError(f"{path} has no column 'text' but {file.schema_arrow.names}: rename the one you mean.")
         for batch in file.iter_batches(columns=["text"]):
             yield from (_as_text(value, str(path)) for value in batch.column(0).to_pylist() if value is not None)
-    except (arrow.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file ({error}): write it again.") from error
 
 
-_READERS: dict[str, Callable[[BinaryIO, Path], Iterator[str]]] = {
-    ".txt": _read_lines,
-    ".txt.gz": _read_lines,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".tsv": _read_tsv,
-    ".tsv.gz": _read_tsv,
+_Reader = Callable[[BinaryIO, Path], Iterator[str]]
+_READERS: dict[str, _Reader] = {
+    **dict.fromkeys((".txt", ".txt.gz"), _read_lines),
+    **dict.fromkeys((".jsonl", ".jsonl.gz"), _read_jsonl),
+    **dict.fromkeys((".tsv", ".tsv.gz"), _read_tsv),
     ".parquet": _read_parquet,
 }
 
@@ -209,10 +187,10 @@ def _open_tfds(source: str) -> Source:
         raise InputError(
             f"{source!r} names no data set and field: write tfds:NAME:FIELD, e.g. tfds:ag_news_subset:title."
         )
-    with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout may be read as JSON
-        tfds = _import("tensorflow_datasets", "tensorflow-datasets", "TFDS sources")
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout may be read as JSON
+            import tensorflow_datasets as tfds
+
             if os.path.isdir(name):
                 records = tfds.builder_from_directory(name).as_data_source(split="train")
             else:
@@ -237,7 +215,7 @@ def _open_tfds(source: str) -> Source:
 
     info = getattr(records, "dataset_info", None)
     files = sorted(Path(info.data_dir).iterdir()) if info else []
-    return Source(source, tuple(files), len(records) * TFDS_TEXT_BYTES, read)
+    return Source(tuple(files), len(records) * TFDS_TEXT_BYTES, read)
 
 
 def _as_text(value: Any, where: str) -> str:
@@ -246,10 +224,3 @@ def _as_text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
     raise InputError(f"{where} holds {type(value).__name__} where text was expected: choose a field of strings.")
-
-
-def _import(module: str, package: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"{what} need the package {package} ({error}): pip install {package}.") from error

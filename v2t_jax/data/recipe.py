@@ -13,7 +13,7 @@ from v2t_jax.data.batches import Batches, Batching
 from v2t_jax.data.columns import Column
 from v2t_jax.data.dataset import TokenDataset, is_built
 from v2t_jax.data.split import read_texts
-from v2t_jax.data.vocabulary import Vocabulary, commonest_pieces
+from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.errors import InputError
 
 Opened = tuple[Vocabulary, list[TokenDataset], list[str]]
@@ -28,10 +28,8 @@ def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -
 
     Returns:
         Vocabulary, data sets (one for each source in memory, or one that is built), held-out texts.
-    Raises:
-        InputError: a source can't be read, or fields of `config.data` contradict each other.
     """
-    data = config.data
+    data, max_length = config.data, config.model.max_length
     if any(is_built(source) for source in data.sources):
         vocabulary, datasets, held_out = _open_built(config, tokenizer, num_held_out)
     elif tokenizer is None or data.embeddings or data.hypotheses or data.folds > 1:
@@ -41,11 +39,11 @@ def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -
     else:
         vocabulary, datasets, held_out = _read_sources(config, tokenizer)
     # A text of unknown tokens alone comes back empty.
-    held_out = [text for text in vocabulary.normalize(held_out, config.model.max_length) if text.strip()]
+    held_out = [text for text in vocabulary.normalize(held_out, max_length) if text.strip()]
     if not held_out:
         raise InputError(
-            f"No held-out text of {data.held_out} has fewer than model.max_length={config.model.max_length} "
-            "tokens: use more text or a larger max_length."
+            f"No held-out text of {data.held_out} has fewer than model.max_length={max_length} tokens: use more text "
+            "or a larger max_length."
         )
     return vocabulary, datasets, held_out
 
@@ -53,18 +51,11 @@ def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -
 def make_batches(
     config: Config, datasets: Sequence[TokenDataset], batch_size: int, columns: Sequence[Column] = ()
 ) -> Batches:
-    """The training texts in batches.
-
-    Args:
-        columns: what else to read of each text of a built data set.
-
-    Raises:
-        InputError: too few texts, or settings that contradict each other.
-    """
+    """The training texts in batches; `columns` are what else to read of each text of a built data set."""
     data, max_length = config.data, config.model.max_length
     buckets = data.bucket_lengths or (max_length,)
     batching = Batching(batch_size, max_length, buckets, data.span_share, config.seed)
-    return Batches(datasets, batching, data.weights or None, columns, data.folds, data.fold)
+    return Batches(datasets, batching, data.weights, columns, data.folds, data.fold)
 
 
 def texts_sha256(datasets: Sequence[TokenDataset]) -> str:
@@ -73,7 +64,7 @@ def texts_sha256(datasets: Sequence[TokenDataset]) -> str:
         return datasets[0].manifest_sha256
     digest = hashlib.sha256()
     for dataset in datasets:
-        digest.update(dataset.tokens.tobytes())
+        digest.update(dataset.tokens)
     return digest.hexdigest()
 
 
@@ -85,10 +76,8 @@ def _read_sources(config: Config, tokenizer: Tokenizer) -> Opened:
         vocabulary = Vocabulary.full(tokenizer)
         if config.data.vocabulary_size:
             ids = np.concatenate([row for part in texts for row in vocabulary.encode(part)])
-            counts = np.bincount(vocabulary.vocab_map[ids[ids >= 0]], minlength=1 + vocabulary.vocab_map.max())
-            vocabulary = Vocabulary.of_pieces(
-                tokenizer, commonest_pieces(counts, tokenizer, config.data.vocabulary_size)
-            )
+            counts = np.bincount(ids[ids >= 0], minlength=vocabulary.size)
+            vocabulary = vocabulary.pruned(counts, config.data.vocabulary_size)
         datasets = [TokenDataset.from_texts(part, vocabulary) for part in texts]
         fits = [len(row) < config.model.max_length for row in vocabulary.encode(held_out)]
         return vocabulary, datasets, [text for text, ok in zip(held_out, fits, strict=True) if ok]

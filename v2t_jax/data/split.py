@@ -4,8 +4,6 @@ Whether a text is held out depends on nothing but its *normalized* form (lower c
 removing or reordering lines moves no other line across the split.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +13,6 @@ import numpy as np
 
 from v2t_jax.data.readers import open_source
 from v2t_jax.errors import InputError
-
-Split = Literal["train", "held_out"]
 
 HELD_OUT_SHARE = 0.02
 OVERLAP_WORDS = 8
@@ -44,32 +40,32 @@ def unique(texts: Iterable[str]) -> dict[str, str]:
     """Normalized form -> first text with that form; texts without a single letter or digit are left out."""
     found: dict[str, str] = {}
     for text in texts:
-        normalized = normalize_for_split(text)
-        if normalized:
-            found.setdefault(normalized, text)
+        found.setdefault(normalize_for_split(text), text)
+    found.pop("", None)
     return found
 
 
 class _Words:
     """Texts as one flat array of word numbers, so that n-grams of all texts are hashed at once."""
 
-    def __init__(self, split: Sequence[Sequence[str]], numbers: Mapping[str, int]):
-        self.lengths = np.array([len(words) for words in split], np.int64)
-        self.ends = np.cumsum(self.lengths)
-        flat = [numbers.get(word, 0) for words in split for word in words]
+    def __init__(self, texts: Sequence[str], numbers: Mapping[str, int]):
+        split = [text.split() for text in texts]
+        lengths = np.array([len(words) for words in split], np.int32)
+        flat = np.array([numbers.get(word, 0) for words in split for word in words], np.uint64)
         # Spread the small numbers over 64 bits: the polynomial below then hardly ever collides.
-        self.flat = (np.array(flat, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        self._flat = (flat + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        self._text = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)  # that each word lies in
+        self._length = np.repeat(lengths, lengths)  # of that text
+        self._left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # words from here to its end
 
-    def grams(self, n: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of the n-grams of the chosen texts, and the text that each lies in."""
-        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        position = np.arange(len(self.flat))
-        start = position[(position + n <= self.ends[owner]) & chosen[owner]]
+    def grams(self, n: int, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of all n-grams, or of those that are whole texts, and the text that each lies in."""
+        start = np.flatnonzero((self._left >= n) & ((self._length == n) if whole else True))
         value = np.zeros(len(start), np.uint64)
         for i in range(n):
-            value = value * np.uint64(0xD6E8FEB86659FD93) + self.flat[start + i]
+            value = value * np.uint64(0xD6E8FEB86659FD93) + self._flat[start + i]
             value ^= value >> np.uint64(29)
-        return value, owner[start]
+        return value, self._text[start]
 
 
 class HeldOutFilter:
@@ -84,35 +80,33 @@ class HeldOutFilter:
 
     def __init__(self, held_out: Sequence[str]):
         self._texts = set(held_out)
-        split = [text.split() for text in held_out]
-        words = dict.fromkeys(word for text in split for word in text)
+        words = dict.fromkeys(word for text in held_out for word in text.split())
         self._numbers = {word: i for i, word in enumerate(words, 1)}  # 0 is a word that no held-out text has
-        theirs = _Words(split, self._numbers)
-        every = np.ones(len(split), bool)
-        # Texts of n words are looked for in the other side's n-grams; at n = OVERLAP_WORDS all n-grams count.
-        self._grams: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for n in range(SHORTEST_CONTAINED, OVERLAP_WORDS + 1):
-            short = every if n == OVERLAP_WORDS else theirs.lengths == n
-            self._grams[n] = np.unique(theirs.grams(n, short)[0]), np.unique(theirs.grams(n, every)[0])
+        theirs = _Words(held_out, self._numbers)
+        shorter = range(SHORTEST_CONTAINED, OVERLAP_WORDS)
+        # n, whether their n-grams and ours must be whole texts, and theirs in order, with a last one that none equals
+        self._cases = [
+            (n, ours_whole, np.append(np.unique(theirs.grams(n, whole)[0]), np.uint64(0)))
+            for n, whole, ours_whole in (
+                *((n, True, False) for n in shorter),
+                *((n, False, True) for n in shorter),
+                (OVERLAP_WORDS, False, False),
+            )
+        ]
 
     def leaking(self, normalized: Sequence[str]) -> np.ndarray:
         """Which of M texts, normalized likewise, leak a held-out text: bool [M]."""
         found = np.array([text in self._texts for text in normalized], bool)
-        if not self._texts or not len(normalized):
-            return found
-        ours = _Words([text.split() for text in normalized], self._numbers)
-        every = np.ones(len(normalized), bool)
-        for n, (short_theirs, all_theirs) in self._grams.items():
-            for theirs, chosen in ((short_theirs, every), (all_theirs, ours.lengths == n)):
-                mine, owner = ours.grams(n, chosen)
-                place = np.minimum(np.searchsorted(theirs, mine), max(len(theirs) - 1, 0))
-                found[owner[theirs[place] == mine] if len(theirs) else owner[:0]] = True
+        ours = _Words(normalized, self._numbers)
+        for n, whole, theirs in self._cases if self._texts else ():
+            grams, text = ours.grams(n, whole)
+            found[text[theirs[np.searchsorted(theirs[:-1], grams)] == grams]] = True
         return found
 
 
 def read_texts(
     source: str,
-    split: Split,
+    split: Literal["train", "held_out"],
     *,
     held_out_share: float = HELD_OUT_SHARE,
     avoid: Sequence[str] = (),
@@ -122,18 +116,10 @@ def read_texts(
 
     Args:
         source: anything that `readers.open_source` takes; "wordnet" has a fixed split.
-        split: "train" or "held_out".
         held_out_share: for sources without a fixed split, the share of texts held out; 0 holds out none.
         avoid: held-out texts of other sources; training texts that leak one of these are dropped.
         limit: the most texts to return.
-
-    Raises:
-        InputError: the source is missing, unreadable or holds no text.
     """
-    if split not in ("train", "held_out"):
-        raise InputError(f"Unknown split {split!r}: use 'train' or 'held_out'.")
-    if not 0 <= held_out_share < 1:
-        raise InputError(f"held_out_share must lie in [0, 1), not {held_out_share}.")
     packaged = source == "wordnet"
     share = HELD_OUT_SHARE if packaged else held_out_share
     found = unique(open_source(source).read(lambda _: None))

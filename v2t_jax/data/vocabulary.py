@@ -1,30 +1,25 @@
 """Texts to model token ids and back.
 
-A model's ids are not the tokenizer's: pad is 0 and end-of-sequence is 1 always, and a vocabulary may hold
-only the pieces that the training text uses (a 30k-piece output layer is most of a small model's work).
+A model's ids aren't the tokenizer's: padding and end-of-sequence come first, and a vocabulary may hold only the tokens
+that the training text uses (a 30k-token output layer is most of a small model's work).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.errors import InputError
-
-PAD, EOS = 0, 1
 
 _PAD_AND_END = (("[PAD]", "[SEP]"), ("<pad>", "</s>"))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """A tokenizer.json."""
     if not path.is_file():
         raise InputError(f"{path} is missing: save it with a fast tokenizer (transformers' save_pretrained).")
     try:
@@ -34,60 +29,51 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 class Vocabulary:
-    """A tokenizer and the model's own numbering of (some of) its pieces.
+    """A tokenizer and the model's own numbering of (some of) its tokens.
 
     Attributes:
         tokenizer: a private copy, with truncation and padding off.
-        pieces: int32 [V], model id -> tokenizer id; `pieces[PAD]` and `pieces[EOS]` are the tokenizer's own.
+        vocab_map: int32 [V], model id -> tokenizer id; first the tokenizer's own padding and end-of-sequence.
         size: V.
     """
 
-    def __init__(self, tokenizer: Tokenizer, pieces: np.ndarray | Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer, vocab_map: np.ndarray | Sequence[int]):
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.vocab_map = np.asarray(pieces, np.int32)
+        self.vocab_map = np.asarray(vocab_map, np.int32)
         self.size = len(self.vocab_map)
-        pad, end = _pad_and_end(tokenizer)
+        ends = _pad_and_end(tokenizer)
         total = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-        if self.vocab_map.ndim != 1 or tuple(self.vocab_map[:2]) != (pad, end):
-            raise InputError(f"A vocabulary must begin with the tokenizer's pad and end pieces ({pad}, {end}).")
+        if self.vocab_map.ndim != 1 or tuple(self.vocab_map[:2]) != ends:
+            raise InputError(f"A vocabulary must begin with the tokenizer's pad and end pieces {ends}.")
         if self.vocab_map.min() < 0 or self.vocab_map.max() >= total or len(np.unique(self.vocab_map)) != self.size:
             raise InputError(f"A vocabulary's pieces must be distinct and below {total}, the tokenizer's size.")
         self._model_id = np.full(total, -1, np.int32)
         self._model_id[self.vocab_map] = np.arange(self.size, dtype=np.int32)
-        # Special pieces and "unknown" inside a text can't be turned back into that text.
-        self._model_id[sorted(_special_ids(tokenizer))] = -1
-
-    @classmethod
-    def of_pieces(cls, tokenizer: Tokenizer, token_ids: Iterable[int]) -> Vocabulary:
-        """A pruned vocabulary: pad, end, then the given tokenizer ids in order, special ones left out."""
-        special = _special_ids(tokenizer)
-        kept = dict.fromkeys(int(i) for i in token_ids if int(i) not in special)
-        return cls(tokenizer, [*_pad_and_end(tokenizer), *kept])
+        # Special tokens and "unknown" inside a text can't be turned back into that text.
+        special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        unknown = [i for i in map(tokenizer.token_to_id, ("[UNK]", "<unk>")) if i is not None]
+        self._model_id[[*special, *unknown, *ends]] = -1
 
     @classmethod
     def full(cls, tokenizer: Tokenizer) -> Vocabulary:
-        """Every piece. T5 keeps its tokenizer's ids; others are renumbered: pad, end, the rest."""
+        """Every token. T5 keeps its tokenizer's ids; others are renumbered: pad, end, the rest."""
         ends = _pad_and_end(tokenizer)
         every = sorted(set(tokenizer.get_vocab(with_added_tokens=True).values()))
         return cls(tokenizer, [*ends, *(i for i in every if i not in ends)])
 
-    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
-        """Model ids of each text, int32, without end-of-sequence.
+    def pruned(self, counts: np.ndarray, limit: int) -> Vocabulary:
+        """Only pad, end and the most common tokens, at most `limit`, by how often `encode` gave each id: [V]."""
+        order = np.argsort(-counts, kind="stable")[: min(limit, int((counts > 0).sum()))]
+        return Vocabulary(self.tokenizer, self.vocab_map[[PAD, EOS, *order]])
 
-        Args:
-            texts: any strings.
-            max_length: keep the first `max_length - 1` pieces, so that end-of-sequence still fits.
-
-        Returns:
-            one array a text; a piece that the vocabulary lacks (or an unknown or special one) is -1.
-        """
-        end = None if max_length is None else max_length - 1
-        return [self.model_ids(np.array(ids[:end], np.int64)) for ids in self._tokenizer_ids(texts)]
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Model ids of each text, int32, without end-of-sequence; -1 as in `model_ids`."""
+        return [self.model_ids(np.array(ids, np.int64)) for ids in self._tokenizer_ids(texts)]
 
     def model_ids(self, token_ids: np.ndarray) -> np.ndarray:
-        """Model ids of tokenizer ids, int32; -1 for a piece that the vocabulary lacks, or an unknown or special one."""
+        """Model ids of tokenizer ids, int32; -1 for a token that the vocabulary lacks, or an unknown or special one."""
         return self._model_id[token_ids]
 
     def decode(self, ids: np.ndarray) -> list[str]:
@@ -98,13 +84,13 @@ class Vocabulary:
         ids = np.asarray(ids)
         rows = ids.reshape(-1, ids.shape[-1])
         keep = (np.cumsum(rows == EOS, -1) == 0) & (rows != PAD) & (rows >= 0) & (rows < self.size)
-        pieces = self.vocab_map[np.where(keep, rows, PAD)]
-        return self.tokenizer.decode_batch([row[kept].tolist() for row, kept in zip(pieces, keep, strict=True)])
+        token_ids = self.vocab_map[np.where(keep, rows, PAD)]
+        return self.tokenizer.decode_batch([row[kept].tolist() for row, kept in zip(token_ids, keep, strict=True)])
 
     def normalize(self, texts: Sequence[str], max_length: int) -> list[str]:
-        """The form under which "exact match" is meant: text -> first `max_length - 1` pieces -> text.
+        """The form in which texts are compared for an "exact match": text -> first `max_length - 1` tokens -> text.
 
-        Uses the whole tokenizer, whatever pieces the vocabulary holds.
+        Uses the whole tokenizer, whatever tokens the vocabulary holds.
         """
         return self.tokenizer.decode_batch([ids[: max_length - 1] for ids in self._tokenizer_ids(texts)])
 
@@ -113,27 +99,9 @@ class Vocabulary:
         return [item.ids for item in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def commonest_pieces(counts: np.ndarray, tokenizer: Tokenizer, limit: int) -> np.ndarray:
-    """The commonest tokenizer ids, at most `limit`, commonest first; special ones and those never seen don't count.
-
-    Args:
-        counts: how often each tokenizer id occurs in a corpus [tokenizer's size].
-    """
-    counts = counts.copy()
-    counts[sorted(_special_ids(tokenizer))] = 0
-    order = np.argsort(-counts, kind="stable")
-    return order[: min(limit, int((counts > 0).sum()))].astype(np.int32)
-
-
 def _pad_and_end(tokenizer: Tokenizer) -> tuple[int, int]:
     for pad, end in _PAD_AND_END:
         pad_id, end_id = tokenizer.token_to_id(pad), tokenizer.token_to_id(end)
         if pad_id is not None and end_id is not None:
             return pad_id, end_id
     raise InputError(f"The tokenizer has no padding and end pieces: one of the pairs {_PAD_AND_END} must exist.")
-
-
-def _special_ids(tokenizer: Tokenizer) -> set[int]:
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    unknown = {i for i in map(tokenizer.token_to_id, ("[UNK]", "<unk>")) if i is not None}
-    return special | unknown | set(_pad_and_end(tokenizer))

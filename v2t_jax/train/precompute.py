@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from v2t_jax import progress
 from v2t_jax.data.columns import Column, ColumnWriter, open_column
 from v2t_jax.data.dataset import TokenDataset, fold_of
-from v2t_jax.data.vocabulary import PAD
+from v2t_jax.decode.state import PAD
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, embed_texts, shares_vocabulary
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of
