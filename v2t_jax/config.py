@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
@@ -30,8 +29,6 @@ Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]  # both finite
 NotNegative = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
-
-Rules = Iterator[tuple[bool, str]]  # (whether it holds, what to say if it doesn't)
 
 RENAMED = {"standardise": "standardize"}  # fields in configs saved by version 0.1
 _WORDS = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false", "array": "a list"}
@@ -54,13 +51,13 @@ class _Section:
             except msgspec.ValidationError as error:
                 where = f"{self._section}.{field.name}".lstrip(".")
                 raise InputError(f"{where} is {value!r}; it must be {_expected(error, field.type)}.") from None
-        for holds, message in self._rules():
+        for message, holds in self._rules().items():
             if not holds:
                 raise InputError(message)
 
-    def _rules(self) -> Rules:
-        """What must hold between fields."""
-        yield from ()
+    def _rules(self) -> dict[str, bool]:
+        """Whether what must hold between fields does, by the message if it doesn't."""
+        return {}
 
 
 def _expected(error: msgspec.ValidationError, kind: Any) -> str:
@@ -85,26 +82,19 @@ class T5Config(_Section, section="model.t5"):
     num_heads: Count = 8
     num_encoder_layers: Count = 6
     num_decoder_layers: Count = 6
-    feed_forward: Literal["relu", "gated-gelu"] = "relu"
-    """relu in v1.0, gated-gelu in v1.1"""
-    tie_word_embeddings: bool = True
-    """True in v1.0: the output layer is the scaled token embedding"""
+    feed_forward: Literal["relu", "gated-gelu"] = "relu"  # relu in v1.0, gated-gelu in v1.1
+    tie_word_embeddings: bool = True  # True in v1.0: the output layer is the scaled token embedding
     relative_attention_num_buckets: Annotated[int, Meta(ge=4)] = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dropout_rate: BelowOne = 0.1
-    dtype: Dtype = "float32"
-    """of the arithmetic; parameters, softmax and logits are always float32"""
-    remat: Literal["none", "full", "dots"] = "none"
-    """what the backward pass recomputes of each layer: nothing, everything, or all but matrix products"""
-    scan_unroll: Count = 1
-    """layers unrolled per iteration of the layer scan"""
+    dtype: Dtype = "float32"  # of the arithmetic; parameters, softmax and logits are always float32
+    remat: Literal["none", "full", "dots"] = "none"  # what backward recomputes: nothing, everything, all but matmuls
+    scan_unroll: Count = 1  # layers unrolled per iteration of the layer scan
 
-    def _rules(self) -> Rules:
-        yield (
-            self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
-            "model.t5.relative_attention_max_distance must be more than half of relative_attention_num_buckets.",
-        )
+    def _rules(self) -> dict[str, bool]:
+        message = "model.t5.relative_attention_max_distance must be more than half of relative_attention_num_buckets."
+        return {message: self.relative_attention_max_distance > self.relative_attention_num_buckets // 2}
 
 
 # Published sizes of T5 v1.0 (Raffel et al. 2020, section 3.7).
@@ -122,40 +112,27 @@ class ModelConfig(_Section, section="model"):
     """Settings that inverter and corrector share."""
 
     t5: T5Config = T5Config()
-    embedding_width: Count = 768
-    """E, dimensions of the embeddings to invert; training takes it from the embedder"""
-    num_pseudo_tokens: Count = 16
-    """R, pseudo-tokens that an embedding is projected to"""
-    max_length: Annotated[int, Meta(ge=2)] = 32
-    """L, tokens of a text, including its end token"""
-    projection_dropout: BelowOne = 0.1
-    """inside the inverter's projection only, as in the original"""
-    standardize: bool = False
-    """feed (e - mean) / std, with statistics of the training texts; the original does not"""
-    bag_of_words: bool = False
-    """add a linear term e A E^T to the logits; the original does not"""
-    input_norm: bool = True
-    """layer-normalize the corrector's input; the oldest published correctors do not"""
+    embedding_width: Count = 768  # E, dimensions of the embeddings to invert; training takes it from the embedder
+    num_pseudo_tokens: Count = 16  # R, pseudo-tokens that an embedding is projected to
+    max_length: Annotated[int, Meta(ge=2)] = 32  # L, tokens of a text, including its end token
+    projection_dropout: BelowOne = 0.1  # inside the inverter's projection only, as in the original
+    standardize: bool = False  # feed (e - mean) / std, with statistics of the training texts; the original does not
+    bag_of_words: bool = False  # add a linear term e A E^T to the logits; the original does not
+    input_norm: bool = True  # layer-normalize the corrector's input; the oldest published correctors do not
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(_Section, section="optimizer"):
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: Positive = 1e-3
-    """peak learning rate"""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear and cosine decay to zero"""
+    learning_rate: Positive = 1e-3  # peak learning rate
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine decay to zero
     warmup_steps: CountOrZero = 1000
-    weight_decay: NotNegative = 0.01
-    """on matrices only"""
+    weight_decay: NotNegative = 0.01  # on matrices only
     b1: BelowOne = 0.9
     b2: BelowOne = 0.999
-    clip_norm: NotNegative = 1.0
-    """largest global gradient norm; 0 turns clipping off"""
-    accumulate_steps: Count = 1
-    """micro-batches per parameter update"""
-    skip_bad_updates: CountOrZero = 0
-    """updates with a non-finite loss or gradient to skip before the run stops; 0 stops at the first"""
+    clip_norm: NotNegative = 1.0  # largest global gradient norm; 0 turns clipping off
+    accumulate_steps: Count = 1  # micro-batches per parameter update
+    skip_bad_updates: CountOrZero = 0  # updates with a non-finite loss or gradient to skip; 0 stops at the first
 
 
 @dataclass(frozen=True)
@@ -166,12 +143,10 @@ class StageConfig(_Section):
     batch_size: Count = 128
     optimizer: OptimizerConfig = OptimizerConfig()
 
-    def _rules(self) -> Rules:
-        parts = self.optimizer.accumulate_steps
-        yield (
-            self.batch_size % parts == 0,
-            f"batch_size={self.batch_size} is not divisible by optimizer.accumulate_steps={parts}; change one of them.",
-        )
+    def _rules(self) -> dict[str, bool]:
+        size, parts = self.batch_size, self.optimizer.accumulate_steps
+        message = f"batch_size={size} is not divisible by optimizer.accumulate_steps={parts}; change one of them."
+        return {message: size % parts == 0}
 
 
 @dataclass(frozen=True)
@@ -182,58 +157,42 @@ class DataConfig(_Section, section="data"):
     tokenizer: str = ""
     """tokenizer of the model's texts: an embedder that `v2t embedders` lists, a folder or a hub name, such as t5-base;
     empty: the embedder's own (behind an endpoint, the data set's). If it isn't the embedder's, training retokenizes"""
-    weights: tuple[NotNegative, ...] = ()
-    """how often each source's texts appear in an epoch; empty: once"""
-    held_out: str = "wordnet"
-    """source whose held-out split is evaluated on"""
-    vocabulary_size: CountOrZero = 0
-    """keep only the most frequent tokens of the sources; 0 keeps the whole vocabulary"""
-    embeddings: str = ""
-    """column of a built data set with the texts' embeddings (v2t data embed); empty computes them on the fly"""
-    hypotheses: str = ""
-    """column with the corrector's hypotheses (v2t data hypotheses); empty computes them on the fly"""
-    folds: Count = 1
-    """for out-of-fold hypotheses: split a built data set into this many parts and train without part `fold`"""
-    fold: CountOrZero = 0
-    """the part that is left out"""
-    span_share: Share = 0.0
-    """share of texts cut to a random contiguous span, for variety"""
-    bucket_lengths: tuple[int, ...] = ()
-    """lengths of batches in tokens, including the end token; empty pads every batch to model.max_length"""
+    weights: tuple[NotNegative, ...] = ()  # how often each source's texts appear in an epoch; empty: once
+    held_out: str = "wordnet"  # source whose held-out split is evaluated on
+    vocabulary_size: CountOrZero = 0  # keep only the most frequent tokens of the sources; 0 keeps the whole vocabulary
+    embeddings: str = ""  # column with the texts' embeddings (v2t data embed); empty computes them on the fly
+    hypotheses: str = ""  # column with the corrector's hypotheses (v2t data hypotheses); empty computes them on the fly
+    folds: Count = 1  # for out-of-fold hypotheses: parts of a built data set, of which `fold` is left out of training
+    fold: CountOrZero = 0  # the part that is left out
+    span_share: Share = 0.0  # share of texts cut to a random contiguous span, for variety
+    bucket_lengths: tuple[int, ...] = ()  # lengths of batches, with the end token; empty pads all to model.max_length
 
-    def _rules(self) -> Rules:
-        yield (
-            len(self.weights) in (0, len(self.sources)),
-            f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources; give one per source.",
-        )
-        yield (self.fold < self.folds, f"data.fold is {self.fold}; it must be less than data.folds={self.folds}.")
+    def _rules(self) -> dict[str, bool]:
+        given, sources = len(self.weights), len(self.sources)
+        return {
+            f"data.weights has {given} numbers for {sources} sources; give one per source.": given in (0, sources),
+            f"data.fold is {self.fold}; it must be less than data.folds={self.folds}.": self.fold < self.folds,
+        }
 
 
 @dataclass(frozen=True)
 class MeshConfig(_Section, section="mesh"):
     """Devices along each axis of the mesh; -1 takes all that remain."""
 
-    data: int = -1
-    """data parallelism: splits the batch; the only axis that crosses TPU slices"""
-    fsdp: int = 1
-    """splits the batch and the weights, which are gathered where they are used"""
-    model: int = 1
-    """tensor parallelism: splits heads, hidden units and vocabulary"""
-    slices: CountOrZero = 0
-    """TPU slices along the data axis; 0 asks the devices. Other devices are divided into this many groups"""
-    decode: DecodeLayout = "batch"
-    """layout for decoding: whole weights on every device, or, if they do not fit one, split over the model axis"""
+    data: int = -1  # data parallelism: splits the batch; the only axis that crosses TPU slices
+    fsdp: int = 1  # splits the batch and the weights, which are gathered where they are used
+    model: int = 1  # tensor parallelism: splits heads, hidden units and vocabulary
+    slices: CountOrZero = 0  # TPU slices along the data axis; 0 asks the devices; others form this many groups
+    decode: DecodeLayout = "batch"  # weights for decoding: whole on every device, or split over the model axis
 
 
 @dataclass(frozen=True)
 class EvalConfig(_Section, section="evaluation"):
     """Evaluation on held-out texts, during training and at its end."""
 
-    every_steps: CountOrZero = 1000
-    """0 evaluates at the end only"""
+    every_steps: CountOrZero = 1000  # 0 evaluates at the end only
     num_examples: Count = 100
-    num_steps: Annotated[tuple[CountOrZero, ...], Meta(min_length=1)] = (0, 1, 8)
-    """correction steps in the final evaluation"""
+    num_steps: Annotated[tuple[CountOrZero, ...], Meta(min_length=1)] = (0, 1, 8)  # correction steps, at the end
     sequence_beam_width: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 4)
 
 
@@ -247,31 +206,20 @@ class CheckpointConfig(_Section, section="checkpoint"):
 class ApiConfig(_Section, section="api"):
     """An OpenAI-compatible embeddings endpoint, and what one run may spend on it."""
 
-    model: str = ""
-    """the endpoint's name for the embedding model"""
-    dimensions: Count | None = None
-    """width to ask for, where the endpoint can shorten vectors; by default its own"""
-    key_variable: str = "OPENAI_API_KEY"
-    """environment variable with the key; if unset, no key is sent"""
-    concurrency: Count = 4
-    """requests in flight"""
-    timeout: Positive = 60.0
-    """seconds without a byte after which a request has failed"""
-    retries: CountOrZero = 6
-    """retries of a request after 408, 429, 5xx, a timeout or a broken connection"""
-    backoff: NotNegative = 1.0
-    """seconds before the first retry, with jitter; doubles with each further one"""
-    price: NotNegative | None = None
-    """dollars per million tokens; needed to show and limit the cost"""
-    max_cost: NotNegative | None = None
-    """dollars that a run may spend; needs the price"""
-    max_requests: CountOrZero | None = None
-    """requests that a run may send, retries included"""
-    cache: str | None = None
-    """folder for the vectors already paid for; by default in the user's cache folder"""
+    model: str = ""  # the endpoint's name for the embedding model
+    dimensions: Count | None = None  # width to ask for, where the endpoint can shorten vectors; by default its own
+    key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; if unset, no key is sent
+    concurrency: Count = 4  # requests in flight
+    timeout: Positive = 60.0  # seconds without a byte after which a request has failed
+    retries: CountOrZero = 6  # retries of a request after 408, 429, 5xx, a timeout or a broken connection
+    backoff: NotNegative = 1.0  # seconds before the first retry, with jitter; doubles with each further one
+    price: NotNegative | None = None  # dollars per million tokens; needed to show and limit the cost
+    max_cost: NotNegative | None = None  # dollars that a run may spend; needs the price
+    max_requests: CountOrZero | None = None  # requests that a run may send, retries included
+    cache: str | None = None  # folder for the vectors already paid for; by default in the user's cache folder
 
-    def _rules(self) -> Rules:
-        yield (self.max_cost is None or self.price is not None, "api.max_cost needs api.price: give both.")
+    def _rules(self) -> dict[str, bool]:
+        return {"api.max_cost needs api.price: give both.": self.max_cost is None or self.price is not None}
 
 
 def is_endpoint(embedder: object) -> TypeGuard[str]:
@@ -284,27 +232,20 @@ class Config(_Section):
     """A recipe: `v2t train configs/NAME.py --workdir DIR` runs its stages in order."""
 
     name: str = "unnamed"
-    embedder: str = "all-MiniLM-L6-v2"
-    """a name that `v2t embedders` lists, a folder, or an endpoint's base URL (with columns for its vectors)"""
-    embedder_dtype: Dtype = "float32"
-    """of the embedder's arithmetic inside the training step"""
-    api: ApiConfig = ApiConfig()
-    """for an embedder behind an endpoint; training asks it for held-out texts and their recovered versions only"""
+    embedder: str = "all-MiniLM-L6-v2"  # a name that `v2t embedders` lists, a folder, or an endpoint's base URL
+    embedder_dtype: Dtype = "float32"  # of the embedder's arithmetic inside the training step
+    api: ApiConfig = ApiConfig()  # for an embedder behind an endpoint; asked for held-out and recovered texts only
     stages: Annotated[tuple[Stage, ...], Meta(min_length=1)] = STAGES
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     model: ModelConfig = ModelConfig()
     initial_t5: str = ""
     """folder or hub name of the T5 that both networks start from; its sizes replace those of model.t5, and its
     tokenizer must be that of the texts: GTR has it, otherwise name it as data.tokenizer"""
-    initial_embedding: Literal["random", "embedder"] = "random"
-    """embedder: start from the embedder's own word embeddings, centered and rescaled"""
+    initial_embedding: Literal["random", "embedder"] = "random"  # embedder: its word embeddings, centered, rescaled
     initial_embedding_std: Positive = 0.02
-    initial_inverter: str = ""
-    """trained model (folder or name) whose inverter makes the corrector's hypotheses if stages has no inverter"""
-    corrector_from_inverter: bool = False
-    """start the corrector's T5 from the trained inverter's; the original starts it from the pretrained T5"""
-    partial_hypotheses: bool = False
-    """make every other hypothesis that the corrector trains on partly correct, as in later correction steps"""
+    initial_inverter: str = ""  # trained model whose inverter makes the corrector's hypotheses if stages has none
+    corrector_from_inverter: bool = False  # start the corrector's T5 from the inverter's, not the pretrained one
+    partial_hypotheses: bool = False  # make every other training hypothesis partly correct, as in later steps
     data: DataConfig = DataConfig()
     inverter: StageConfig = StageConfig()
     corrector: StageConfig = StageConfig()
@@ -313,30 +254,27 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: Count = 20
 
-    def _rules(self) -> Rules:
-        inverter_first = self.stages[:1] == ("inverter",)
-        yield (
-            "corrector" not in self.stages or inverter_first or bool(self.initial_inverter),
-            "The corrector needs an inverter for its hypotheses: put inverter before it in stages, or give a trained "
-            "model as initial_inverter.",
-        )
-        yield (
-            not self.initial_inverter or "inverter" not in self.stages,
-            "initial_inverter is for recipes whose only stage is the corrector; remove inverter from stages.",
-        )
+    def _rules(self) -> dict[str, bool]:
+        inverter_first = self.stages[0] == "inverter"
         rows = self.corrector.batch_size // self.corrector.optimizer.accumulate_steps
-        yield (
-            not self.partial_hypotheses or rows % 2 == 0,
-            f"partial_hypotheses needs an even number of rows per corrector (micro-)batch, not {rows}.",
-        )
-        yield (
-            not (self.partial_hypotheses and self.data.hypotheses),
-            "partial_hypotheses are made on the fly; turn them off, or leave data.hypotheses empty.",
-        )
-        yield (
-            not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size),
-            "initial_t5 has its own token embeddings: leave initial_embedding and data.vocabulary_size out.",
-        )
+        return {
+            "The corrector needs an inverter for its hypotheses: put inverter before it in stages, or give a trained "
+            "model as initial_inverter.": (
+                "corrector" not in self.stages or inverter_first or bool(self.initial_inverter)
+            ),
+            "initial_inverter is for recipes whose only stage is the corrector; remove inverter from stages.": (
+                not self.initial_inverter or "inverter" not in self.stages
+            ),
+            f"partial_hypotheses needs an even number of rows per corrector (micro-)batch, not {rows}.": (
+                not self.partial_hypotheses or rows % 2 == 0
+            ),
+            "partial_hypotheses are made on the fly; turn them off, or leave data.hypotheses empty.": (
+                not (self.partial_hypotheses and self.data.hypotheses)
+            ),
+            "initial_t5 has its own token embeddings: leave initial_embedding and data.vocabulary_size out.": (
+                not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size)
+            ),
+        }
 
 
 @dataclass(frozen=True)
@@ -345,20 +283,13 @@ class DistributedConfig(_Section, section="distributed"):
 
     coordinator: str | None = None
     """HOST:PORT of process 0; auto, the default, asks the environment, none runs alone (or V2T_COORDINATOR)"""
-    num_processes: Count | None = None
-    """processes in all (or V2T_NUM_PROCESSES)"""
-    process_id: CountOrZero | None = None
-    """number of this process, from 0 (or V2T_PROCESS_ID)"""
-    timeout: Positive = 300.0
-    """seconds to wait for the others at the start"""
+    num_processes: Count | None = None  # processes in all (or V2T_NUM_PROCESSES)
+    process_id: CountOrZero | None = None  # number of this process, from 0 (or V2T_PROCESS_ID)
+    timeout: Positive = 300.0  # seconds to wait for the others at the start
 
 
 def load_recipe(path: str) -> Config:
-    """The config of a recipe file (`get_config() -> Config`).
-
-    Raises:
-        InputError: no such file, or it has no working `get_config`.
-    """
+    """The config of a recipe file (`get_config() -> Config`)."""
     if not os.path.isfile(path):
         raise InputError(f"There is no recipe at {path}; give the path of a file such as configs/tiny.py.")
     if not path.endswith(".py"):
@@ -381,11 +312,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(schema: type[Section], values: dict[str, Any], where: str = "config") -> Section:
-    """The inverse of `to_dict`; absent fields take their defaults. `where` names the section in error messages.
-
-    Raises:
-        InputError: an unknown field, or a value of the wrong type or out of range.
-    """
+    """The inverse of `to_dict`; absent fields take their defaults. `where` names the section in error messages."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be an object with fields, not {type(values).__name__}.")
     fields = {field.name: field.type for field in dataclasses.fields(schema)}

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard, and the check that all ways in share."""
+"""The one exception that is meant for the person at the keyboard, and the checks that all ways in share."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -13,13 +13,8 @@ class InputError(Exception):
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Refuses a setting that is no whole number in its range.
-
-    Raises:
-        InputError: that.
-    """
-    whole = isinstance(value, Integral) and type(value) is not bool
-    if not whole:
+    """Refuses a setting that isn't a whole number in its range."""
+    if not isinstance(value, Integral) or type(value) is bool:
         raise InputError(f"{name} is {value!r}; give a whole number.")
     if value < least or (most is not None and value > most):
         span = f"at least {least}" if most is None else f"a number from {least} to {most}"
@@ -27,11 +22,7 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> N
 
 
 def check_texts(texts: Sequence[str], what: str = "Text") -> None:
-    """Refuses texts that can't be embedded.
-
-    Raises:
-        InputError: a text is blank, or holds bytes that are no text; or it is a single string, not a list of them.
-    """
+    """Refuses what can't be embedded: blank texts, bytes that are no text, a single string instead of a list."""
     if isinstance(texts, str):  # whose letters would pass for texts
         raise InputError("A single string was given where a list of texts is meant; put it in brackets: [text].")
     for i, text in enumerate(texts):

@@ -16,7 +16,7 @@ TEXTS = [f'Passage {i} is "about" {i * 3} things, é.' for i in range(40)]
 
 
 def read(source):
-    return list(open_source(str(source)).read(lambda _: None))
+    return list(open_source(str(source)))
 
 
 def quoted(text):
@@ -39,10 +39,9 @@ def test_files_are_read_as_they_are(tmp_path, name, packed):
     file = tmp_path / (name + ".gz" * packed)
     file.write_bytes(gzip.compress(data) if packed else data)
     assert read(file) == TEXTS
-    positions = []
     source = open_source(str(file))
-    list(source.read(positions.append))
-    assert positions == sorted(positions) and positions[-1] == source.size == file.stat().st_size
+    positions = [source.position for _ in source]
+    assert positions == sorted(positions) and source.position == source.size == file.stat().st_size
 
 
 def test_shards_are_read_in_the_order_of_their_names(tmp_path):
@@ -66,7 +65,7 @@ def test_our_tfds_builder_needs_no_tensorflow(tmp_path):
     (tmp_path / "c.tsv").write_text(FILES["collection.tsv"])
     folder = prepare_tfds(str(tmp_path / "c.tsv"), tmp_path / "tfds", "passages")
     source = open_source(f"tfds:{folder}:text")
-    assert list(source.read(lambda _: None)) == TEXTS and "tensorflow" not in sys.modules
+    assert list(source) == TEXTS and "tensorflow" not in sys.modules
     assert any("array_record" in file.name for file in source.files)
     with pytest.raises(InputError, match="passages exists: give another name, or delete it"):
         prepare_tfds(str(tmp_path / "c.tsv"), tmp_path / "tfds", "passages")

@@ -69,7 +69,7 @@ class Data:
 
 def write_texts(file: Path, count: int) -> None:
     """The packaged texts again and again, each time with another number inside, so that none is a duplicate."""
-    texts = list(open_source("wordnet").read(lambda _: None))
+    texts = list(open_source("wordnet"))
     with file.open("w", encoding="utf-8") as out:
         for i in range(count):
             # In the middle: with the same beginning, a text would leak a held-out one by eight words in a row.

@@ -209,17 +209,15 @@ def _start_worker() -> None:
 def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
     """Makes the chunks that aren't there, and says how many there are."""
     total, count, texts = sum(source.size for source in sources), 0, 0
-    read = [0] * len(sources)  # bytes of each
 
     def every() -> Iterator[list[str]]:
         chunk, size = list[str](), 0
-        for i, source in enumerate(sources):
-            for text in source.read(functools.partial(read.__setitem__, i)):
-                chunk.append(text)
-                size += len(text)
-                if size >= CHUNK_BYTES:
-                    yield chunk
-                    chunk, size = [], 0
+        for text in itertools.chain(*sources):
+            chunk.append(text)
+            size += len(text)
+            if size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
         yield chunk
 
     def missing() -> Iterator[tuple[_Job, int, Path]]:
@@ -234,7 +232,7 @@ def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
 
     with progress.bar(total // 1024, "tokenizing", unit="KB") as update:
         for _ in run(_write_chunk, missing()):
-            update(min(sum(read), total) // 1024, texts=texts)
+            update(min(sum(source.position for source in sources), total) // 1024, texts=texts)
     return count
 
 

@@ -30,19 +30,21 @@ from typing import Any, BinaryIO
 from v2t_jax.errors import InputError
 
 WORDNET = Path(__file__).parent.parent / "assets" / "wordnet.txt.gz"
-WATCH_TEXTS = 256  # texts between two reports of progress
+WATCHED_TEXTS = 256  # texts between two looks at a file's position
 TFDS_TEXT_BYTES = 256  # a TFDS record's text has no known length
 
-Watch = Callable[[int], None]  # called with the number of the source's bytes read so far
 
-
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """Something to read texts from, more than once if need be."""
+    """Texts to iterate over, more than once if need be."""
 
     files: tuple[Path, ...]  # what it is made of
     size: int  # bytes of its texts, approximately
-    read: Callable[[Watch], Iterator[str]]
+    read: Callable[["Source"], Iterator[str]]
+    position: int = 0  # bytes read so far
+
+    def __iter__(self) -> Iterator[str]:
+        return self.read(self)
 
 
 def open_source(source: str) -> Source:
@@ -54,14 +56,13 @@ def open_source(source: str) -> Source:
     if 0 in sizes:
         raise InputError(f"{files[sizes.index(0)]} is empty: give a file with text in it.")
 
-    def read(watch: Watch) -> Iterator[str]:
-        before = 0
-        for file, size in zip(files, sizes, strict=True):
+    def read(source: Source) -> Iterator[str]:
+        for i, file in enumerate(files):
             try:
                 with file.open("rb") as raw:
-                    for i, text in enumerate(_reader(file)(raw, file)):
-                        if i % WATCH_TEXTS == 0:
-                            watch(before + raw.tell())
+                    for number, text in enumerate(_reader(file)(raw, file)):
+                        if number % WATCHED_TEXTS == 0:
+                            source.position = sum(sizes[:i]) + raw.tell()
                         yield text
             except UnicodeDecodeError as error:
                 raise InputError(f"{file} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
@@ -69,8 +70,7 @@ def open_source(source: str) -> Source:
                 raise InputError(f"{file} is not a complete gzip file ({error}): make or download it again.") from error
             except OSError as error:
                 raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
-            before += size
-            watch(before)
+        source.position = source.size
 
     return Source(files, sum(sizes), read)
 
@@ -203,14 +203,14 @@ def _open_tfds(source: str) -> Source:
             f"TFDS cannot open {name!r} ({reason}): prepare it with file_format='array_record'."
         ) from error
 
-    def read(watch: Watch) -> Iterator[str]:
+    def read(opened: Source) -> Iterator[str]:
         for i in range(len(records)):
             record = records[i]
             if field not in record:
                 raise InputError(
                     f"TFDS data set {name!r} has no field {field!r} but {sorted(record)}: name one of these."
                 )
-            watch((i + 1) * TFDS_TEXT_BYTES)
+            opened.position = (i + 1) * TFDS_TEXT_BYTES
             yield _as_text(record[field], source)
 
     info = getattr(records, "dataset_info", None)

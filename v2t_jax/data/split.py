@@ -122,7 +122,7 @@ def read_texts(
     """
     packaged = source == "wordnet"
     share = HELD_OUT_SHARE if packaged else held_out_share
-    found = unique(open_source(source).read(lambda _: None))
+    found = unique(open_source(source))
     if not found:
         raise InputError(f"{source} holds no text: give a source with at least one text of letters or digits.")
     held = {normalized: text for normalized, text in found.items() if is_held_out(normalized, share)}

@@ -3,7 +3,6 @@
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,29 @@ def prepare_tfds(source: str, folder: Path, name: str) -> Path:
 
     Returns:
         The data set's own folder: `tfds:THIS:text` is a source.
-    Raises:
-        InputError: the source can't be read, the name is taken, or the folder can't be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r} is no name for a TFDS data set: use small letters, digits and _, a letter first.")
     if (folder / name).exists():  # TFDS would return what is there, whatever it was made of
         raise InputError(f"{folder / name} exists: give another name, or delete it.")
-    opened = open_source(source)
+    records = ((i, {"text": text}) for i, text in enumerate(open_source(source)))
     with contextlib.redirect_stdout(sys.stderr):  # it prints
         import tensorflow_datasets as tfds
 
-        class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-            """Texts of a file."""
+        class Texts(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:  # the inherited one loads TensorFlow
+                return {"train": records}
 
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self) -> Any:
-                features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-                # By default TFDS shuffles by key.
-                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-                for i, text in enumerate(opened.read(lambda _: None)):
-                    yield i, {"text": text}
-
-        Texts.name = name
         try:
-            builder = Texts(data_dir=str(folder), file_format="array_record")
+            builder = Texts(
+                name=name,
+                version="1.0.0",
+                features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+                split_datasets={},
+                data_dir=str(folder),
+                file_format="array_record",
+                disable_shuffling=True,  # by default TFDS shuffles by key
+            )
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip")
             )
