@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 
-from v2t_jax.assets.build_corpus import write
 from v2t_jax.data.readers import WORDNET
 from v2t_jax.data.split import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.errors import InputError
@@ -99,7 +98,7 @@ def test_avoided_texts_leave_training(text_file):
 def test_every_format_gives_the_same_texts(tmp_path, text_file):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    write(tmp_path / "texts.txt.gz", SENTENCES)
+    (tmp_path / "texts.txt.gz").write_bytes(gzip.compress("\n".join(SENTENCES).encode()))
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES))
     parquet.write_table(pyarrow.table({"text": SENTENCES}), tmp_path / "texts.parquet")
     for name in ("texts.txt", "texts.txt.gz", "texts.jsonl", "texts.parquet"):

@@ -10,15 +10,15 @@ foldoc (dict-foldoc, GFDL), bible (sword-text-web, public domain). Every extra l
 held-out WordNet line is dropped (GCIDE copies many glosses).
 """
 
-from __future__ import annotations
-
-import argparse
 import gzip
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
+
+import tyro
 
 from v2t_jax.data.split import HeldOutFilter, is_held_out, normalize_for_split, read_texts, unique
 from v2t_jax.errors import InputError
@@ -33,17 +33,15 @@ LETTER_SHARE = 0.8
 _ASCII = str.maketrans("“”‘’—–", "\"\"''--")
 _SPACE = re.compile(r"\s+")
 _MARKUP = re.compile(r"[\\{}\[\]<>|=_^~*#@+]|\(\)|\.\.|--|`")
+_PARTS_OF_SPEECH = "n|a|v|i|t|p|pr|adv|adj|prep|conj|interj|imp|pl|sing|pron|superl|compar|vb"
 
 
 def wordnet_lines() -> Iterator[str]:
     """Definitions and quoted examples of every synset, in the database's order."""
     for part in ("noun", "verb", "adj", "adv"):
         for line in _bytes(WORDNET_FOLDER / f"data.{part}", "wordnet-base").decode("utf-8").splitlines():
-            if line.startswith("  "):  # the licence at the top of each file
-                continue
-            gloss = line.partition(" | ")[2]
-            definition = gloss.partition('"')[0]
-            for text in (definition, *re.findall(r'"([^"]*)"', gloss)):
+            gloss = "" if line.startswith("  ") else line.partition(" | ")[2]  # the licence is indented
+            for text in (gloss.partition('"')[0], *re.findall(r'"([^"]*)"', gloss)):
                 text = _SPACE.sub(" ", text.replace("`", "'")).strip(" ;:,-")
                 if _is_text(text):
                     yield text
@@ -51,13 +49,11 @@ def wordnet_lines() -> Iterator[str]:
 
 def gcide_lines() -> Iterator[str]:
     """Definitions, examples and quotations of the GNU Collaborative International Dictionary of English."""
-    text = gzip.decompress(_bytes(DICTIONARIES / "gcide.dict.dz", "dict-gcide")).decode("utf-8", "replace")
     # Letters written as names: [ae], ['e], [=a], [aum] (a umlaut).
-    text = re.sub(r"\[(ae|oe|AE|OE)\]", r"\1", text)
+    text = re.sub(r"\[(ae|oe|AE|OE)\]", r"\1", _dictionary("gcide"))
     text = re.sub(r"\[([a-z])um\]|\[['`\"^=~.]([A-Za-z])\]", lambda m: m.group(1) or m.group(2), text)
     for entry in re.split(r"\n(?=\S)", text):
-        paragraphs = re.split(r"\n\s*\n", entry)
-        for number, paragraph in enumerate(paragraphs):
+        for number, paragraph in enumerate(re.split(r"\n\s*\n", entry)):
             yield from _gcide_paragraph(_SPACE.sub(" ", paragraph).strip(), head=number == 0)
 
 
@@ -65,14 +61,10 @@ def _gcide_paragraph(text: str, head: bool) -> Iterator[str]:
     for _ in range(2):  # brackets nest one deep
         text = re.sub(r"\[[^\[\]]*\]", " ", text)
     if head:
-        text = text.rpartition("\\")[2] if "\\" in text else ""
         # Pronunciation, part of speech and inflected forms, up to the first full word of the definition.
+        text = text.rpartition("\\")[2] if "\\" in text else ""
         text = re.sub(r"^[\s,;]*(\([^()]*\)[\s,;]*)*", "", text)
-        text = re.sub(
-            r"^((n|a|v|i|t|p|pr|adv|adj|prep|conj|interj|imp|pl|sing|pron|superl|compar|vb)\b\.?[\s,;&]*)+",
-            "",
-            text,
-        )
+        text = re.sub(rf"^(({_PARTS_OF_SPEECH})\b\.?[\s,;&]*)+", "", text)
         text = re.sub(r"^(pl\.|imp\.)?[^.]*\{[^.]*\}[^.]*?\.\s", "", text)
     if text.startswith("Syn:"):
         return
@@ -84,7 +76,7 @@ def _gcide_paragraph(text: str, head: bool) -> Iterator[str]:
     text = re.sub(r"[\s;,]*--\s*(also called|called also|opposed to|distinguished from)", r", \1", text)
     text = re.sub(r"\s--\s?[A-Z(][^\"]{0,40}$", "", text)  # who said it
     text = re.sub(r"--\s?[A-Z][\w.']*(\s[A-Z(][\w.')]*){0,3}", ". ", text)
-    text = re.sub(r"[{}]", "", text).replace("*", "")
+    text = re.sub(r"[{}*]", "", text)
     for piece in (text, *quotations):
         for sentence in _sentences(piece):
             definition, _, example = sentence.partition("; as, ")
@@ -93,18 +85,15 @@ def _gcide_paragraph(text: str, head: bool) -> Iterator[str]:
 
 def foldoc_lines() -> Iterator[str]:
     """Sentences of the Free On-line Dictionary of Computing."""
-    text = gzip.decompress(_bytes(DICTIONARIES / "foldoc.dict.dz", "dict-foldoc")).decode("utf-8", "replace")
-    for paragraph in re.split(r"\n\s*\n|\n(?=\S)", text):
-        flat = re.sub(r"\[[^\[\]]*\]|<[^<>]*>|\{\([^{}]*\)\}", " ", paragraph)
-        flat = re.sub(r"^\s*\d+\.\s+", "", flat.replace("{", "").replace("}", ""))
-        yield from _sentences(_SPACE.sub(" ", flat))
+    for paragraph in re.split(r"\n\s*\n|\n(?=\S)", _dictionary("foldoc")):
+        flat = re.sub(r"[{}]", "", re.sub(r"\[[^\[\]]*\]|<[^<>]*>|\{\([^{}]*\)\}", " ", paragraph))
+        yield from _sentences(_SPACE.sub(" ", re.sub(r"^\s*\d+\.\s+", "", flat)))
 
 
 def bible_lines() -> Iterator[str]:
     """Sentences of the World English Bible, out of the SWORD project's zlib blocks."""
     for part in ("ot", "nt"):
-        index = _bytes(BIBLE_FOLDER / f"{part}.bzs", "sword-text-web")
-        blocks = _bytes(BIBLE_FOLDER / f"{part}.bzz", "sword-text-web")
+        index, blocks = (_bytes(BIBLE_FOLDER / f"{part}.{kind}", "sword-text-web") for kind in ("bzs", "bzz"))
         for i in range(0, len(index), 12):
             offset, size = (int.from_bytes(index[i + j : i + j + 4], "little") for j in (0, 4))
             markup = zlib.decompress(blocks[offset : offset + size]).decode("utf-8", "replace")
@@ -112,16 +101,11 @@ def bible_lines() -> Iterator[str]:
             yield from _sentences(_SPACE.sub(" ", markup))
 
 
-EXTRA: dict[str, Callable[[], Iterator[str]]] = {
-    "gcide": gcide_lines,
-    "foldoc": foldoc_lines,
-    "bible": bible_lines,
-}
+EXTRA = {"gcide": gcide_lines, "foldoc": foldoc_lines, "bible": bible_lines}
 
 
-def _sentences(text: str) -> Iterator[str]:
-    text = text.translate(_ASCII)
-    yield from re.split(r"""(?<=[a-z0-9)][.!?])["')]*\s+(?=["'A-Z(])""", text)
+def _sentences(text: str) -> list[str]:
+    return re.split(r"""(?<=[a-z0-9)][.!?])["')]*\s+(?=["'A-Z(])""", text.translate(_ASCII))
 
 
 def _tidy(texts: Iterable[str]) -> Iterator[str]:
@@ -139,31 +123,27 @@ def _is_text(text: str) -> bool:
 def build_wordnet() -> list[str]:
     """The packaged corpus: held-out lines, and the training lines that give none of them away."""
     lines = unique(wordnet_lines())
-    held_out = [normalized for normalized in lines if is_held_out(normalized)]
-    rest = [normalized for normalized in lines if not is_held_out(normalized)]
-    bad = {normalized for normalized, found in zip(rest, HeldOutFilter(held_out).leaking(rest), strict=True) if found}
-    print(f"wordnet: {len(lines)} lines, {len(held_out)} held out, {len(bad)} dropped for overlap with those")
-    return [text for normalized, text in lines.items() if normalized not in bad]
+    held_out = {normalized for normalized in lines if is_held_out(normalized)}
+    kept = held_out | _without_leaks("wordnet", lines.keys() - held_out, held_out)
+    return [text for normalized, text in lines.items() if normalized in kept]
 
 
 def build_extra(sources: Iterable[str]) -> list[str]:
     """Lines of the given sources that are neither in the packaged corpus nor give away its held-out lines."""
-    held_out = [normalize_for_split(text) for text in read_texts("wordnet", "held_out")]
-    known = {normalize_for_split(text) for text in read_texts("wordnet", "train")}
-    kept: dict[str, str] = {}
+    known, held_out = (set(map(normalize_for_split, read_texts("wordnet", s))) for s in ("train", "held_out"))
+    lines: dict[str, str] = {}
     for source in sources:
-        lines = unique(_tidy(EXTRA[source]()))
-        new = [normalized for normalized in lines if normalized not in known and normalized not in kept]
-        bad = HeldOutFilter(held_out).leaking(new)
-        kept |= {normalized: lines[normalized] for normalized, found in zip(new, bad, strict=True) if not found}
-        print(f"{source}: {len(lines)} lines, {len(new)} of them new, {int(bad.sum())} dropped for overlap")
-    print(f"together {len(kept)} lines")
-    return list(kept.values())
+        found = unique(_tidy(EXTRA[source]()))
+        kept = _without_leaks(source, found.keys() - known - lines.keys(), held_out)
+        lines |= {normalized: text for normalized, text in found.items() if normalized in kept}
+    return list(lines.values())
 
 
-def write(path: Path, lines: Iterable[str]) -> None:
-    """Writes gzip that depends on the lines alone (no name, no time)."""
-    path.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), 9, mtime=0))
+def _without_leaks(source: str, normalized: Iterable[str], held_out: Iterable[str]) -> set[str]:
+    lines = list(normalized)
+    kept = {line for line, leaks in zip(lines, HeldOutFilter(list(held_out)).leaking(lines), strict=True) if not leaks}
+    print(f"{source}: {len(lines)} new lines for training, {len(lines) - len(kept)} dropped for overlap with held-out")
+    return kept
 
 
 def _bytes(path: Path, package: str) -> bytes:
@@ -172,18 +152,22 @@ def _bytes(path: Path, package: str) -> bytes:
     return path.read_bytes()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["wordnet", "extra"])
-    parser.add_argument("out", type=Path, help="a .txt.gz file to write")
-    parser.add_argument("--source", nargs="+", choices=list(EXTRA), default=["gcide"])
-    arguments = parser.parse_args()
+def _dictionary(name: str) -> str:
+    return gzip.decompress(_bytes(DICTIONARIES / f"{name}.dict.dz", f"dict-{name}")).decode("utf-8", "replace")
+
+
+def main(
+    what: tyro.conf.Positional[Literal["wordnet", "extra"]],
+    out: tyro.conf.Positional[Path],
+    source: tuple[Literal["gcide", "foldoc", "bible"], ...] = ("gcide",),
+) -> None:
     try:
-        write(arguments.out, build_wordnet() if arguments.what == "wordnet" else build_extra(arguments.source))
+        lines = build_wordnet() if what == "wordnet" else build_extra(source)
     except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(str(error))
+    # The bytes depend on the lines alone: no name, no time.
+    out.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), 9, mtime=0))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
