@@ -176,6 +176,17 @@ class DataConfig(_Section, section="data"):
 
 
 @dataclass(frozen=True)
+class BuildSettings(_Section):
+    """What decides a built data set's content, beside sources and tokenizer."""
+
+    vocabulary_size: CountOrZero = 0
+    """keep the most common tokens of the training texts and drop texts with others; 0 keeps all"""
+    held_out_share: Annotated[float, Meta(gt=0, lt=1)] = 0.02
+    """share of the texts held out from training; with millions of texts, 0.001 is enough"""
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**16)] = 512  # maximum tokens of a text; the rest is cut off
+
+
+@dataclass(frozen=True)
 class MeshConfig(_Section, section="mesh"):
     """Devices along each axis of the mesh; -1 takes all that remain."""
 

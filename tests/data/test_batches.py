@@ -42,24 +42,24 @@ def test_rows_are_content_then_end_then_padding():
 def test_an_epoch_uses_every_text_once_and_long_ones_as_spans():
     dataset = make_dataset(200, 1)
     batches = Batches([dataset], Batching(**SETTINGS))
-    owner = np.repeat(np.arange(200), dataset.lengths)
+    owner = np.repeat(np.arange(200), np.diff(dataset.offsets))
     for epoch in range(2):
         seen = {}
         for row in rows_of(batches, range(25 * epoch, 25 * epoch + 25)):
             at = np.searchsorted(dataset.tokens, row[0])
             seen[owner[at]] = len(row)
         assert len(seen) == 200
-        assert all(n == min(dataset.lengths[i], n) and n <= 16 for i, n in seen.items())
-        long = [n for i, n in seen.items() if dataset.lengths[i] > 16]
+        assert all(n == min(np.diff(dataset.offsets)[i], n) and n <= 16 for i, n in seen.items())
+        long = [n for i, n in seen.items() if np.diff(dataset.offsets)[i] > 16]
         assert np.mean(np.array(long) == 16) > 0.5 and min(long) >= 3
-        whole = [n == dataset.lengths[i] for i, n in seen.items() if dataset.lengths[i] <= 16]
+        whole = [n == np.diff(dataset.offsets)[i] for i, n in seen.items() if np.diff(dataset.offsets)[i] <= 16]
         assert 0.6 < np.mean(whole) < 0.95
 
 
 def test_without_spans_short_texts_are_whole():
     dataset = make_dataset(100, 1, longest=17)
     rows = rows_of(Batches([dataset], Batching(**{**SETTINGS, "span_share": 0.0, "batch_size": 10})), range(10))
-    assert sorted(map(len, rows)) == sorted(dataset.lengths)
+    assert sorted(map(len, rows)) == sorted(np.diff(dataset.offsets))
 
 
 def test_any_step_is_the_same_however_it_is_reached():
@@ -100,7 +100,7 @@ def test_texts_with_unknown_tokens_are_dropped(tokenizer, monkeypatch):
     vocabulary = Vocabulary.full(tokenizer)
     monkeypatch.setattr(dataset_module, "ENCODED_TEXTS", 3)
     dataset = TokenDataset.from_texts(["the cat", "the zebra", "", "dogs"], vocabulary)
-    assert dataset.lengths.tolist() == [2, 2]
+    assert np.diff(dataset.offsets).tolist() == [2, 2]
     assert vocabulary.decode(np.append(dataset.tokens[:2], EOS)) == ["the cat"]
     assert TokenDataset.from_texts(["zebra"], vocabulary).offsets.tolist() == [0]
 

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
+from v2t_jax.config import BuildSettings
 from v2t_jax.data import batches as batches_module
 from v2t_jax.data.batches import PREFETCHED, Batches, Batching
-from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.data.build import build
 from v2t_jax.data.columns import Column, ColumnWriter, open_column
 from v2t_jax.data.dataset import BLOCK_ROWS, TokenDataset
 from v2t_jax.decode.state import EOS, PAD
@@ -158,7 +159,7 @@ def test_padding_is_below_a_tenth(dataset, monkeypatch):
 def test_columns_go_with_their_rows(dataset, tmp_path):
     dataset = TokenDataset.open(shutil.copytree(dataset.folder, tmp_path / "copy"))
     writer = ColumnWriter(dataset, "first-and-length", "float16", (2,), {"max_length": 9})
-    values = np.stack([dataset.tokens[dataset.offsets[:-1]], dataset.lengths], 1)
+    values = np.stack([dataset.tokens[dataset.offsets[:-1]], np.diff(dataset.offsets)], 1)
     for piece in writer.missing():
         writer.write(piece, values[writer.rows(piece)])
     writer.finish()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny_run import make_recipe, make_tokenizer
-from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.config import BuildSettings
+from v2t_jax.data.build import build
 from v2t_jax.data.dataset import BLOCK_ROWS
 from v2t_jax.data.recipe import make_batches
 from v2t_jax.embedders.load import load_embedder

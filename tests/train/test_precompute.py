@@ -20,8 +20,9 @@ from tests.helpers.plain_folder import plain
 from tests.helpers.tiny_model import MAX_LENGTH, make_model
 from tests.helpers.tiny_run import make_texts, make_tokenizer
 from v2t_jax import load
+from v2t_jax.config import BuildSettings
 from v2t_jax.data import columns
-from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.data.build import build
 from v2t_jax.data.columns import ColumnWriter, open_column
 from v2t_jax.data.dataset import BLOCK_ROWS, TokenDataset
 from v2t_jax.embedders.base import JaxEmbedder

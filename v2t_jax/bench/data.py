@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from v2t_jax.bench import num_cores
+from v2t_jax.config import BuildSettings
 from v2t_jax.data.batches import Batches, Batching
-from v2t_jax.data.build import BuildSettings, build
+from v2t_jax.data.build import build
 from v2t_jax.data.columns import Column, ColumnWriter, open_column
 from v2t_jax.data.dataset import TokenDataset
 from v2t_jax.data.readers import open_source

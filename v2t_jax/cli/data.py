@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from v2t_jax.cli.invert import open_embedder
-from v2t_jax.config import ApiConfig, DistributedConfig
+from v2t_jax.config import ApiConfig, BuildSettings, DistributedConfig
 from v2t_jax.errors import InputError
 
 
@@ -28,12 +28,7 @@ class Build:
     """the embedder whose tokenizer to use: a name listed by `v2t embedders`, or a folder"""
     tokenizer: str | None = None
     """a tokenizer.json to use instead"""
-    vocabulary_size: int = 0
-    """keep the most common tokens of the training texts and drop texts with others; 0 keeps all"""
-    held_out_share: float = 0.02
-    """share of the texts held out from training; with millions of texts, 0.001 is enough"""
-    max_tokens: int = 512
-    """maximum tokens of a text; the rest is cut off"""
+    settings: Annotated[BuildSettings, tyro.conf.arg(name="")] = field(default_factory=BuildSettings)
     processes: int | None = None
     """worker processes; by default one per core"""
     json: bool = False
@@ -41,20 +36,19 @@ class Build:
 
     def run(self) -> None:
         from v2t_jax.bench import num_cores
-        from v2t_jax.data.build import BuildSettings, build
+        from v2t_jax.data.build import build
         from v2t_jax.data.vocabulary import read_tokenizer
         from v2t_jax.embedders.load import load_tokenizer
 
         if (self.embedder is None) == (self.tokenizer is None):
             raise InputError("Pass either --embedder NAME or --tokenizer FILE; it decides the tokens.")
-        settings = BuildSettings(self.vocabulary_size, self.held_out_share, self.max_tokens)
         processes = num_cores() if self.processes is None else self.processes
         if self.embedder is not None:
             tokenizer = load_tokenizer(self.embedder)
         else:
             tokenizer = read_tokenizer(Path(os.path.expanduser(str(self.tokenizer))))
         folder = Path(os.path.abspath(os.path.expanduser(self.output)))
-        counts = build(self.sources, folder, tokenizer, settings, processes).manifest["counts"]
+        counts = build(self.sources, folder, tokenizer, self.settings, processes).manifest["counts"]
         if self.json:
             print(json.dumps({"folder": str(folder), **counts}))
             return

@@ -37,35 +37,18 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
+from v2t_jax.config import BuildSettings
 from v2t_jax.data.dataset import FORMAT, TokenDataset, claim, npy_header, tokenizer_sha256, write_json
 from v2t_jax.data.readers import Source, open_source
-from v2t_jax.data.split import HELD_OUT_SHARE, HeldOutFilter, normalize_for_split, split_hash
+from v2t_jax.data.split import HeldOutFilter, normalize_for_split, split_hash
 from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import sha256_of, write_file
 
 CHUNK_BYTES = 8 << 20  # of text that are tokenized at once
 PART_BYTES = 128 << 20  # of text, about, that are sorted at once
-MOST_TOKENS = 2**16 - 1  # of a text
 
 _SCHEMA = pa.schema([("hash", pa.uint64()), ("text", pa.string()), ("ids", pa.large_list(pa.int32()))])
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """What decides a built data set's content, beside sources and tokenizer."""
-
-    vocabulary_size: int = 0  # commonest tokens to keep; 0 keeps all
-    held_out_share: float = HELD_OUT_SHARE
-    max_tokens: int = 512  # of a text; the rest is cut off
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_tokens <= MOST_TOKENS:
-            raise InputError(f"max_tokens must be from 1 to {MOST_TOKENS}, not {self.max_tokens}.")
-        if self.vocabulary_size < 0:
-            raise InputError("vocabulary_size must not be negative; 0 keeps all tokens.")
-        if not 0 < self.held_out_share < 1:
-            raise InputError(f"held_out_share must lie in (0, 1), not {self.held_out_share}: a run is scored on some.")
 
 
 @dataclass(frozen=True)

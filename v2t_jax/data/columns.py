@@ -38,8 +38,8 @@ class Column:
     made_by: dict[str, Any]  # everything that determines the values
 
 
-def open_column(dataset: TokenDataset, name: str, whole: bool = False) -> Column:
-    """Opens a finished column; `whole` compares every byte with the manifest, not only the file's size."""
+def open_column(dataset: TokenDataset, name: str) -> Column:
+    """Opens a finished column; compares its file's size with the manifest, but not every byte."""
     folder = dataset.folder / "columns" / name
     manifest, _ = read_manifest(folder / "manifest.json", "v2t data embed' or 'v2t data hypotheses")
     if manifest.get("of") != dataset.manifest_sha256:
@@ -47,7 +47,7 @@ def open_column(dataset: TokenDataset, name: str, whole: bool = False) -> Column
     try:
         if manifest["file"] is None:
             raise InputError(f"{folder} was never finished: run the command that makes it again.")
-        check_file(folder / "values.npy", manifest["file"], whole)
+        check_file(folder / "values.npy", manifest["file"], whole=False)
         return Column(name, open_array(folder / "values.npy"), manifest["made_by"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder}/manifest.json is damaged ({error} is missing): delete {folder}.") from error

@@ -71,11 +71,6 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [N], tokens in each text, end-of-sequence not counted."""
-        return np.diff(self.offsets)
-
     def padded(self, rows: slice, length: int) -> np.ndarray:
         """Ids int32 [rows, length] of some texts: their first `length - 1` tokens, end-of-sequence, padding."""
         starts, ends = self.offsets[:-1][rows], self.offsets[1:][rows]
