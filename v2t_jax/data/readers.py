@@ -109,10 +109,6 @@ def _lines(raw: BinaryIO, path: Path) -> Iterator[str]:
                 yield line.rstrip("\r\n")
 
 
-def _read_lines(raw: BinaryIO, path: Path) -> Iterator[str]:
-    return map(str.strip, _lines(raw, path))
-
-
 def _read_jsonl(raw: BinaryIO, path: Path) -> Iterator[str]:
     for number, line in enumerate(_lines(raw, path), 1):
         try:
@@ -168,9 +164,8 @@ def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[str]:
         raise InputError(f"{path} is not a readable Parquet file ({error}): write it again.") from error
 
 
-_Reader = Callable[[BinaryIO, Path], Iterator[str]]
-_READERS: dict[str, _Reader] = {
-    **dict.fromkeys((".txt", ".txt.gz"), _read_lines),
+_READERS: dict[str, Callable[[BinaryIO, Path], Iterator[str]]] = {
+    **dict.fromkeys((".txt", ".txt.gz"), lambda raw, path: map(str.strip, _lines(raw, path))),
     **dict.fromkeys((".jsonl", ".jsonl.gz"), _read_jsonl),
     **dict.fromkeys((".tsv", ".tsv.gz"), _read_tsv),
     ".parquet": _read_parquet,
@@ -185,7 +180,7 @@ def _open_tfds(source: str) -> Source:
     name, _, field = source.removeprefix("tfds:").rpartition(":")
     if not name or not field:
         raise InputError(
-            f"{source!r} names no data set and field: write tfds:NAME:FIELD, e.g. tfds:ag_news_subset:title."
+            f"{source!r} names no data set and field: write tfds:NAME:FIELD, as tfds:ag_news_subset:title."
         )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout may be read as JSON
@@ -195,12 +190,10 @@ def _open_tfds(source: str) -> Source:
                 records = tfds.builder_from_directory(name).as_data_source(split="train")
             else:
                 records = tfds.data_source(name, split="train")
-    except ImportError as error:
-        raise InputError(f"TFDS cannot open {name!r} ({error}): install what it lacks.") from error
-    except (ValueError, OSError, RuntimeError, NotImplementedError, KeyError) as error:
+    except (ImportError, ValueError, OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"TFDS cannot open {name!r} ({reason}): prepare it with file_format='array_record'."
+            f"TFDS cannot open {name!r} ({reason}): install what it lacks or prepare it as file_format='array_record'."
         ) from error
 
     def read(opened: Source) -> Iterator[str]:
