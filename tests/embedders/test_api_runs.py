@@ -236,7 +236,7 @@ def invert(pipeline, texts):
     vectors = pipeline.embedder.embed(texts)
     return [InversionResult(text, float(v[0]), 0, ()) for text, v in zip(texts, vectors, strict=True)]
 np.testing.assert_array_equal(embed_once(embedder(), TEXTS[:20]), EXPECTED[:20])
-found = invert_on_all_hosts(invert, SimpleNamespace(embedder=embedder(max_requests=1)), TEXTS)
+found = invert_on_all_hosts(invert, SimpleNamespace(mesh=None, embedder=embedder(max_requests=1)), TEXTS)
 assert [one.text for one in found] == TEXTS and found[7].cosine == float(EXPECTED[7, 0])
 try:
     embed_once(embedder(max_requests=0), ["one more"])

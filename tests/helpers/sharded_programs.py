@@ -22,9 +22,9 @@ from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (
     Batch,
     FrozenParams,
+    Task,
     TrainState,
     frozen_shardings,
-    make_loss,
     make_step,
     shard_step,
 )
@@ -56,7 +56,7 @@ def train_step(stage: str, config: MeshConfig) -> str:
     optimizer = make_optimizer(OptimizerConfig(), 10)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(count, params, jax.eval_shape(optimizer.init, params))
-    step = make_step(make_loss(stage, MODEL, EMBEDDER, TokenMap((2,), 3)), optimizer, 1, 0)
+    step = make_step(Task(stage, MODEL, EMBEDDER, TokenMap((2,), 3)).loss, optimizer, 1, 0)
     frozen = FrozenParams(
         {"encoder": TextEncoder(EMBEDDER.encoder).abstract_params()},
         jax.ShapeDtypeStruct((VOCAB,), jnp.int32),

@@ -144,7 +144,7 @@ def test_a_process_alone_has_all_rows_and_waits_for_nobody():
     assert processes.gather({"a": [1]}) == [{"a": [1]}]
     assert processes.broadcast(3) == 3
     np.testing.assert_array_equal(processes.shared([1, 2, 3], np.asarray), [1, 2, 3])
-    assert processes.Vote(cut, sharding())(15) == 15
+    assert processes.Vote(cut.mesh)(15) == 15
 
 
 TOGETHER = """
@@ -157,7 +157,7 @@ processes.start(DistributedConfig(timeout=60))
 me = jax.process_index()
 assert processes.is_several() and processes.is_main() == (me == 0)
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-cut, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+cut = NamedSharding(mesh, P("data"))
 rows = processes.local_rows(cut, 8)
 assert rows == slice(4 * me, 4 * me + 4), rows
 values = np.arange(24.0).reshape(8, 3)
@@ -174,7 +174,7 @@ def work(items):
     return np.stack([np.full(2, item) for item in items])
 np.testing.assert_array_equal(processes.shared([3, 1, 4, 1, 5], work)[:, 0], [3, 1, 4, 1, 5])
 assert asked == ([1, 1, 3] if me else [3, 4, 5]), asked
-vote = processes.Vote(cut, whole)
+vote = processes.Vote(mesh)
 assert [vote(word) for word in ([0, 15, 0] if me else [0, 2, 0])] == [0, 0, 15]
 with processes.main_first("written") as here:
     assert here == (me == 0)

@@ -9,7 +9,7 @@ from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.inversion.api import embed_decoded, run_correction
+from v2t_jax.inversion.api import corrections, embed_decoded
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.parallel import processes
@@ -55,7 +55,7 @@ def test_it_recovers_what_one_device_recovers(cut, stage):
     here = InversionPipeline("whole", MODEL, processes.fetch(params), cut.embedder, cut.vocabulary)
     e = embed_decoded(there, make_texts(5))
     steps = int(stage == "corrector")
-    found, expected = (run_correction(model, e, steps, 1, "upstream") for model in (there, here))
+    (_, found), (_, expected) = (next(corrections(model, e, steps, 1, "upstream")) for model in (there, here))
     np.testing.assert_array_equal(found.trace_ids, expected.trace_ids)
     np.testing.assert_allclose(found.similarity, expected.similarity, atol=1e-5)
     assert len(found.ids) == 5 and found.steps_run == steps

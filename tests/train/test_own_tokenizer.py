@@ -16,8 +16,7 @@ from v2t_jax.config import Config
 from v2t_jax.data.recipe import make_batches
 from v2t_jax.errors import InputError
 from v2t_jax.parallel.mesh import make_mesh
-from v2t_jax.train.feed import Feed
-from v2t_jax.train.loop import train
+from v2t_jax.train.loop import Feed, train
 from v2t_jax.train.setup import prepare, random_params
 from v2t_jax.train.step import FrozenParams
 
@@ -77,8 +76,7 @@ def test_batches_bring_texts_and_hypotheses_in_the_embedders_tokens(recipe: Conf
     frozen = FrozenParams(context.in_step.params, jnp.asarray(context.vocabulary.vocab_map), params)
     feed = Feed(context, "corrector", batches, frozen, mesh)
     for step in (0, 3):
-        batch, tokens = feed.start(step)()
-        assert tokens == (np.asarray(batch.ids) != 0).sum()
+        batch = feed.start(step)()
         for ids, found in ((batch.ids, batch.tokens), (batch.hypothesis, batch.hypothesis_tokens)):
             assert found is not None
             texts = context.vocabulary.decode(np.asarray(ids))
@@ -86,7 +84,7 @@ def test_batches_bring_texts_and_hypotheses_in_the_embedders_tokens(recipe: Conf
             width = expected[0].sum(axis=0).nonzero()[0].max() + 1
             np.testing.assert_array_equal(np.asarray(found.ids)[:, :width], expected[0][:, :width])
             assert not np.asarray(found.mask)[:, width:].any()
-        again, _ = feed.start(step)()
+        again = feed.start(step)()
         np.testing.assert_array_equal(again.hypothesis, batch.hypothesis)
     embedded = context.embed(np.asarray(batch.ids))
     np.testing.assert_allclose(

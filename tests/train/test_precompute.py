@@ -211,7 +211,7 @@ def test_what_does_not_go_together(stored: TokenDataset, root: Path, model: Inve
         embed_column(stored, "short", model.embedder, max_length=5)
     with refused(match="max_length is 40, but .* reads texts of 31 at most"):
         embed_column(stored, "long", model.embedder, max_length=40)
-    with refused(match="max_length is 1; it must be at least 2"):
+    with refused(match="max_length is 1; give at least 2"):
         embed_column(stored, "long", model.embedder, max_length=1)
     with refused(match="batch_size is 0"):
         embed_column(stored, "long", model.embedder, max_length=8, batch_size=0)

@@ -91,7 +91,7 @@ def test_the_cut_loss_and_its_gradient_are_the_whole_ones(shape):
     loss, found = jax.jit(jax.value_and_grad(lambda x: cross_entropy(x, labels)[0]))(jax.device_put(logits, cut))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(found, gradient, atol=1e-5)
-    _, correct, tokens = cross_entropy(logits, labels)
+    _, (correct, tokens) = cross_entropy(logits, labels)
     hits = (jnp.argmax(logits, -1) == labels) & (labels != 0)
     assert (correct, tokens) == (hits.sum(), (labels != 0).sum())
 

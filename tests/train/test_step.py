@@ -20,14 +20,13 @@ from v2t_jax.parallel.mesh import make_mesh, replicated
 from v2t_jax.train.step import (
     Batch,
     FrozenParams,
+    Task,
     TrainState,
     cross_entropy,
     greedy_hypotheses,
-    make_loss,
     make_step,
     mixed_hypotheses,
     shard_step,
-    training_hypotheses,
 )
 
 T5 = T5Config(
@@ -76,7 +75,7 @@ def frozen(embedder, vocabulary):
 
 
 def loss_of(stage, embedder, model=MODEL):
-    return make_loss(stage, model, embedder.config, embedder.token_map())
+    return Task(stage, model, embedder.config, embedder.token_map()).loss
 
 
 def new_state(stage, optimizer):
@@ -109,7 +108,7 @@ def test_on_device_embeddings_are_the_embedders(embedder, vocabulary, prefix):
 
 def test_cross_entropy_by_hand():
     logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1e-9, 0.5, 0.5]]]))
-    loss, correct, tokens = cross_entropy(logits, jnp.asarray([[1, 2, 0]]))
+    loss, (correct, tokens) = cross_entropy(logits, jnp.asarray([[1, 2, 0]]))
     assert float(loss) == pytest.approx(-np.log(0.25) - np.log(0.8), rel=1e-5)
     assert (float(correct), float(tokens)) == (1.0, 2.0)
 
@@ -200,8 +199,10 @@ def test_every_other_training_hypothesis_is_partial_where_asked(frozen, embedder
     e = embed_model_ids(embedder.config, embedder.token_map(), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
     short, key = jnp.asarray(ids[:, :7]), jax.random.key(0)  # a bucket shorter than max_length
     greedy = greedy_hypotheses(MODEL, frozen.inverter, e)
-    np.testing.assert_array_equal(training_hypotheses(MODEL, frozen.inverter, e, short, None), greedy)
-    both = training_hypotheses(MODEL, frozen.inverter, e, short, key)
+    task = Task("corrector", MODEL, None, None)
+    for without, given in ((task, key), (dataclasses.replace(task, partial_hypotheses=True), None)):
+        np.testing.assert_array_equal(without.hypotheses(frozen, e, short, given), greedy)
+    both = dataclasses.replace(task, partial_hypotheses=True).hypotheses(frozen, e, short, key)
     np.testing.assert_array_equal(both[::2], greedy[::2])
     partial = mixed_hypotheses(MODEL, frozen.inverter, e[1::2], short[1::2], key)
     np.testing.assert_array_equal(both[1::2, :7], partial)

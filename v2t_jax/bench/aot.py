@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
-from v2t_jax.bench.roofline import Report, Topology, Work, nbytes, ring_bytes, totals, work
+from v2t_jax.bench.roofline import Report, Topology, nbytes, totals, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.embedders.known import KNOWN
 from v2t_jax.embedders.load import locate
@@ -27,21 +28,20 @@ from v2t_jax.interop.files import complete_config, read_json
 from v2t_jax.interop.hf_encoders import encoder_config
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections, shared_embedder
-from v2t_jax.models import encoders
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import Activation, EmbedderConfig, TokenMap
-from v2t_jax.models.encoders import BertConfig, EncoderConfig
-from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.encoders import BertConfig, EncoderConfig, encoder_network
 from v2t_jax.models.t5 import round_weights
 from v2t_jax.parallel.mesh import (
     AXES,
     DECODING_RULES,
+    RULES,
     OnMesh,
+    Rules,
     batch_sharding,
     decoding_rows,
     make_mesh,
     param_specs,
-    replicated,
     state_shardings,
 )
 from v2t_jax.train.optim import make_optimizer
@@ -49,10 +49,10 @@ from v2t_jax.train.setup import check_batches, column_names
 from v2t_jax.train.step import (
     Batch,
     FrozenParams,
+    Task,
     TrainState,
     frozen_shardings,
     greedy_hypotheses,
-    make_loss,
     make_step,
     shard_step,
 )
@@ -73,27 +73,22 @@ ROWS_A_CHIP = 32  # texts that a chip, or those that share a network, correct at
 def compile_recipe(
     config: Config, topology: Topology, programs: tuple[Program, ...], beam: int = 4
 ) -> Iterator[Report]:
-    """Compiles what the recipe runs, one program after the other.
-
-    Raises:
-        InputError: the mesh or the batch doesn't fit the topology, or the embedder's sizes aren't known.
-    """
-    settings = dataclasses.replace(config.mesh, slices=0)
-    mesh = make_mesh(settings, topology.devices)
+    """Compiles what the recipe runs, one program after the other."""
+    mesh = make_mesh(dataclasses.replace(config.mesh, slices=0), topology.devices)
     if config.data.tokenizer:
         raise InputError(
             "A recipe with data.tokenizer retokenizes on the host, which can't be compiled here: leave data.tokenizer "
             "empty to see what the networks need."
         )
-    embedder, piece_map, model = None, None, config.model
+    embedder, token_map, model = None, None, config.model
     if not is_endpoint(config.embedder):  # of which the recipe must say the width
-        embedder, piece_map = embedder_sizes(config)
+        embedder, token_map = embedder_sizes(config)
         vocab_size = model.t5.vocab_size
         if not config.initial_t5:
             vocab_size = config.data.vocabulary_size or embedder.encoder.vocab_size
         t5_config = dataclasses.replace(model.t5, vocab_size=vocab_size)
         model = dataclasses.replace(model, t5=t5_config, embedding_width=embedder.width)
-    recipe = _Recipe(config, model, embedder, piece_map, mesh, topology)
+    recipe = _Recipe(config, model, embedder, token_map, mesh, topology)
     if "train" in programs:
         check_batches(config, mesh)
         for stage in config.stages:
@@ -131,14 +126,19 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, TokenMap]:
     return sizes, TokenMap(() if isinstance(encoder, T5Config) else (0,), 1)
 
 
-def _shapes(tree: Any, shardings: Any) -> Any:
-    """Shapes of arrays that lie as `shardings` say."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+def _array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Shapes of arrays that lie as `shardings` say: a tree like them, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: _array(x.shape, x.dtype, s), tree, shardings)
 
 
 def _bytes_a_chip(tree: Any) -> int:
-    shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape  # noqa: E731
-    return sum(nbytes(jax.ShapeDtypeStruct(shard(x), x.dtype)) for x in jax.tree.leaves(tree))
+    return sum(nbytes(x, x.sharding and x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
@@ -146,160 +146,141 @@ class _Recipe:
     config: Config
     model: ModelConfig
     embedder: EmbedderConfig | None  # None: behind an endpoint
-    piece_map: TokenMap | None
+    token_map: TokenMap | None
     mesh: Mesh
     topology: Topology
 
-    @functools.cached_property
-    def _key(self) -> jax.Array:
-        return jax.random.key(0)  # made before the mesh is entered: nothing can be computed on TPUs that aren't here
-
-    def _network(self, stage: Stage) -> Any:
-        return NETWORKS[stage](self.model).abstract_params()
-
-    def _embedder(self) -> Any:
-        if self.embedder is None:
-            return None
-        encoder = self.embedder.encoder
-        params: dict[str, Any] = {"encoder": encoders.encoder_network(encoder).abstract_params()}
-        width = self.embedder.width
-        if self.embedder.dense:
-            kernel = jax.ShapeDtypeStruct((width, width), jnp.float32)
-            params["dense"] = [{"kernel": kernel} for _ in self.embedder.dense]
-        # Matrices are kept in the arithmetic's dtype, as where an embedder is loaded.
-        dtype = jnp.dtype(self.config.embedder_dtype)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), params)
+    def _network(self, stage: Stage, rules: Rules = RULES) -> Any:
+        params = NETWORKS[stage](self.model).abstract_params()
+        if rules is not RULES:  # for decoding, in the arithmetic's dtype
+            params |= {"t5": jax.eval_shape(functools.partial(round_weights, self.model.t5), params["t5"])}
+        specs = param_specs(params, NETWORKS[stage].PARAM_AXES, rules)
+        return _placed(params, state_shardings(self.mesh, params, specs))
 
     def _frozen(self, with_inverter: bool) -> FrozenParams:
-        pieces: Any = jax.ShapeDtypeStruct((self.model.t5.vocab_size,), jnp.int32)
-        return FrozenParams(self._embedder(), pieces, self._network("inverter") if with_inverter else None)
+        params = None
+        if self.embedder is not None:
+            encoder, width = self.embedder.encoder, self.embedder.width
+            params = {"encoder": encoder_network(encoder).abstract_params()}
+            if self.embedder.dense:
+                params["dense"] = [{"kernel": _array((width, width), jnp.float32)} for _ in self.embedder.dense]
+            # Matrices are kept in the arithmetic's dtype, as where an embedder is loaded.
+            dtype = jnp.dtype(self.config.embedder_dtype)
+            params = jax.tree.map(lambda x: _array(x.shape, dtype if x.ndim > 1 else x.dtype), params)
+        vocab_map = _array((self.model.t5.vocab_size,), jnp.int32)
+        frozen = FrozenParams(params, vocab_map, self._network("inverter") if with_inverter else None)
+        return _placed(frozen, frozen_shardings(self.mesh, frozen))
+
+    def _batch(self, stage: Stage, rows: int) -> Batch:
+        """What a step is given: the texts, with what the recipe has in columns."""
+        ids = _array((rows, self.model.max_length), jnp.int32)
+        vector = _array((rows, self.model.embedding_width), jnp.float16)
+        stored = {"embedding": vector, "hypothesis": ids, "hypothesis_embedding": vector}
+        return Batch(ids, **{name: stored[name] for name in column_names(self.config, stage)})
 
     def _shards(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def _batch(self, stage: Stage, rows: int) -> Batch:
-        """What a step is given: the texts, with what the recipe has in columns."""
-        ids: Any = jax.ShapeDtypeStruct((rows, self.model.max_length), jnp.int32)
-        vector: Any = jax.ShapeDtypeStruct((rows, self.model.embedding_width), jnp.float16)
-        stored = {"embedding": vector, "hypothesis": ids, "hypothesis_embedding": vector}
-        return Batch(ids, **{name: stored[name] for name in column_names(self.config, stage)})
-
-    @property
-    def _cut_in_decoding(self) -> int:
-        """Chips that share the work on the same rows."""
-        return self.mesh.shape["model"] if self.config.mesh.decode == "model" else 1
-
     def _everywhere(self, local: Any, axes: tuple[str, ...]) -> Any:
         """Arrays whose rows are cut over `axes`, by what one chip has of them."""
-        place, shards = NamedSharding(self.mesh, PartitionSpec(axes)), self._shards(axes)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((shards * x.shape[0], *x.shape[1:]), x.dtype, sharding=place), local
-        )
+        whole = jax.tree.map(lambda x: _array((self._shards(axes) * x.shape[0], *x.shape[1:]), x.dtype), local)
+        return _placed(whole, NamedSharding(self.mesh, PartitionSpec(axes)))
+
+    def _decoding_work(self, run: Callable, *arguments: Any) -> np.ndarray:
+        """A chip's `work`, of which the chips that share weights do the same on the same rows."""
+        cut = self.mesh.shape["model"] if self.config.mesh.decode == "model" else 1
+        return work(jax.make_jaxpr(run)(*arguments).jaxpr, self.model.max_length) / cut
 
     def train(self, stage: Stage) -> Report:
         """The training step of a stage, at the recipe's batch size and the longest texts."""
         settings: StageConfig = getattr(self.config, stage)
-        accumulate, rows, length = settings.optimizer.accumulate_steps, settings.batch_size, self.model.max_length
+        accumulate, rows = settings.optimizer.accumulate_steps, settings.batch_size
         shards, cut = self._shards(TRAINING), self.mesh.shape["model"]
-        optimizer = make_optimizer(settings.optimizer, settings.num_steps)
-        params = self._network(stage)
-        count: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(count, params, jax.eval_shape(optimizer.init, params))
-        frozen = self._frozen(stage == "corrector" and not self.config.data.hypotheses)
-
-        def step_of(model: ModelConfig) -> Callable:
-            loss = make_loss(
-                stage, model, self.embedder, self.piece_map, self.config.partial_hypotheses, self.config.mesh.decode
-            )
-            return make_step(loss, optimizer, accumulate, self.config.seed)
-
-        step, shardings = shard_step(step_of(self.model), self.mesh, state, stage)
-        state_here, frozen_here = _shapes(state, shardings), _shapes(frozen, frozen_shardings(self.mesh, frozen))
-        local = self._batch(stage, rows // shards)
-        once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
-        run, needed = (
-            work(jax.make_jaxpr(step_of(model))(state, frozen, local).jaxpr, length).times(1 / cut)
-            for model in (self.model, once)
+        optimizer, params = make_optimizer(settings.optimizer, settings.num_steps), self._network(stage)
+        state = TrainState(_array((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+        task = Task(
+            *(stage, self.model, self.embedder, self.token_map),
+            *(self.config.partial_hypotheses, self.config.mesh.decode),
         )
+        frozen = self._frozen(stage == "corrector" and not self.config.data.hypotheses)
+        local = self._batch(stage, rows // shards)
+
+        def step_of(task: Task) -> Callable:
+            return make_step(task.loss, optimizer, accumulate, self.config.seed)
+
+        def work_of(task: Task) -> np.ndarray:
+            return work(jax.make_jaxpr(step_of(task))(state, frozen, local).jaxpr, self.model.max_length) / cut
+
+        step, shardings = shard_step(step_of(task), self.mesh, state, stage)
+        state = _placed(state, shardings)
+        once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
         # Everything of the state is read and written, once, beside what the matrix products read.
-        run += Work(bytes=2 * _bytes_a_chip(state_here) + _bytes_a_chip(frozen_here))
+        run = work_of(task) + (0, 2 * _bytes_a_chip(state) + _bytes_a_chip(frozen))
         memory = {
-            "params": _bytes_a_chip(state_here.params),
-            "optimizer": _bytes_a_chip(state_here.optimizer),
-            "frozen": _bytes_a_chip(frozen_here),
-            "activations": self._kept(stage, params, frozen, rows // shards // accumulate) // cut,
+            "params": _bytes_a_chip(state.params),
+            "optimizer": _bytes_a_chip(state.optimizer),
+            "frozen": _bytes_a_chip(frozen),
+            "activations": self._kept(task, params, frozen, rows // shards // accumulate) // cut,
         }
-        arguments = (state_here, frozen_here, self._everywhere(local, TRAINING))
+        arguments = (state, frozen, self._everywhere(local, TRAINING))
         # Between n slices, a ring over each chip's share of the gradients; the chips that hold the same share split it.
         n = self.topology.num_slices
         between = 2 * (n - 1) / n * memory["params"] / (self.mesh.shape["data"] // n)
-        return self._report(f"train {stage}", step, arguments, rows, memory, run, needed.flops, between)
+        flops = work_of(dataclasses.replace(task, model=once))[0]
+        return self._report(f"train {stage}", step, arguments, rows, memory, run, flops, between)
 
-    def _kept(self, stage: Stage, params: Any, frozen: FrozenParams, rows: int) -> int:
+    def _kept(self, task: Task, params: Any, frozen: FrozenParams, rows: int) -> int:
         """Bytes that the forward pass of `rows` texts leaves for the backward pass: arrays that have those rows."""
-        loss = make_loss(stage, self.model, self.embedder, self.piece_map)
 
         def kept(params: Any, frozen: FrozenParams, batch: Batch, key: jax.Array) -> Any:
-            return jax.tree.leaves(jax.vjp(lambda p: loss(p, frozen, batch, key)[0], params)[1])
+            return jax.tree.leaves(jax.vjp(lambda p: task.loss(p, frozen, batch, key)[0], params)[1])
 
         # Rows that no other axis has, so that they can be told apart; then scaled.
         marked = 997
-        batch = self._batch(stage, marked)
-        left = jax.eval_shape(kept, params, frozen, batch, self._key)
+        task = dataclasses.replace(task, partial_hypotheses=False)
+        left = jax.eval_shape(kept, params, frozen, self._batch(task.stage, marked), jax.random.key(0))
         return sum(nbytes(x) for x in left if marked in x.shape) * rows // marked
 
     def hypotheses(self) -> Report:
         """The inverter's greedy guesses for a batch of the corrector's, as training makes them."""
-        layout, rows = self.config.mesh.decode, self.config.corrector.batch_size
+        layout, rows, width = self.config.mesh.decode, self.config.corrector.batch_size, self.model.embedding_width
         axes = AXES if layout == "batch" and rows % self.mesh.size == 0 else TRAINING
-        params = self._network("inverter")
-        shardings = state_shardings(self.mesh, params, param_specs(params, Inverter.PARAM_AXES))
-        run = functools.partial(greedy_hypotheses, self.model, decode=layout)
-        program = OnMesh(jax.jit(run), self.mesh)
-        here, width = _shapes(params, shardings), self.model.embedding_width
-        e = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=batch_sharding(self.mesh))
-        local = jax.ShapeDtypeStruct((rows // self._shards(axes), width), jnp.float32)
-        counted = work(jax.make_jaxpr(run)(params, local).jaxpr, self.model.max_length)
-        counted = counted.times(1 / self._cut_in_decoding)
-        memory = {"params": _bytes_a_chip(here)}
-        return self._report("hypotheses", program, (here, e), rows, memory, counted)
+        params, run = self._network("inverter"), functools.partial(greedy_hypotheses, self.model, decode=layout)
+        e = _array((rows, width), jnp.float32, batch_sharding(self.mesh))
+        counted = self._decoding_work(run, params, _array((rows // self._shards(axes), width), jnp.float32))
+        program, memory = OnMesh(jax.jit(run), self.mesh), {"params": _bytes_a_chip(params)}
+        return self._report("hypotheses", program, (params, e), rows, memory, counted)
 
     def correct(self, beam: int) -> Report:
         """One step of the correction loop, laid out as a training run's evaluation has it."""
         settings, layout = CorrectionSettings(sequence_beam_width=beam), self.config.mesh.decode
-        assert self.embedder is not None and self.piece_map is not None
-        embed = shared_embedder(self.embedder, self.piece_map)
+        assert self.embedder is not None and self.token_map is not None
+        embed = shared_embedder(self.embedder, self.token_map)
         proposers = (propose_corrections(self.model, "best"),)
         loop = CorrectionLoop(initial_hypotheses(self.model), proposers, embed, settings)
         frozen = self._frozen(False)
-        others = {"embedder": frozen.embedder, "pieces": frozen.vocab_map}
-        here = _shapes(others, jax.tree.map(lambda _: replicated(self.mesh), others))
-        here |= {"inverter": self._decoding("inverter"), "corrector": self._decoding("corrector")}
-        local = jax.ShapeDtypeStruct((ROWS_A_CHIP, self.model.embedding_width), jnp.float32)
-        one = jax.ShapeDtypeStruct((), jnp.int32)
+        here = {"embedder": frozen.embedder, "pieces": frozen.vocab_map}
+        here |= {stage: self._for_loop(stage) for stage in NETWORKS}
+        local, one = _array((ROWS_A_CHIP, self.model.embedding_width), jnp.float32), _array((), jnp.int32)
         beam_local = jax.eval_shape(loop.first_beam, here, local, one)
         e, beam_here = self._everywhere((local, beam_local), decoding_rows(self.mesh, layout).spec[0])
-        jaxpr = jax.make_jaxpr(loop.step)(here, local, beam_local, one, one).jaxpr
-        counted = work(jaxpr, self.model.max_length).times(1 / self._cut_in_decoding)
+        counted = self._decoding_work(loop.step, here, local, beam_local, one, one)
         memory = {"params": _bytes_a_chip(here), "beam": _bytes_a_chip(beam_here)}
-        arguments = (here, e, beam_here, one, one)
         program = OnMesh(jax.jit(loop.step, donate_argnames="beam"), self.mesh, DECODING_RULES[layout])
+        arguments = (here, e, beam_here, one, one)
         return self._report(f"correct, beam {beam}", program, arguments, e.shape[0], memory, counted)
 
-    def _decoding(self, stage: Stage) -> Any:
+    def _for_loop(self, stage: Stage) -> Any:
         """A network as a correction loop takes it: see `InversionPipeline.loop_params`."""
-        params = self._network(stage)
-        params = {**params, "t5": jax.eval_shape(functools.partial(round_weights, self.model.t5), params["t5"])}
-        specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.config.mesh.decode])
-        here = _shapes(params, state_shardings(self.mesh, params, specs))
+        params = self._network(stage, DECODING_RULES[self.config.mesh.decode])
+        decoder = params["t5"]["decoder"]
 
         def layer(stack: Any) -> Any:
             place = NamedSharding(self.mesh, PartitionSpec(*stack.sharding.spec[1:]))
-            return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=place)
+            return _array(stack.shape[1:], stack.dtype, place)
 
-        decoder = here["t5"]["decoder"]
         layers = [jax.tree.map(layer, decoder["layers"])] * self.model.t5.num_decoder_layers
-        return {**here, "t5": {**here["t5"], "decoder": {**decoder, "layers": layers}}}
+        return {**params, "t5": {**params["t5"], "decoder": {**decoder, "layers": layers}}}
 
     def _report(
         self,
@@ -308,14 +289,14 @@ class _Recipe:
         arguments: tuple[Any, ...],
         rows: int,
         memory: dict[str, int],
-        run: Work,
+        run: np.ndarray,
         flops: float | None = None,
         between: float = 0.0,
     ) -> Report:
         """Compiles; `run` is a chip's work, `flops` what of it isn't recomputed, `between` bytes to other slices."""
         chip, capacity = self.topology.chip, int(self.topology.chip.memory)
         sent: dict[str, dict[str, int]] = {}
-        seconds = {"compute": run.flops / chip.flops, "memory": run.bytes / chip.bandwidth}
+        seconds = {"compute": run[0] / chip.flops, "memory": run[1] / chip.bandwidth}
         with progress.stage(f"compiling {name} for {self.topology.name}"):
             lowered = program.lower(*arguments)
             try:
@@ -324,8 +305,7 @@ class _Recipe:
                 needed = _needed(error, _bytes_a_chip(arguments))
             else:
                 found = compiled.memory_analysis()
-                memory["temporaries"] = found.temp_size_in_bytes
-                memory["program"] = found.generated_code_size_in_bytes
+                memory |= {"temporaries": found.temp_size_in_bytes, "program": found.generated_code_size_in_bytes}
                 outputs = found.output_size_in_bytes - found.alias_size_in_bytes
                 needed = found.argument_size_in_bytes + outputs + memory["temporaries"] + memory["program"]
                 try:
@@ -335,13 +315,16 @@ class _Recipe:
                         f"{name}: this jaxlib can't read the program of another version's libtpu, so what is sent and "
                         "its time are left out: pip install 'jax[tpu]' brings the libtpu that fits."
                     )
-                seconds |= {"ici": ring_bytes(sent) / chip.ici, "dcn": between / chip.dcn}
+                # At most: in rings, around which an all-reduce goes twice.
+                ring = sum(entry["bytes"] * (2 if kind == "all-reduce" else 1) for kind, entry in sent.items())
+                seconds |= {"ici": ring / chip.ici, "dcn": between / chip.dcn}
         advice = ""
         if needed > capacity:
             advice = f"It lacks {(needed - capacity) / 1e9:.2f} GB a chip: {self._advice(name)}."
+        needed_flops = run[0] if flops is None else flops
         return Report(
             *(name, self.mesh.size, rows, memory, needed, capacity, sent),
-            *(run.flops if flops is None else flops, run.flops, seconds, advice),
+            *(float(needed_flops), float(run[0]), {name: float(value) for name, value in seconds.items()}, advice),
         )
 
     def _advice(self, name: str) -> str:

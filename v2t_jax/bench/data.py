@@ -50,9 +50,7 @@ class Data:
         if min(self.num_texts, self.batch_size, self.bucket_width) < 1 or self.max_length < 4:
             raise InputError("num_texts, batch_size and bucket_width must be at least 1, max_length at least 4.")
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(self.folder or temporary)
-            folder.mkdir(parents=True, exist_ok=True)
-            report = timed(self, folder)
+            report = self.timed(Path(self.folder or temporary))
         if self.json:
             print(json.dumps(report))
             return
@@ -66,6 +64,31 @@ class Data:
                 f"{what}: {result['examples_per_second']:,} examples/s from disk to device "
                 f"({result['examples']:,} in {result['seconds']} s), padding {result['padding_share']:.1%}"
             )
+
+    def timed(self, folder: Path) -> dict[str, Any]:
+        """Builds (or finds) the data set and times it."""
+        source = folder / "texts.txt"
+        if not source.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_texts(source, self.num_texts)
+        began = time.perf_counter()
+        tokenizer = load_tokenizer(self.embedder)
+        dataset = build([str(source)], folder / "built", tokenizer, BuildSettings(), processes=num_cores())
+        seconds = time.perf_counter() - began
+        lengths = tuple(sorted(range(self.max_length, 3, -self.bucket_width)))
+        batching = Batching(self.batch_size, self.max_length, lengths)
+        results = [measure(dataset, batching, self.steps, ())]
+        if self.vector_width:
+            results.append(measure(dataset, batching, self.steps, (write_vectors(dataset, self.vector_width),)))
+        return {
+            "cores": num_cores(),
+            "texts": dataset.manifest["counts"]["rows"],
+            "build_texts_per_second": round(self.num_texts / seconds),
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "vector_width": self.vector_width,
+            "results": results,
+        }
 
 
 def write_texts(file: Path, count: int) -> None:
@@ -105,29 +128,4 @@ def measure(dataset: TokenDataset, batching: Batching, steps: int, columns: tupl
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / seconds),
         "padding_share": round(1 - tokens / positions, 4),
-    }
-
-
-def timed(options: Data, folder: Path) -> dict[str, Any]:
-    """Builds (or finds) the data set and times it."""
-    source = folder / "texts.txt"
-    if not source.is_file():
-        write_texts(source, options.num_texts)
-    began = time.perf_counter()
-    tokenizer = load_tokenizer(options.embedder)
-    dataset = build([str(source)], folder / "built", tokenizer, BuildSettings(), processes=num_cores())
-    seconds = time.perf_counter() - began
-    lengths = tuple(sorted({*range(options.max_length, 3, -options.bucket_width)}))
-    batching = Batching(options.batch_size, options.max_length, lengths)
-    results = [measure(dataset, batching, options.steps, ())]
-    if options.vector_width:
-        results.append(measure(dataset, batching, options.steps, (write_vectors(dataset, options.vector_width),)))
-    return {
-        "cores": num_cores(),
-        "texts": dataset.manifest["counts"]["rows"],
-        "build_texts_per_second": round(options.num_texts / seconds),
-        "batch_size": options.batch_size,
-        "max_length": options.max_length,
-        "vector_width": options.vector_width,
-        "results": results,
     }

@@ -1,7 +1,8 @@
 """The least time that a compiled program can take on a TPU, and what it needs there (roofline, Williams et al. 2009).
 
-Matrix products are counted in the traced program, because XLA's `cost_analysis` counts the body of a loop once, however
-often it runs: of T5's layers, which are scanned, it would see one. What crosses the network is read from the HLO text.
+Matrix products are counted in the traced program: XLA's `cost_analysis` and `jax.experimental.roofline` count the body
+of a loop once, however often it runs, so of T5's layers, which are scanned, they see one. What crosses the network is
+read from the HLO text.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_whole
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,7 @@ QUIET = {
 
 
 class Topology:
-    """TPUs by name, such as v5e:4x4 or v4:2x2x4.
-
-    Raises:
-        InputError: libtpu isn't installed, or there is no such topology.
-    """
+    """TPUs by name, such as v5e:4x4 or v4:2x2x4."""
 
     def __init__(self, name: str, num_slices: int = 1) -> None:
         if importlib.util.find_spec("libtpu") is None:
@@ -65,8 +62,7 @@ class Topology:
         kind = name.partition(":")[0]
         if kind not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", name):
             raise InputError(f"There is no topology {name!r}: give one of {', '.join(CHIPS)} and a shape, as v5e:4x4.")
-        if not 1 <= num_slices <= 256:
-            raise InputError(f"slices is {num_slices}; give 1 to 256.")
+        check_whole("slices", num_slices, 1, 256)
         from jax.experimental import topologies
 
         for variable, value in QUIET.items():
@@ -82,41 +78,27 @@ class Topology:
         self.num_slices, self.chip, self.devices = num_slices, CHIPS[kind], list(found.devices)
 
 
-@dataclass(frozen=True)
-class Work:
-    """A program's matrix products: FLOPs, and bytes of operands and results. The rest is assumed fused and free."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-    def times(self, factor: float) -> "Work":
-        return Work(self.flops * factor, self.bytes * factor)
-
-
-def work(jaxpr: Any, while_turns: int = 1) -> Work:
-    """Counts the matrix products of a traced program (`jax.make_jaxpr(f)(...).jaxpr`), loops included.
+def work(jaxpr: Any, while_turns: int = 1) -> np.ndarray:
+    """[FLOPs, bytes of operands and results] of a traced program's matrix products; the rest is assumed fused and free.
 
     Args:
+        jaxpr: as of `jax.make_jaxpr(f)(...).jaxpr`.
         while_turns: assumed turns of loops of unknown length, such as the one over the tokens of a text.
     """
-    total = Work()
+    total = np.zeros(2)
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         inner = [work(part, while_turns) for part in _jaxprs(equation.params.values())]
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, result = equation.invars[0].aval, prod(equation.outvars[0].aval.shape)
-            flops = 2 * result * prod(left.shape[axis] for axis in contracted)
             # Sums are float32, but what is written usually has the operands' dtype: the cast is fused.
-            total += Work(flops, sum(nbytes(v.aval) for v in equation.invars) + result * left.dtype.itemsize)
+            moved = sum(nbytes(v.aval) for v in equation.invars) + result * left.dtype.itemsize
+            total += 2 * result * prod(left.shape[axis] for axis in contracted), moved
         elif name == "cond":
-            total += max(inner, key=lambda branch: branch.flops)
+            total += max(inner, key=lambda branch: branch[0])
         elif inner:
-            turns = {"scan": equation.params.get("length", 1), "while": while_turns}.get(name, 1)
-            total += sum(inner, Work()).times(turns)
+            total += sum(inner) * {"scan": equation.params.get("length", 1), "while": while_turns}.get(name, 1)
     return total
 
 
@@ -128,26 +110,22 @@ def _jaxprs(values: Iterable[Any]) -> Iterator[Any]:
             yield getattr(value, "jaxpr", value)
 
 
-def nbytes(shape: Any) -> int:
-    """Bytes of an array or of its shape; 0 for random keys."""
-    if jnp.issubdtype(shape.dtype, jax.dtypes.extended):
+def nbytes(array: Any, shape: tuple[int, ...] | None = None) -> int:
+    """Bytes of an array or of its shape, or of a shard of it; 0 for random keys."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return 0
-    return prod(shape.shape) * np.dtype(shape.dtype).itemsize
+    return prod(array.shape if shape is None else shape) * np.dtype(array.dtype).itemsize
 
 
-KINDS: tuple[str, ...] = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute")
-KINDS += ("ragged-all-to-all", "reduce-scatter")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.-]+)\s*\(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.-]+)\s*=\s*(.*)$")
-_OPCODE = re.compile(r"(?<=[\s)}\]])([a-z][a-z0-9-]*)\(")  # after the shape: `f32[8]{0} all-reduce(%x), ...`
+# Name, shape, opcode, operands, attributes: `%x = f32[8]{0} all-reduce(%y), to_apply=%add`.
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT\s+)?%?([\w.-]+)\s*=\s*(.*?)\s([a-z][a-z0-9-]*)\(([^)]*)(.*)$")
+_COLLECTIVE = re.compile(r"(all-gather|all-reduce|(?:ragged-)?all-to-all|collective-\w+|reduce-scatter)(-start)?")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|\w+_computation|called_computations)=\{?%?([\w.-]+)|branch_\w+=\{([^}]*)\}"
 )
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")
-Computations = dict[str, list[tuple[str, str]]]
+Computations = dict[str, list[re.Match[str]]]
 
 
 def collectives(hlo_text: str) -> list[tuple[str, int]]:
@@ -161,12 +139,12 @@ def collectives(hlo_text: str) -> list[tuple[str, int]]:
     found: Computations = {}
     entry, current = "", None
     for line in hlo_text.splitlines():
-        if not line.startswith((" ", "}")) and (head := _COMPUTATION.match(line)):
+        if head := _COMPUTATION.match(line):
             current = found.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif current is not None and (instruction := _INSTRUCTION.match(line)):
-            current.append((instruction[1], instruction[2]))
-    return list(_walk(entry, found, set())) if entry else []
+            current.append(instruction)
+    return list(_walk(entry, found, set()))
 
 
 def totals(hlo_text: str) -> dict[str, dict[str, int]]:
@@ -179,44 +157,39 @@ def totals(hlo_text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def ring_bytes(sent: dict[str, dict[str, int]]) -> float:
-    """Upper bound on the bytes that a device sends in rings; an all-reduce goes around twice."""
-    return float(sum(entry["bytes"] * (2 if kind == "all-reduce" else 1) for kind, entry in sent.items()))
-
-
-def _walk(name: str, computations: Computations, channels: set[str]) -> Iterator[tuple[str, int]]:
+def _walk(computation: str, computations: Computations, channels: set[str]) -> Iterator[tuple[str, int]]:
     shapes: dict[str, str] = {}
-    for instruction, text in computations.get(name, []):
-        found = _OPCODE.search(text)
-        if found is None or found[1].endswith("-done"):  # a done names its start's computation again
+    for instruction in computations.get(computation, []):
+        name, shape, opcode, operands, attributes = instruction.groups()
+        shapes[name] = shape
+        if opcode.endswith("-done"):  # it names its start's computation again
             continue
-        shapes[instruction] = text[: found.start()]
-        opcode, arguments = found[1], text[found.end() :].partition(")")[0]
-        kind = opcode.removesuffix("-start")
-        if kind in KINDS:
-            operands = sum(_shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", arguments))
-            result = _shape_bytes(shapes[instruction])
-            if opcode != kind and kind != "all-reduce":  # the result of a start is (operands, result)
-                result -= operands
-            channel = _CHANNEL.search(text)
-            if channel is None or channel[1] not in channels:
-                yield kind, max(operands, result)
-            channels |= {channel[1]} if channel else set()
+        if collective := _COLLECTIVE.fullmatch(opcode):
+            kind, started = collective.groups()
+            given = sum(_shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", operands))
+            result = _shape_bytes(shape)
+            if started and kind != "all-reduce":  # the result of a start is (operands, result)
+                result -= given
+            channel = re.search(r"channel_id=\d+", attributes)
+            if channel is None or channel[0] not in channels:
+                yield kind, max(given, result)
+            channels |= {channel[0]} if channel else set()
             continue  # the computation that an all-reduce applies is arithmetic
-        turns = _turns(text, computations) if opcode == "while" else 1
-        for one, several in _CALLED.findall(text):
+        turns = _turns(attributes, computations) if opcode == "while" else 1
+        for one, several in _CALLED.findall(attributes):
             for called in [one] if one else re.findall(r"[\w.-]+", several):
                 yield from list(_walk(called, computations, channels)) * turns
 
 
-def _turns(text: str, computations: Computations) -> int:
+def _turns(attributes: str, computations: Computations) -> int:
     """Turns of a loop: annotated, or (TPU) the constant that its condition compares a counter with; 1 if unknown."""
-    if known := _TURNS.search(text):
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
         return int(known[1])
-    condition = dict(computations.get(found[1], []) if (found := _CONDITION.search(text)) else [])
-    bounds = [int(n) for line in condition.values() for n in re.findall(r"^[su]32\[\]\S* constant\((\d+)\)", line)]
-    last = next(reversed(condition.values()), "")
-    return bounds[0] if len(bounds) == 1 and " compare(" in last and "direction=LT" in last else 1
+    named = re.search(r"condition=%?([\w.-]+)", attributes)
+    condition = computations.get(named[1], []) if named else []
+    bounds = [int(i[4]) for i in condition if i[3] == "constant" and re.match(r"[su]32\[\]", i[2])]
+    counts = bool(condition) and condition[-1][3] == "compare" and "direction=LT" in condition[-1][5]
+    return bounds[0] if counts and len(bounds) == 1 else 1
 
 
 def _shape_bytes(shape: str) -> int:
@@ -278,7 +251,7 @@ class Report:
         lines = [
             f"{self.program}, {self.rows} texts on {self.chips} chips (compiled, not run)",
             f"  GB a chip: {self.needed / 1e9:.2f} of {self.capacity / 1e9:.2f} ({memory}); "
-            + ("it fits" if self.fits else "it does not fit"),
+            f"it {'fits' if self.fits else 'does not fit'}",
         ]
         if not self.fits:
             return "\n".join([*lines, f"  {self.advice}"])

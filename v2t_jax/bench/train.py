@@ -66,9 +66,8 @@ class Step:
         self.state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
         self.e, self.ids = jnp.asarray(e), jnp.asarray(ids, jnp.int32)
 
-        def loss(params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> Any:
-            total, correct, tokens = cross_entropy(Inverter(config).apply({"params": params}, e, ids), ids)
-            return total, (correct, tokens)
+        def loss(params: Params, e: jax.Array, ids: jax.Array, _: jax.Array) -> Any:
+            return cross_entropy(Inverter(config).apply({"params": params}, e, ids), ids)
 
         self.step = jax.jit(make_step(loss, optimizer, accumulate_steps=1, seed=0), donate_argnums=0)
 

@@ -85,10 +85,7 @@ def evaluate(
         def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[InversionResult], float]:
             started = time.perf_counter()
             options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
-            if inverter.mesh is None:
-                found = invert_on_all_hosts(invert_strings, inverter, texts, **options)
-            else:  # all processes invert the same texts together
-                found = invert_strings(inverter, texts, **options)
+            found = invert_on_all_hosts(invert_strings, inverter, texts, **options)
             return found, round(len(texts) / (time.perf_counter() - started), 3)
 
         first = texts[: BATCH_SIZE * jax.device_count()]

@@ -197,19 +197,10 @@ def _placement(
     return size * len(devices), inverter.loop_params(mesh), place
 
 
-def run_correction(
-    inverter: InversionPipeline, e: np.ndarray, num_steps: int, sequence_beam_width: int, mode: Mode
-) -> Correction:
-    """`corrections` of all vectors in one; `steps_run` is the largest of any batch."""
-    batches = corrections(inverter, e, num_steps, sequence_beam_width, mode)
-    *arrays, steps_run = zip(*(found for _, found in batches), strict=True)
-    return Correction._make([*(np.concatenate(parts) for parts in arrays), max(steps_run)])
-
-
 def invert_on_all_hosts(
     invert: Callable[..., list[InversionResult]], inverter: InversionPipeline, items: Any, **options: Any
 ) -> list[InversionResult]:
-    """`invert(inverter, items, **options)` on every process, each doing a share on its own devices.
+    """`invert(inverter, items, **options)` on every process, each doing a share on its own devices, or all together.
 
     With a metered embedder process 0 does everything: a run then pays for a text once, within one limit.
 
@@ -220,7 +211,7 @@ def invert_on_all_hosts(
         InputError: the one raised on any process; or the items differ between processes.
     """
     count = jax.process_count()
-    if count == 1:
+    if count == 1 or inverter.mesh is not None:  # a pipeline with a mesh uses all devices for every batch
         return invert(inverter, items, **options)
     once = is_metered(inverter.embedder)
     found: list[InversionResult] = []

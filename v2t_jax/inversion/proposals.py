@@ -56,10 +56,8 @@ def embed_hypotheses(
         return lambda params, ids: vectors(ids), host.check
     if shares_vocabulary:
         return shared_embedder(embedder.config, embedder.token_map()), host.check
-    # Another tokenizer may need more tokens for the same text; what needs more than twice as many is cut.
-    around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
-    length = min(embedder.config.max_length, 2 * config.max_length + around)
-    network, tokens = embedder.config, host.tokens(_retokenize(vocabulary, embedder, length), length)
+    retokenize, length = retokenizer(vocabulary, embedder, config.max_length)
+    network, tokens = embedder.config, host.tokens(retokenize, length)
 
     def embed_text(params: Any, ids: jax.Array) -> jax.Array:
         token_ids, mask = tokens(ids)
@@ -78,16 +76,23 @@ def shared_embedder(config: EmbedderConfig, token_map: TokenMap) -> Embed:
     return lambda params, ids: embed_model_ids(config, token_map, params["embedder"], params["pieces"], ids)
 
 
-def _retokenize(vocabulary: Vocabulary, embedder: JaxEmbedder, length: int) -> Callable[[np.ndarray], Any]:
-    """Model ids [rows, L] -> the embedder's ids and mask [rows, length] of their texts."""
-    embedder = embedder.shortened(length)
+def retokenizer(
+    vocabulary: Vocabulary, embedder: JaxEmbedder, length: int
+) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], int]:
+    """Model ids [rows, length] -> the embedder's ids and mask [rows, M] of their texts; and M.
+
+    Another tokenizer may need more tokens for the same text; what needs more than twice as many is cut.
+    """
+    around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
+    most = min(embedder.config.max_length, 2 * length + around)
+    short = embedder.shortened(most)
 
     def retokenize(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        token_ids, mask = embedder.tokenize(vocabulary.decode(ids))
-        missing = ((0, 0), (0, max(length - token_ids.shape[1], 0)))
-        return np.pad(token_ids, missing)[:, :length], np.pad(mask, missing)[:, :length]
+        token_ids, mask = short.tokenize(vocabulary.decode(ids))
+        missing = ((0, 0), (0, most - token_ids.shape[1]))
+        return np.pad(token_ids, missing), np.pad(mask, missing)
 
-    return retokenize
+    return retokenize, most
 
 
 def _decode(

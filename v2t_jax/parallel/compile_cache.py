@@ -10,7 +10,6 @@ import jax
 
 MAX_BYTES = 4 * 1024**3  # beyond this, the least recently used programs are dropped
 MIN_COMPILE_SECONDS = 0.3  # faster compilations cost less than reading the cache
-_OPTION = "jax_compilation_cache_dir"
 
 
 def user_cache_dir() -> Path:
@@ -21,34 +20,28 @@ def user_cache_dir() -> Path:
 
 
 def enable_compilation_cache(folder: Path | None = None) -> Path | None:
-    """Makes JAX keep its compiled programs on disk; call it before the first compilation.
+    """Makes JAX keep its compiled programs in a folder, by default the user's; call it before the first compilation.
 
     A folder already set (JAX_COMPILATION_CACHE_DIR) stays in use. Without a writable folder there is no cache.
 
-    Args:
-        folder: where to keep them; by default `user_cache_dir() / "xla"`.
     Returns:
         The folder in use, or None.
     """
-    if configured := getattr(jax.config, _OPTION):
+    if configured := jax.config.jax_compilation_cache_dir:
         return Path(configured)
+    features = ""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # Linux only
+        features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     try:
         # Home folders are shared between machines; programs compiled for one CPU can crash on another.
-        folder = (folder or user_cache_dir() / "xla") / _cpu_fingerprint()
+        cpu = f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+        folder = (folder or user_cache_dir() / "xla") / cpu
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # cached programs are code: private
     except (OSError, RuntimeError):  # RuntimeError: no home folder
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
-    jax.config.update(_OPTION, str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)  # also locks it between processes
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return folder
-
-
-def _cpu_fingerprint() -> str:
-    """A short name for the kind of CPU: its architecture and, on Linux, its instruction sets."""
-    features = ""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # Linux only
-        features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"

@@ -20,8 +20,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from v2t_jax.config import DecodeLayout, MeshConfig
 from v2t_jax.errors import InputError
 
+Rules = tuple[tuple[str, Any], ...]
+Table = Sequence[tuple[str, tuple[str | None, ...]]]  # a model's PARAM_AXES
+
 AXES = ("data", "fsdp", "model")
-RULES: tuple[tuple[str, Any], ...] = (
+RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("vocab", "model"),
     ("embed", "fsdp"),
@@ -31,24 +34,19 @@ RULES: tuple[tuple[str, Any], ...] = (
 )
 # Decoding reads all weights at every token, so none are gathered. "batch": each device has whole weights and some of
 # the rows. "model": weights stay sharded over the model axis, for networks that don't fit on one device.
-DECODING_RULES: dict[DecodeLayout, tuple[tuple[str, Any], ...]] = {
+DECODING_RULES: dict[DecodeLayout, Rules] = {
     "batch": (("batch", AXES), *((name, None) for name, _ in RULES[1:])),
     "model": tuple((name, None if name == "embed" else axis) for name, axis in RULES),
 }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or those given); only the data axis crosses from slice to slice.
-
-    Raises:
-        InputError: the axes don't multiply to the number of devices, or the data axis can't be split over the slices.
-    """
-    devices = list(devices if devices is not None else jax.devices())
+    """A mesh over all devices (or those given); only the data axis crosses from slice to slice."""
+    devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.model]
     if sizes.count(-1) == 1:
-        known = int(np.prod([size for size in sizes if size != -1]))
-        sizes[sizes.index(-1)] = len(devices) // max(known, 1)
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        sizes[sizes.index(-1)] = len(devices) // max(-math.prod(sizes), 1)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
         shape = f"data={config.data}, fsdp={config.fsdp}, model={config.model}"
         raise InputError(f"A mesh of {shape} doesn't fit {len(devices)} devices; at most one axis may be -1.")
     slices = _slices(devices, config.slices)
@@ -76,46 +74,48 @@ def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
     return [part.tolist() for part in np.split(np.array(devices, object), max(count, 1))]
 
 
+@contextlib.contextmanager
+def _inside(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
+
+
 @dataclass(frozen=True)
 class OnMesh:
     """A jitted program with logical axis names, which `rules` map to axes of `mesh`."""
 
     program: Any
     mesh: Mesh
-    rules: tuple[tuple[str, Any], ...] = RULES
+    rules: Rules = RULES
 
     def __call__(self, *args: Any) -> Any:
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
+        with _inside(self.mesh, self.rules):
             return self.program(*args)
 
     def lower(self, *args: Any) -> Any:
         """The lowered program for arrays or shapes like these."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
+        with _inside(self.mesh, self.rules):
             return self.program.lower(*args)
 
 
-def param_specs(
-    params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]], rules: Sequence[tuple[str, Any]] = RULES
-) -> Any:
+def param_specs(params: Any, table: Table, rules: Rules = RULES) -> Any:
     """A tree of PartitionSpec like `params`; `table` is the model's PARAM_AXES.
 
-    A rule may name fewer axes than an array has; the rest are not sharded.
-
-    Raises:
-        ValueError: an unmatched parameter or an unused rule.
+    A rule may name fewer axes than an array has; the rest are not sharded. An unmatched parameter and an unused rule
+    are errors.
     """
     places = dict(rules)
     used: set[str] = set()
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = "/".join(str(key.key) for key in path)
-        for pattern, axes in table:
-            if re.fullmatch(pattern, name):
-                if len(axes) > leaf.ndim:
-                    raise ValueError(f"{name} has {leaf.ndim} axes, but its rule {pattern!r} names {len(axes)}.")
-                used.add(pattern)
-                return PartitionSpec(*(places[axis] if axis else None for axis in axes))
-        raise ValueError(f"No sharding rule matches the parameter {name}.")
+        pattern, axes = next((rule for rule in table if re.fullmatch(rule[0], name)), ("", None))
+        if axes is None:
+            raise ValueError(f"No sharding rule matches the parameter {name}.")
+        if len(axes) > leaf.ndim:
+            raise ValueError(f"{name} has {leaf.ndim} axes, but its rule {pattern!r} names {len(axes)}.")
+        used.add(pattern)
+        return PartitionSpec(*(places[axis] if axis else None for axis in axes))
 
     specs = jax.tree_util.tree_map_with_path(spec, params)
     optional = ("lm_head", "statistics", "bag_of_words", "pooler", "input_norm")  # present by configuration
@@ -130,9 +130,6 @@ def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
 
     Optimizers hold trees with the parameters' own paths (Adam's moments), so a leaf is recognized by the end of its
     path and its number of axes.
-
-    Raises:
-        InputError: an array's axis isn't a multiple of the mesh axis it is split over.
     """
     by_path = {
         tuple(str(key.key) for key in path): spec
@@ -151,7 +148,7 @@ def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
                             "doesn't divide; change that size (for a vocabulary: data.vocabulary_size) or the mesh."
                         )
                 return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, PartitionSpec())
+        return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -169,14 +166,12 @@ def decoding_rows(mesh: Mesh, layout: DecodeLayout) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(DECODING_RULES[layout])["batch"]))
 
 
-@contextlib.contextmanager
-def decoding_on(mesh: Mesh, layout: DecodeLayout) -> Iterator[None]:
+def decoding_on(mesh: Mesh, layout: DecodeLayout) -> contextlib.AbstractContextManager[None]:
     """Programs called inside only decode, on a mesh; weights and rows are laid out for that."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(DECODING_RULES[layout]):
-        yield
+    return _inside(mesh, DECODING_RULES[layout])
 
 
-def decoding_params(params: Any, table: Sequence[tuple[str, tuple[str | None, ...]]], layout: DecodeLayout) -> Any:
+def decoding_params(params: Any, table: Table, layout: DecodeLayout) -> Any:
     """Inside a program on a mesh, weights laid out for decoding; elsewhere, `params` itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return params
@@ -192,10 +187,11 @@ def spread_rows(run: Callable[..., jax.Array], layout: DecodeLayout, *rows: jax.
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(DECODING_RULES[layout])
     if mesh.empty:
         return run(*rows)
+    training = dict(RULES)["batch"]
     if len(rows[0]) % math.prod(mesh.shape[axis] for axis in rules["batch"]):
-        rules["batch"] = dict(RULES)["batch"]
+        rules["batch"] = training
     spec = PartitionSpec(rules["batch"])
     with nn.logical_axis_rules(tuple(rules.items())):
         result = run(*(jax.lax.with_sharding_constraint(x, spec) for x in rows))
     result = jax.lax.with_sharding_constraint(result, spec)
-    return jax.lax.with_sharding_constraint(result, PartitionSpec(dict(RULES)["batch"]))
+    return jax.lax.with_sharding_constraint(result, PartitionSpec(training))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
 from v2t_jax.config import DistributedConfig
@@ -36,6 +36,7 @@ _LOST = re.compile(
 )
 
 broadcast = multihost_utils.broadcast_one_to_all
+barrier = multihost_utils.sync_global_devices
 
 
 class Place(NamedTuple):
@@ -62,11 +63,7 @@ class Share:
 
 
 def find_place(options: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Place | None:
-    """The place given by the command line or the environment; None for a run of one process.
-
-    Raises:
-        InputError: the settings are incomplete or contradict each other.
-    """
+    """The place given by the command line or the environment; None for a run of one process."""
     coordinator = options.coordinator or environ.get("V2T_COORDINATOR", "") or "auto"
     if coordinator == "none":
         return None
@@ -84,11 +81,7 @@ def find_place(options: DistributedConfig, environ: Mapping[str, str] = os.envir
 
 
 def find_share(options: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Share:
-    """This process's share of work for which the processes need not meet.
-
-    Raises:
-        InputError: only one of the two numbers is known, or they contradict each other.
-    """
+    """This process's share of work for which the processes need not meet."""
     explicit = options.num_processes or environ.get("V2T_NUM_PROCESSES")
     if options.coordinator == "none" or not (explicit or _in_cluster(environ)):
         return Share()
@@ -117,12 +110,19 @@ def _numbers(options: DistributedConfig, environ: Mapping[str, str]) -> tuple[in
 
 def _in_cluster(environ: Mapping[str, str]) -> bool:
     """Whether this is one of several processes started together. JAX finds out which, but fails outside a cluster."""
-    for count, also in (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
-        if also in environ and environ.get(count, "1") not in ("", "1"):
-            return True
-    if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or environ.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1"):
-        return True
-    return _on_tpu_vm(environ) or ("JOB_COMPLETION_INDEX" in environ and find_spec("kubernetes") is not None)
+    several = {
+        name
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+        if environ.get(name, "1") not in ("", "1")
+    }
+    return (
+        ("SLURM_NTASKS" in several and "SLURM_STEP_NODELIST" in environ)
+        or ("OMPI_COMM_WORLD_SIZE" in several and "OMPI_COMM_WORLD_RANK" in environ)
+        or "MEGASCALE_NUM_SLICES" in several
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+        or _on_tpu_vm(environ)
+        or ("JOB_COMPLETION_INDEX" in environ and find_spec("kubernetes") is not None)
+    )
 
 
 def _on_tpu_vm(environ: Mapping[str, str]) -> bool:
@@ -133,11 +133,7 @@ def _on_tpu_vm(environ: Mapping[str, str]) -> bool:
 
 
 def start(options: DistributedConfig) -> None:
-    """Joins this process to its run; call it before JAX touches a device.
-
-    Raises:
-        InputError: the settings are wrong, or the processes can't connect.
-    """
+    """Joins this process to its run; call it before JAX touches a device."""
     place = find_place(options)
     if place is None:
         return
@@ -162,7 +158,7 @@ def start(options: DistributedConfig) -> None:
         if place == Place() and "SLURM_NTASKS" not in os.environ and _on_tpu_vm(os.environ):
             return  # a TPU VM without metadata works alone
         raise InputError(
-            f"The processes can't connect{where} ({_gist(error)}); check that all are started, can reach process 0 and "
+            f"The processes can't connect{where} ({gist(error)}); check that all are started, can reach process 0 and "
             "that its port is free, or pass --distributed.coordinator HOST:PORT, .num-processes and .process-id."
         ) from error
     finally:
@@ -193,20 +189,14 @@ def is_several() -> bool:
     return bool(jax.distributed.is_initialized()) and jax.process_count() > 1
 
 
-def barrier(what: str) -> None:
-    """Waits until all processes have reached the barrier named `what`."""
-    multihost_utils.sync_global_devices(what)
-
-
 @contextlib.contextmanager
 def main_first(what: str) -> Iterator[bool]:
-    """Runs the block with True on process 0, then with False on the others."""
+    """Runs the block with True on process 0, then with False on the others; `what` names the barrier."""
+    if not is_main():
+        barrier(what)
+    yield is_main()
     if is_main():
-        yield True
         barrier(what)
-    else:
-        barrier(what)
-        yield False
 
 
 def put(tree: Any, shardings: Any) -> Any:
@@ -222,18 +212,13 @@ def put(tree: Any, shardings: Any) -> Any:
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return leaf
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+        return jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__)
 
     placed = jax.tree.map(place, tree, shardings)
-    if all(jax.tree.leaves(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, placed, shardings))):
+    if jax.tree.map(lambda leaf: leaf.sharding, placed) == shardings:
         return placed
     # In one program: on CPU devices, several that exchange data at the same time deadlock.
-    return jax.jit(_identity, out_shardings=shardings)(placed)
-
-
-def _identity(tree: Any) -> Any:
-    return tree
+    return jax.jit(lambda tree: tree, out_shardings=shardings)(placed)
 
 
 def fetch(tree: Any) -> Any:
@@ -312,9 +297,9 @@ class Vote:
     not Ctrl-C, and takes the signal away from Python for the rest of the process.
     """
 
-    def __init__(self, sharding: NamedSharding, result: NamedSharding) -> None:
-        self._sharding, self._devices = sharding, sharding.mesh.devices.size
-        self._largest = jax.jit(jnp.max, out_shardings=result)
+    def __init__(self, mesh: Mesh) -> None:
+        self._votes = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._cast: jax.Array | None = None
 
     def __call__(self, value: int) -> int:
@@ -322,29 +307,29 @@ class Vote:
         if jax.process_count() == 1:
             return value
         before = 0 if self._cast is None else int(self._cast)
-        mine = np.full(self._devices, value, np.int32)
-        votes = jax.make_array_from_callback(mine.shape, self._sharding, lambda index: mine[index])
-        self._cast = self._largest(votes)
+        mine = np.full(self._votes.num_devices, value, np.int32)
+        self._cast = self._largest(jax.make_array_from_callback(mine.shape, self._votes, mine.__getitem__))
         return before
 
 
 def explained(error: Exception) -> InputError | None:
     """What a user can do about an error of JAX's runtime; None where nothing is known about it."""
-    gist = _gist(error)
-    if "RESOURCE_EXHAUSTED" in gist:
+    first = gist(error)
+    if "RESOURCE_EXHAUSTED" in first:
         return InputError(
-            f"A device's memory is too small ({gist}); use smaller batches (in training, or more --STAGE.optimizer."
+            f"A device's memory is too small ({first}); use smaller batches (in training, or more --STAGE.optimizer."
             "accumulate-steps), or split the weights over more devices (--mesh.fsdp)."
         )
-    if is_several() and _LOST.search(gist):
+    if is_several() and _LOST.search(first):
         return InputError(
-            f"A collective operation failed ({gist}); another process probably exited: check its log, then start all "
+            f"A collective operation failed ({first}); another process probably exited: check its log, then start all "
             "processes again to go on from the newest checkpoint."
         )
     return None
 
 
-def _gist(error: Exception) -> str:
+def gist(error: Exception) -> str:
+    """An error's first line, or its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

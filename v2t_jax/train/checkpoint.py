@@ -6,7 +6,6 @@ it is renamed; `restore` verifies them, each process a share of the files.
 """
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 from v2t_jax import progress
 from v2t_jax.config import CheckpointConfig
 from v2t_jax.errors import InputError
+from v2t_jax.interop.files import sha256_of
 from v2t_jax.parallel import processes
 
 CHECKSUMS = "checksums.json"
@@ -42,11 +42,7 @@ class Checkpoints:
         return set.intersection(*map(set, processes.gather(list(self._manager.all_steps()))))
 
     def save(self, step: int, state: Any) -> None:
-        """Saves a step, unless it is saved already.
-
-        Raises:
-            InputError: this checkpoint, or the previous one that was still being written, can't be written.
-        """
+        """Saves a step, unless it is saved already; also fails if the previous one, written meanwhile, can't be."""
         if step != self._manager.latest_step():
             with self._writing():
                 self._manager.save(step, args=ocp.args.StandardSave(state))
@@ -55,9 +51,6 @@ class Checkpoints:
         """The newest sound state, with the shapes and shardings of `like` (arrays or shapes with shardings).
 
         Mesh and number of hosts may be others than those that saved it.
-
-        Raises:
-            InputError: there are checkpoints but none can be read.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         reasons: dict[int, str] = {}
@@ -67,7 +60,7 @@ class Checkpoints:
                 try:
                     state = self._read(step, abstract)
                 except (ValueError, OSError, KeyError) as error:  # truncated or altered on disk
-                    fault = (str(error).splitlines() or [type(error).__name__])[0]
+                    fault = processes.gist(error)
             fault = next((one for one in processes.gather(fault) if one), "")  # one process's fault is everybody's
             if not fault:
                 self._set_aside(list(reasons))
@@ -90,7 +83,7 @@ class Checkpoints:
         """Runs in Orbax's thread when a checkpoint's files are complete, before its folder is renamed."""
         if processes.is_main():
             for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                sums = {name: _sha256(folder / name) for name in _names(folder)}
+                sums = {name: sha256_of([folder / name]) for name in _names(folder)}
                 (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
     def _fault(self, step: int) -> str:
@@ -101,7 +94,7 @@ class Checkpoints:
             if any("/" in name and name not in sums for name in _names(folder)):  # the rest Orbax adds at the end
                 return f"{CHECKSUMS} doesn't name all files"
             for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
-                if _sha256(folder / name) != sums[name]:
+                if sha256_of([folder / name]) != sums[name]:
                     return f"{name} is truncated or altered: its sha256 is not the recorded one"
         except (OSError, ValueError, AttributeError, TypeError) as error:
             return f"{CHECKSUMS} or a file that it names is missing or damaged: {error}"
@@ -116,11 +109,7 @@ class Checkpoints:
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is on disk.
-
-        Raises:
-            InputError: it can't be written.
-        """
+        """Waits until everything is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
         with contextlib.suppress(RuntimeError):
@@ -131,7 +120,7 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rpartition(": ")[2]
+            reason = processes.gist(error).rpartition(": ")[2]
             raise InputError(
                 f"A checkpoint can't be written to {self._folder} ({reason}); earlier ones are intact: free space "
                 "there, then run the same command to resume from the newest."
@@ -142,8 +131,3 @@ def _names(folder: Path) -> list[str]:
     """The files of a checkpoint that never change."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in (CHECKSUMS, TIMES)]
     return sorted(str(file.relative_to(folder)) for file in files)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -34,32 +34,29 @@ def _orthogonalized(params: Any) -> Any:
     tables = ("token_embedding", "lm_head", "relative_bias")
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return jax.tree_util.tree_map_with_path(
-        lambda path, is_matrix: axes if is_matrix and str(path[-1].key) not in tables else None,
-        _is_matrix(params),
+        lambda path, is_matrix: axes if is_matrix and str(path[-1].key) not in tables else None, _is_matrix(params)
     )
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """The recipe's optimizer; weight decay is scaled by the learning rate in all of them."""
-    schedule = learning_rate(config, num_steps)
+    schedule, b1, b2, decay = learning_rate(config, num_steps), config.b1, config.b2, config.weight_decay
     if config.name == "adamw":
-        core = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
+        core = optax.adamw(schedule, b1, b2, weight_decay=decay, mask=_is_matrix)
     elif config.name == "adafactor":
         core = optax.chain(
             optax.adafactor(multiply_by_parameter_scale=False),
             # Its own weight decay isn't scaled by the learning rate: 0.01 would be one percent a step.
-            optax.add_decayed_weights(-config.weight_decay, _is_matrix),
+            optax.add_decayed_weights(-decay, _is_matrix),
             optax.scale_by_schedule(schedule),
         )
     else:
         core = optax.contrib.muon(
             schedule,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            weight_decay=config.weight_decay,
+            adam_b1=b1,
+            adam_b2=b2,
+            weight_decay=decay,
             weight_decay_mask=_is_matrix,
             muon_weight_dimension_numbers=_orthogonalized,
         )
-    if config.clip_norm == 0:
-        return core
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm else core

@@ -20,28 +20,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from v2t_jax import progress
+from v2t_jax.config import MeshConfig
 from v2t_jax.data.columns import Column, ColumnWriter, open_column
 from v2t_jax.data.dataset import TokenDataset, fold_of
-from v2t_jax.decode.state import PAD
+from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, embed_texts, shares_vocabulary
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_whole
 from v2t_jax.interop.files import sha256_of
-from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_model
+from v2t_jax.inversion.pipeline import check_length, load, locate_model, read_model
 from v2t_jax.models.embedder import embed_model_ids
+from v2t_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from v2t_jax.parallel.processes import Share
 from v2t_jax.train.step import greedy_hypotheses
 
 EMBEDDING = ".embedding"  # behind a column of guesses, the name of their embeddings'
 
-Arrays = dict[str, np.ndarray]
-"""for each column, the values [rows, ...]"""
-Specs = dict[str, tuple[str, tuple[int, ...]]]
-"""for each column, dtype and shape of a text's value"""
-Compute = Callable[[slice], Arrays]
-"""of some rows of the data set"""
+OnRows = Callable[[np.ndarray], np.ndarray]
+"""rows [n, ...] -> [n, ...]; what comes of a row depends on that row alone"""
 
 
 def embed_column(
@@ -61,35 +58,16 @@ def embed_column(
 
     Returns:
         Whether the column is finished: with several hosts, the last one to end finishes it.
-    Raises:
-        InputError: a setting is out of range, the column is there and made by something else, or the disk is full.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
-    if max_length < 2:
-        raise InputError(f"max_length is {max_length}; it must be at least 2: one id and the end.")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("max_length", max_length, 2)  # one id and the end
     made_by = {"kind": "embeddings", "embedder": _embedder_record(embedder), "max_length": max_length}
-    specs: Specs = {name: ("float16", (embedder.width,))}
-    vocabulary = dataset.vocabulary()
-    if isinstance(embedder, JaxEmbedder) and shares_vocabulary(embedder, vocabulary.tokenizer):
-        check_length(max_length, embedder)
-        piece_map = embedder.token_map()
+    embed = _embed_ids(embedder, dataset.vocabulary(), max_length, batch_size)
 
-        def program(weights: Any, ids: jax.Array) -> tuple[jax.Array]:
-            return (embed_model_ids(embedder.config, piece_map, weights["embedder"], weights["pieces"], ids),)
+    def compute(rows: slice) -> dict[str, np.ndarray]:
+        return {name: embed(dataset.padded(rows, max_length))}
 
-        run = OnAllDevices(program, {"embedder": embedder.params, "pieces": vocabulary.vocab_map}, batch_size)
-
-        def compute(rows: slice) -> Arrays:
-            (vectors,) = run(dataset.padded(rows, max_length))
-            return {name: vectors}
-    else:
-
-        def compute(rows: slice) -> Arrays:
-            texts = vocabulary.decode(dataset.padded(rows, max_length))
-            return {name: embed_texts(embedder, texts, batch_size)}
-
-    return _fill(dataset, specs, made_by, compute, "embedding texts", share)
+    return _fill(dataset, {name: ("float16", embedder.width)}, made_by, compute, "embedding texts", share)
 
 
 def hypothesis_columns(
@@ -111,28 +89,23 @@ def hypothesis_columns(
 
     Returns:
         Whether the columns are finished: with several hosts, the last one to end finishes them.
-    Raises:
-        InputError: the models don't go together or with the data set, the columns are there and made by something
-            else, or the disk is full.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
+    check_whole("batch_size", batch_size, 1)
     _check_folds(models)
-    loaded = [load(model, embedder) for model in models]
-    first = loaded[0]
-    for other in loaded[1:]:
-        if (other.config, _embedder_record(other.embedder)) != (first.config, _embedder_record(first.embedder)):
+    first, *others = loaded = [load(model, embedder) for model in models]
+    victim, length = first.embedder, first.config.max_length
+    for other in others:
+        if (other.config, _embedder_record(other.embedder)) != (first.config, _embedder_record(victim)):
             raise InputError(f"{models[0]} and {other.name} have other sizes or embedders: give models of one recipe.")
-    stored_pieces = dataset.vocabulary(first.vocabulary.tokenizer).vocab_map
-    if not np.array_equal(stored_pieces, first.vocabulary.vocab_map):
+    if not np.array_equal(dataset.vocabulary(first.vocabulary.tokenizer).vocab_map, first.vocabulary.vocab_map):
         raise InputError(
             f"The ids of {dataset.folder} are of another vocabulary than {first.name}'s: give a model that was trained "
             "on this data set."
         )
-    length = first.config.max_length
     column = None if embeddings is None else open_column(dataset, embeddings)
-    victim, shared = first.embedder, first.shares_vocabulary
-    if column is None and not shared:
+    if column is not None:
+        check_column(column, "embeddings", victim, length)
+    elif not first.shares_vocabulary:
         raise InputError(
             f"{first.name} takes its texts' embeddings from {victim.name} by way of the text: make them first with "
             "'v2t data embed', and name that column with --embeddings."
@@ -145,30 +118,24 @@ def hypothesis_columns(
         "decoding": {"method": "greedy", "dtype": first.config.t5.dtype},
         "of": "on the fly" if column is None else column.made_by,
     }
-    if column is not None:
-        check_column(column, "embeddings", victim, length)
-    programs = [_guessing(model, column is None, batch_size) for model in loaded]
+    embed = _embed_ids(victim, first.vocabulary, length, batch_size)
+    greedy = functools.partial(greedy_hypotheses, first.config)
+    programs = [_on_all_devices(greedy, model.params["inverter"], batch_size) for model in loaded]
 
-    def compute(rows: slice) -> Arrays:
-        inputs = dataset.padded(rows, length) if column is None else column.values[rows].astype(np.float32)
-        guesses = np.full((len(inputs), length), PAD, np.int32)
-        vectors = np.zeros((len(inputs), victim.width), np.float32)
+    def compute(rows: slice) -> dict[str, np.ndarray]:
+        e = embed(dataset.padded(rows, length)) if column is None else column.values[rows].astype(np.float32)
+        guesses = np.empty((len(e), length), np.int32)
         folds = fold_of(np.arange(rows.start, rows.stop), len(programs))
-        for fold, run in enumerate(programs):
-            chosen = folds == fold
-            if not chosen.any():
-                continue
-            guesses[chosen], *made = run(inputs[chosen])
-            spelt = [] if made else first.vocabulary.decode(guesses[chosen])
-            vectors[chosen] = made[0] if made else embed_texts(victim, spelt, batch_size)
-        return {name: guesses, name + EMBEDDING: vectors}
+        for fold in np.unique(folds):
+            guesses[folds == fold] = programs[fold](e[folds == fold])
+        return {name: guesses, name + EMBEDDING: embed(guesses)}
 
-    specs: Specs = {name: ("int32", (length,)), name + EMBEDDING: ("float16", (victim.width,))}
+    specs = {name: ("int32", length), name + EMBEDDING: ("float16", victim.width)}
     return _fill(dataset, specs, made_by, compute, "guessing texts", share)
 
 
 def _check_folds(models: Sequence[str]) -> None:
-    """Holds what each model's recipe says of folds against its place among the models."""
+    """Compares the fold in each model's recipe with its place among the models."""
     if not models:
         raise InputError("Give a model, or as many as there are folds.")
     for i, model in enumerate(models):
@@ -183,14 +150,7 @@ def _check_folds(models: Sequence[str]) -> None:
 
 
 def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: int) -> None:
-    """Holds what a column is, and who made it, against what a recipe takes it for.
-
-    Args:
-        kind: embeddings or hypotheses.
-
-    Raises:
-        InputError: it holds something else, or what is another embedder's or of texts of another length.
-    """
+    """Refuses a column that isn't of this kind (embeddings or hypotheses), embedder and length of texts."""
     if column.made_by.get("kind") != kind:
         raise InputError(
             f"The column {column.name} holds {column.made_by.get('kind')}, not {kind}: name another as data.{kind}."
@@ -211,57 +171,45 @@ def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
     return identity.to_dict() | ({"name": Path(identity.name).name} if identity.weights_sha256 else {})
 
 
-def _guessing(model: InversionPipeline, on_the_fly: bool, batch_size: int) -> "OnAllDevices":
-    """Texts' ids (on the fly) or embeddings -> guesses [n, L], and their embeddings where the embedder shares ids."""
-    guess = functools.partial(greedy_hypotheses, model.config)
-    embedder = model.embedder
-    if not model.shares_vocabulary or not isinstance(embedder, JaxEmbedder):
-        return OnAllDevices(lambda weights, e: (guess(weights, e),), model.params["inverter"], batch_size)
+def _embed_ids(embedder: TextEmbedder, vocabulary: Vocabulary, max_length: int, batch_size: int) -> OnRows:
+    """Ids [n, L] -> embeddings [n, E]: of the ids where the embedder has their tokenizer, otherwise of their texts."""
+    if not (isinstance(embedder, JaxEmbedder) and shares_vocabulary(embedder, vocabulary.tokenizer)):
+        return lambda ids: embed_texts(embedder, vocabulary.decode(ids), batch_size)
+    check_length(max_length, embedder)
     embed = functools.partial(embed_model_ids, embedder.config, embedder.token_map())
-
-    def program(weights: Any, given: jax.Array) -> tuple[jax.Array, ...]:
-        e = embed(weights["embedder"], weights["pieces"], given) if on_the_fly else given
-        guesses = guess(weights["inverter"], e)
-        return guesses, embed(weights["embedder"], weights["pieces"], guesses)
-
-    weights = {"inverter": model.params["inverter"], "embedder": embedder.params, "pieces": model.vocabulary.vocab_map}
-    return OnAllDevices(program, weights, batch_size)
+    return _on_all_devices(
+        lambda weights, ids: embed(*weights, ids), (embedder.params, vocabulary.vocab_map), batch_size
+    )
 
 
-class OnAllDevices:
-    """A program over many rows: in batches of one size, cut over all of this process's devices.
+def _on_all_devices(program: Callable[[Any, jax.Array], jax.Array], weights: Any, batch_size: int) -> OnRows:
+    """`program(weights, rows)` over any number of rows: in batches of one size, cut over this process's devices."""
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    cut, size = batch_sharding(mesh), -(-batch_size // mesh.size) * mesh.size
+    weights, jitted = jax.device_put(weights, replicated(mesh)), jax.jit(program, out_shardings=cut)
 
-    Args:
-        program: `program(weights, rows [B, ...])` -> arrays [B, ...]; what comes of a row depends on that row alone.
-    """
-
-    def __init__(self, program: Callable[[Any, jax.Array], tuple[jax.Array, ...]], weights: Any, batch_size: int):
-        devices = jax.local_devices()
-        mesh = Mesh(np.array(devices), ("rows",), axis_types=(AxisType.Auto,))
-        self._rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
-        self._weights = jax.device_put(weights, whole)
-        self._program = jax.jit(program, out_shardings=self._rows)
-        self._batch_size = -(-batch_size // len(devices)) * len(devices)
-
-    def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The program's arrays [n, ...] of rows [n, ...]."""
+    def run(rows: np.ndarray) -> np.ndarray:
         parts = []
-        for start in range(0, len(rows), self._batch_size):
-            chosen = rows[start : start + self._batch_size]
-            missing = self._batch_size - len(chosen)
-            chosen = np.pad(chosen, [(0, missing), *[(0, 0)] * (rows.ndim - 1)], mode="edge")
-            parts.append(self._program(self._weights, jax.device_put(chosen, self._rows)))
-        return tuple(
-            np.concatenate([np.asarray(part) for part in arrays])[: len(rows)] for arrays in zip(*parts, strict=True)
-        )
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
+            filled = np.pad(chosen, [(0, size - len(chosen)), *[(0, 0)] * (rows.ndim - 1)], mode="edge")
+            parts.append(jitted(weights, jax.device_put(filled, cut)))
+        return np.concatenate([np.asarray(part) for part in parts])[: len(rows)]
+
+    return run
 
 
 def _fill(
-    dataset: TokenDataset, specs: Specs, made_by: dict[str, Any], compute: Compute, doing: str, share: Share
+    dataset: TokenDataset,
+    specs: dict[str, tuple[str, int]],
+    made_by: dict[str, Any],
+    compute: Callable[[slice], dict[str, np.ndarray]],
+    doing: str,
+    share: Share,
 ) -> bool:
-    """Writes columns, those of one text always together; True if no host has anything left to do."""
+    """Writes columns of (dtype, width), those of one text always together; True if no host has anything left to do."""
     try:
-        writers = {name: ColumnWriter(dataset, name, dtype, shape, made_by) for name, (dtype, shape) in specs.items()}
+        writers = {name: ColumnWriter(dataset, name, dtype, (n,), made_by) for name, (dtype, n) in specs.items()}
         missing = sorted({piece for writer in writers.values() for piece in writer.missing()})
         some, done = next(iter(writers.values())), 0
         mine = [(piece, some.rows(piece)) for piece in missing if share.has(piece)]

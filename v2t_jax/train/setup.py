@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from v2t_jax.config import ApiConfig, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.data.batches import Batches
@@ -26,14 +25,14 @@ from v2t_jax.interop.files import folder_tokenizer, sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model
+from v2t_jax.inversion.proposals import retokenizer
 from v2t_jax.models.corrector import NETWORKS
-from v2t_jax.models.embedder import TokenMap
 from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.layers import Params
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
 from v2t_jax.train.precompute import EMBEDDING, check_column
-from v2t_jax.train.step import FrozenParams, Tokens, make_embed
+from v2t_jax.train.step import FrozenParams, Task, Tokens
 
 STATISTICS_TEXTS = 4096  # for the mean and deviation that `standardize` uses
 NORM_TEXTS = 256  # for the vectors' lengths, by which a model recognizes vectors of another embedder
@@ -52,34 +51,33 @@ class TrainContext:
     held_out: list[str]  # normalized, short enough for the model
 
     def __post_init__(self) -> None:
-        self._shortened: dict[int, JaxEmbedder] = {}  # by length: the embedder, cutting texts to it
+        # The embedder if its network runs inside the training step; None: all its vectors come from columns.
+        self.in_step = self.embedder if isinstance(self.embedder, JaxEmbedder) else None
+        # Whether the model's ids reach the embedder without becoming text; if not, the host retokenizes them.
+        self.shares_vocabulary = shares_vocabulary(self.embedder, self.vocabulary.tokenizer)
+        self.retokenizes = self.in_step is not None and not self.shares_vocabulary
+        self._retokenizer = functools.cache(functools.partial(retokenizer, self.vocabulary, self.embedder))
 
-    @property
-    def in_step(self) -> JaxEmbedder | None:
-        """The embedder if its network runs inside the training step; None: all its vectors come from columns."""
-        return self.embedder if isinstance(self.embedder, JaxEmbedder) else None
+    def task(self, stage: Stage) -> Task:
+        """What a stage's step computes."""
+        embedder = self.in_step
+        network = embedder.config if embedder else None
+        token_map = embedder.token_map() if embedder and self.shares_vocabulary else None
+        return Task(
+            stage, self.model, network, token_map, self.config.partial_hypotheses, decode=self.config.mesh.decode
+        )
 
-    @functools.cached_property
-    def shares_vocabulary(self) -> bool:
-        """Whether the model's ids reach the embedder without becoming text."""
-        return shares_vocabulary(self.embedder, self.vocabulary.tokenizer)
-
-    @property
-    def retokenizes(self) -> bool:
-        """Whether the host turns the model's ids into the embedder's."""
-        return self.in_step is not None and not self.shares_vocabulary
-
-    @property
-    def token_map(self) -> TokenMap | None:
-        return self.in_step.token_map() if self.in_step and self.shares_vocabulary else None
+    def frozen(self, inverter: Params | None = None) -> FrozenParams:
+        """What a step reads but doesn't train, on the host."""
+        weights = self.in_step.params if self.in_step else None
+        return FrozenParams(weights, jnp.asarray(self.vocabulary.vocab_map), inverter)
 
     def inverter(self, params: dict[Stage, Params]) -> InversionPipeline:
         """A pipeline with these networks; it decodes on the recipe's mesh, or where hosts embed, host by host."""
-        mesh = make_mesh(self.config.mesh) if self.shares_vocabulary else None
         return InversionPipeline(
             *(self.config.name, self.model, self.decodable(params), self.embedder, self.vocabulary),
             shares_vocabulary=self.shares_vocabulary,
-            mesh=mesh,
+            mesh=make_mesh(self.config.mesh) if self.shares_vocabulary else None,
             decode=self.config.mesh.decode,
         )
 
@@ -88,28 +86,14 @@ class TrainContext:
         return params if self.shares_vocabulary else processes.fetch(params)
 
     def retokenize(self, ids: np.ndarray) -> Tokens:
-        """Texts of model ids [n, L] in the embedder's tokens [n, M]; M depends on L alone.
-
-        As in the correction loop, what needs more than twice as many tokens is cut.
-        """
-        embedder = self.in_step
-        assert embedder is not None
-        around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
-        length = min(embedder.config.max_length, 2 * ids.shape[1] + around)
-        if length not in self._shortened:
-            self._shortened[length] = embedder.shortened(length)
-        tokens = self._shortened[length].tokenize(self.vocabulary.decode(ids))
-        return Tokens(*(np.pad(array, ((0, 0), (0, length - array.shape[1]))) for array in tokens))
+        """Texts of model ids [n, L] in the embedder's tokens [n, M]; M depends on L alone."""
+        return Tokens(*self._retokenizer(ids.shape[1])[0](ids))
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, L] -> embeddings [n, E] as the training step computes them."""
-        embedder = self.in_step
-        assert embedder is not None
-        embed = jax.jit(make_embed(embedder.config, self.token_map))
-        frozen = FrozenParams(embedder.params, jnp.asarray(self.vocabulary.vocab_map))
-        parts = [ids[i : i + 256] for i in range(0, len(ids), 256)]
-        made = [embed(frozen, part, self.retokenize(part) if self.retokenizes else None, None) for part in parts]
-        return np.concatenate([np.asarray(part) for part in made])
+        embed, frozen = jax.jit(self.task("inverter").embed), self.frozen()
+        parts = np.split(ids, range(256, len(ids), 256))
+        return np.concatenate([embed(frozen, x, self.retokenize(x) if self.retokenizes else None) for x in parts])
 
     def hashes(self) -> dict[str, Any]:
         """Identifies everything that the config names but doesn't contain."""
@@ -130,11 +114,7 @@ class TrainContext:
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
-    """Checks that micro-batches and devices divide every stage's batch.
-
-    Raises:
-        InputError: they don't.
-    """
+    """Checks that micro-batches and devices divide every stage's batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in config.stages:
         settings: StageConfig = getattr(config, stage)
@@ -146,19 +126,16 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 def prepare(config: Config) -> TrainContext:
-    """Loads embedder and tokenizer, reads and tokenizes the text, opens columns, settles vocabulary and widths.
-
-    Raises:
-        InputError: any of these is missing, damaged or doesn't fit the others.
-    """
+    """Loads embedder and tokenizer, reads and tokenizes the text, opens columns, settles vocabulary and widths."""
     local = None if is_endpoint(config.embedder) else load_embedder(config.embedder, config.embedder_dtype)
     if local is None:
         _check_columns(config)
     elif config.api != ApiConfig():
         raise InputError("api is for an embedder behind an endpoint: give its URL as embedder.")
-    tokenizer = local.tokenizer if local else None
-    if config.data.tokenizer:
-        tokenizer = find_tokenizer(config.data.tokenizer)
+    tokenizer, name = local.tokenizer if local else None, config.data.tokenizer
+    if name:
+        files = ("*.json", "*.model", "*.txt")
+        tokenizer = load_tokenizer(name) if name in KNOWN else folder_tokenizer(folder_of(name, files))
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
     vocabulary, datasets, held_out = open_texts(config, tokenizer, num_held_out)
     columns: dict[str, Column] = {}
@@ -187,11 +164,6 @@ def prepare(config: Config) -> TrainContext:
     return context
 
 
-def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of an embedder `v2t embedders` lists, or of a folder or a hub repository, such as t5-base."""
-    return load_tokenizer(name) if name in KNOWN else folder_tokenizer(folder_of(name, ("*.json", "*.model", "*.txt")))
-
-
 def _check_columns(config: Config) -> None:
     """A training step can't ask an embedder that runs elsewhere: columns must hold its vectors."""
     needed = {"embeddings": "texts' vectors with 'v2t data embed'"}
@@ -216,9 +188,6 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     """Sizes of the recipe's initial T5, with the recipe's own dtype, dropout, remat and unrolling.
 
     Its weights are read once and dropped, to find damage before anything is written.
-
-    Raises:
-        InputError: there is none, it is damaged, or it has another tokenizer than the texts.
     """
     loaded, _ = load_t5(config.initial_t5, put=lambda _: None)
     tokenizer = folder_tokenizer(folder_of(config.initial_t5))
@@ -234,16 +203,11 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
 
 
 def trained_inverter(context: TrainContext, mesh: Mesh) -> Params:
-    """Parameters of `initial_inverter`, sharded over the mesh.
-
-    Raises:
-        InputError: its sizes or its vocabulary aren't the recipe's.
-    """
+    """Parameters of `initial_inverter`, sharded over the mesh."""
     name = context.config.initial_inverter
     found = load(name, context.embedder, put=lambda array: array)
-    params = found.params["inverter"]
-    expected = Inverter(context.model).abstract_params()
-    shapes = jax.tree.map(lambda p: p.shape, (params, expected))
+    params, expected = found.params["inverter"], Inverter(context.model).abstract_params()
+    shapes = [jax.tree.map(lambda p: p.shape, tree) for tree in (params, expected)]
     pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, context.vocabulary)]
     if found.shares_vocabulary != context.shares_vocabulary or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
         raise InputError(
@@ -259,12 +223,12 @@ def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, An
     Each device computes its own shards. Up to rounding they are the same numbers on any mesh, because JAX's generator
     is a function of an element's position (jax_threefry_partitionable).
     """
-    network = NETWORKS[stage]
+    network = NETWORKS[stage](model)
 
     def program(key_data: jax.Array) -> Params:
-        return network(model).init_params(jax.random.wrap_key_data(key_data))
+        return network.init_params(jax.random.wrap_key_data(key_data))
 
-    abstract = jax.eval_shape(program, jax.random.key_data(jax.random.key(0)))
+    abstract = network.abstract_params()
     shardings = state_shardings(mesh, abstract, param_specs(abstract, network.PARAM_AXES))
     return jax.jit(program, out_shardings=shardings), shardings
 

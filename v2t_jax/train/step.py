@@ -1,12 +1,13 @@
 """The training step: texts' ids in, new state and metrics out; one jitted, sharded program.
 
 The frozen embedder runs inside it, and for the corrector so does the inverter's greedy decoding: nothing is cached on
-disk, and every span and every epoch has its own embeddings. A batch may bring what can't be computed here (feed.py):
-columns of a data set, and the texts in the tokens of an embedder that doesn't share the model's vocabulary.
+disk, and every span and every epoch has its own embeddings. A batch may bring what can't be computed here: columns of
+a data set, and texts in the tokens of an embedder that doesn't share the model's vocabulary (`loop.Feed`).
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from v2t_jax.config import DecodeLayout, ModelConfig, Stage
 from v2t_jax.decode.sample import first_argmax, greedy
 from v2t_jax.decode.state import EOS, PAD, truncate_after_eos
-from v2t_jax.models.corrector import NETWORKS, Corrector
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed_model_ids
 from v2t_jax.models.embedder import embed as embed_tokens
 from v2t_jax.models.inverter import Inverter
@@ -65,9 +66,9 @@ class Batch(NamedTuple):
 class FrozenParams(NamedTuple):
     """Weights that training reads but doesn't update."""
 
-    embedder: Params | None  # None: its network doesn't run here, and batches bring the embeddings
+    embedder: Any  # None: its network doesn't run here, and batches bring the embeddings
     vocab_map: jax.Array  # [V] int32, model id -> embedder id
-    inverter: Params | None = None  # makes the corrector's hypotheses
+    inverter: Any = None  # makes the corrector's hypotheses
 
 
 class Metrics(NamedTuple):
@@ -80,8 +81,8 @@ class Metrics(NamedTuple):
     bad_updates: jax.Array  # int32, as in the state
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, correct tokens, tokens; padding doesn't count.
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, (correct tokens, tokens); padding doesn't count.
 
     The vocabulary axis is reduced by sums and maxima only: where it is sharded, each device works on its own tokens and
     three numbers per position are exchanged (Shoeybi et al. 2019, section 3); indexing would gather the logits.
@@ -94,19 +95,18 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     losses = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
     # The loss needs the maximum anyway; an argmax would be another pass over the logits.
     correct = (chosen >= 0).astype(jnp.float32)
-    return jnp.sum(losses * weights), jnp.sum(correct * weights), jnp.sum(weights)
+    return jnp.sum(losses * weights), (jnp.sum(correct * weights), jnp.sum(weights))
 
 
 def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array, decode: DecodeLayout = "batch") -> jax.Array:
     """The inverter's greedy outputs, ids [B, L]; on a mesh in the layout `decode` (parallel/mesh.py)."""
     params = decoding_params({**params, "t5": round_weights(config.t5, params["t5"])}, Inverter.PARAM_AXES, decode)
-    return spread_rows(functools.partial(_greedy, config, params), decode, e)
 
+    def run(e: jax.Array) -> jax.Array:
+        tokens_to_logits, cache = Inverter(config).start_decoding(params, e)
+        return greedy(tokens_to_logits, cache, batch_size=e.shape[0], max_length=config.max_length).ids
 
-def _greedy(config: ModelConfig, params: Params, e: jax.Array) -> jax.Array:
-    tokens_to_logits, cache = Inverter(config).start_decoding(params, e)
-    decoded = greedy(tokens_to_logits, cache, batch_size=e.shape[0], max_length=config.max_length)
-    return decoded.ids
+    return spread_rows(run, decode, e)
 
 
 def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
@@ -123,117 +123,74 @@ def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax
     return truncate_after_eos(jnp.where(replace & (ids != EOS) & (ids != PAD), guess, ids))
 
 
-def training_hypotheses(
-    config: ModelConfig,
-    params: Params,
-    e: jax.Array,
-    ids: jax.Array,
-    partial_key: jax.Array | None,
-    decode: DecodeLayout = "batch",
-) -> jax.Array:
-    """The corrector's input [B, max_length]: the inverter's outputs; with a key, every other one is mixed."""
-    if partial_key is None:
-        return greedy_hypotheses(config, params, e, decode)
-    # Every other row rather than one half, so that a device keeps its own rows.
-    e, ids = e.reshape(-1, 2, e.shape[1]), ids.reshape(-1, 2, ids.shape[1])
-    partial = mixed_hypotheses(config, params, e[:, 1], ids[:, 1], partial_key)
-    partial = jnp.pad(partial, ((0, 0), (0, config.max_length - partial.shape[1])))
-    both = jnp.stack([greedy_hypotheses(config, params, e[:, 0], decode), partial], axis=1)
-    return both.reshape(-1, config.max_length)
+@dataclass(frozen=True)
+class Task:
+    """What a stage's step computes: losses, and before them embeddings and the corrector's hypotheses."""
 
+    stage: Stage
+    model: ModelConfig
+    embedder: EmbedderConfig | None  # None: it can't run inside the step
+    token_map: TokenMap | None  # None: it has another vocabulary than the model
+    partial_hypotheses: bool = False
+    decode: DecodeLayout = "batch"
 
-def make_embed(
-    embedder: EmbedderConfig | None, token_map: TokenMap | None
-) -> Callable[[FrozenParams, jax.Array, Tokens | None, jax.Array | None], jax.Array]:
-    """`embed(frozen, ids, tokens, embedding) -> [B, E]`, from the last of these that isn't None.
-
-    Args:
-        embedder: None if it can't run inside the step.
-        token_map: None if it has another vocabulary than the model.
-    """
-
-    def embed(frozen: FrozenParams, ids: jax.Array, tokens: Tokens | None, embedding: jax.Array | None) -> jax.Array:
+    def embed(self, frozen: FrozenParams, ids: Any, tokens: Tokens | None = None, embedding: Any = None) -> jax.Array:
+        """[B, E], from the last argument that isn't None."""
         if embedding is not None:
             return embedding.astype(jnp.float32)
-        if embedder is None or frozen.embedder is None or (token_map is None and tokens is None):
-            raise ValueError("batches must bring embeddings, or tokens of an embedder that runs here")
-        run: Callable[..., jax.Array] = functools.partial(embed_tokens, embedder, frozen.embedder)
+        assert self.embedder is not None
         if tokens is not None:
-            return jax.lax.stop_gradient(spread_rows(run, "batch", *tokens))
-        assert token_map is not None
-        run = functools.partial(embed_model_ids, embedder, token_map, frozen.embedder, frozen.vocab_map)
-        return jax.lax.stop_gradient(spread_rows(run, "batch", ids))
+            rows, run = tuple(tokens), functools.partial(embed_tokens, self.embedder, frozen.embedder)
+        else:
+            assert self.token_map is not None
+            weights = frozen.embedder, frozen.vocab_map
+            rows, run = (ids,), functools.partial(embed_model_ids, self.embedder, self.token_map, *weights)
+        return jax.lax.stop_gradient(spread_rows(run, "batch", *rows))
 
-    return embed
+    def hypotheses(self, frozen: FrozenParams, e: jax.Array, ids: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The corrector's input [B, max_length]: the inverter's outputs; partial ones, with a key, are every other."""
+        if key is None or not self.partial_hypotheses:
+            return greedy_hypotheses(self.model, frozen.inverter, e, self.decode)
+        # Every other row rather than one half, so that a device keeps its own rows.
+        e, ids = e.reshape(-1, 2, e.shape[1]), ids.reshape(-1, 2, ids.shape[1])
+        partial = mixed_hypotheses(self.model, frozen.inverter, e[:, 1], ids[:, 1], key)
+        partial = jnp.pad(partial, ((0, 0), (0, self.model.max_length - partial.shape[1])))
+        both = jnp.stack([greedy_hypotheses(self.model, frozen.inverter, e[:, 0], self.decode), partial], axis=1)
+        return both.reshape(-1, self.model.max_length)
 
-
-def make_loss(
-    stage: Stage,
-    model: ModelConfig,
-    embedder: EmbedderConfig | None,
-    token_map: TokenMap | None,
-    partial_hypotheses: bool = False,
-    decode: DecodeLayout = "batch",
-) -> Callable[[Params, FrozenParams, Batch, jax.Array | None], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """`loss(params, frozen, batch, dropout_key) -> (summed loss, (correct tokens, tokens))`; see `make_embed`."""
-    embed = make_embed(embedder, token_map)
-
-    def inverter_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
-        e = embed(frozen, batch.ids, batch.tokens, batch.embedding)
-        logits = Inverter(model).apply({"params": params}, e, batch.ids, rngs=_dropout(key))
-        loss, correct, tokens = cross_entropy(logits, batch.ids)
-        return loss, (correct, tokens)
-
-    def corrector_loss(params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
-        e = embed(frozen, batch.ids, batch.tokens, batch.embedding)
-        partial_key, key = (None, None) if key is None else jax.random.split(key)
-        hypothesis = batch.hypothesis
-        if hypothesis is None:
-            assert frozen.inverter is not None
-            partial_key = partial_key if partial_hypotheses else None
-            hypothesis = training_hypotheses(model, frozen.inverter, e, batch.ids, partial_key, decode)
-        e_hat = embed(frozen, hypothesis, batch.hypothesis_tokens, batch.hypothesis_embedding)
-        logits = Corrector(model).apply({"params": params}, e, hypothesis, e_hat, batch.ids, rngs=_dropout(key))
-        loss, correct, tokens = cross_entropy(logits, batch.ids)
-        return loss, (correct, tokens)
-
-    return inverter_loss if stage == "inverter" else corrector_loss
+    def loss(self, params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
+        """Summed loss, (correct tokens, tokens); without a key there is no dropout."""
+        e = self.embed(frozen, batch.ids, batch.tokens, batch.embedding)
+        inputs: tuple[jax.Array, ...] = (e,)
+        if self.stage == "corrector":
+            partial_key, key = (None, None) if key is None else jax.random.split(key)
+            hypothesis = batch.hypothesis
+            if hypothesis is None:
+                hypothesis = self.hypotheses(frozen, e, batch.ids, partial_key)
+            inputs = e, hypothesis, self.embed(frozen, hypothesis, batch.hypothesis_tokens, batch.hypothesis_embedding)
+        network, rngs = NETWORKS[self.stage](self.model), {} if key is None else {"dropout": key}
+        return cross_entropy(network.apply({"params": params}, *inputs, batch.ids, rngs=rngs), batch.ids)
 
 
-def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
-    """Random numbers for a network in training; without a key there is no dropout."""
-    return {} if key is None else {"dropout": key}
-
-
-def make_hypothesize(
-    model: ModelConfig,
-    embedder: EmbedderConfig,
-    partial_hypotheses: bool,
-    decode: DecodeLayout,
-    accumulate_steps: int,
-    seed: int,
-) -> Callable[[FrozenParams, Batch, jax.Array], jax.Array]:
+def make_hypothesize(task: Task, accumulate_steps: int, seed: int, mesh: Mesh) -> OnMesh:
     """`hypothesize(frozen, batch, step) -> [B, max_length]`: the corrector's hypotheses as a program of its own.
 
-    For an embedder with another vocabulary, which the host must retokenize them for before the step can embed them.
+    For an embedder with another vocabulary, for which the host retokenizes them before the step can embed them.
     """
-    embed = make_embed(embedder, None)
+
+    def part(frozen: FrozenParams, rows: Batch, key: jax.Array) -> jax.Array:
+        return task.hypotheses(frozen, task.embed(frozen, rows.ids, rows.tokens, rows.embedding), rows.ids, key)
 
     def hypothesize(frozen: FrozenParams, batch: Batch, step: jax.Array) -> jax.Array:
-        def part(given: tuple[Batch, jax.Array]) -> jax.Array:
-            rows, key = given
-            e = embed(frozen, rows.ids, rows.tokens, rows.embedding)
-            assert frozen.inverter is not None
-            return training_hypotheses(model, frozen.inverter, e, rows.ids, key if partial_hypotheses else None, decode)
-
         key = jax.random.fold_in(jax.random.key(seed), step)
         if accumulate_steps == 1:
-            return part((batch, key))
-        keys = jax.random.split(key, accumulate_steps)
-        found = jax.lax.map(part, (_micro_batches(batch, accumulate_steps), keys))
-        return found.swapaxes(0, 1).reshape(-1, model.max_length)
+            return part(frozen, batch, key)
+        parts = _micro_batches(batch, accumulate_steps), jax.random.split(key, accumulate_steps)
+        found = jax.lax.map(lambda given: part(frozen, *given), parts)
+        return found.swapaxes(0, 1).reshape(-1, task.model.max_length)
 
-    return hypothesize
+    rows = batch_sharding(mesh)
+    return OnMesh(jax.jit(hypothesize, in_shardings=(None, rows, replicated(mesh)), out_shardings=rows), mesh)
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
@@ -251,42 +208,34 @@ def make_step(
 ) -> Callable[[TrainState, FrozenParams, Any], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches.
 
-    A batch is whatever the loss takes, a tree of arrays [B, ...].
-
-    With `skip_bad`, an update with a non-finite loss or gradient leaves parameters and optimizer unchanged.
+    A batch is whatever the loss takes, a tree of arrays [B, ...]. With `skip_bad`, an update with a non-finite loss or
+    gradient leaves parameters and optimizer unchanged.
     """
 
-    def gradients(params: Params, frozen: FrozenParams, batch: Any, key: jax.Array) -> Any:
-        (loss, (correct, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, key)
-        return grads, (loss, correct, tokens)
-
     def step(state: TrainState, frozen: FrozenParams, batch: Any) -> tuple[TrainState, Metrics]:
+        gradients = functools.partial(jax.value_and_grad(loss_fn, has_aux=True), state.params, frozen)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulate_steps == 1:
-            grads, sums = gradients(state.params, frozen, batch, key)
+            (loss, (correct, tokens)), grads = gradients(batch, key)
         else:
-            micro = _micro_batches(batch, accumulate_steps)
-            keys = jax.random.split(key, accumulate_steps)
-            zeros = jax.tree.map(jnp.zeros_like, state.params), (jnp.float32(0),) * 3
+            zero = jnp.float32(0)
+            zeros = (zero, (zero, zero)), jax.tree.map(jnp.zeros_like, state.params)
 
             def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradients(state.params, frozen, *part)), None
+                return jax.tree.map(jnp.add, total, gradients(*part)), None
 
-            (grads, sums), _ = jax.lax.scan(add, zeros, (micro, keys))
-        loss, correct, tokens = sums
+            parts = _micro_batches(batch, accumulate_steps), jax.random.split(key, accumulate_steps)
+            ((loss, (correct, tokens)), grads), _ = jax.lax.scan(add, zeros, parts)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        new = optax.apply_updates(state.params, updates), optimizer_state
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if skip_bad:
-            old = state.params, state.optimizer
-            params, optimizer_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), old
-            )
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (state.params, state.optimizer))
         bad_updates = state.bad_updates + jnp.where(finite, 0, 1).astype(jnp.int32)
         metrics = Metrics(loss / tokens, correct / tokens, norm, tokens, bad_updates)
-        return TrainState(state.step + 1, params, optimizer_state, bad_updates), metrics
+        return TrainState(state.step + 1, *new, bad_updates), metrics
 
     return step
 
@@ -294,13 +243,9 @@ def make_step(
 def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[OnMesh, Any]:
     """Jits `step` over `mesh`: batches split over (data, fsdp), parameters by PARAM_AXES, frozen weights as they are.
 
-    Args:
-        state: a TrainState, of arrays or of shapes.
-    Returns:
-        the step, which donates the old state, and the state's shardings.
+    Returns the step, which donates the old state, and the shardings of `state`, which may be of shapes.
     """
-    specs = param_specs(state.params, NETWORKS[stage].PARAM_AXES)
-    shardings = state_shardings(mesh, state, specs)
+    shardings = state_shardings(mesh, state, param_specs(state.params, NETWORKS[stage].PARAM_AXES))
     jitted = jax.jit(
         step,
         in_shardings=(shardings, None, batch_sharding(mesh)),
@@ -310,16 +255,10 @@ def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[On
     return OnMesh(jitted, mesh), shardings
 
 
-def shard_hypothesize(hypothesize: Callable, mesh: Mesh) -> OnMesh:
-    """Jits `make_hypothesize`'s function over `mesh`, with batches as in the step."""
-    rows = batch_sharding(mesh)
-    return OnMesh(jax.jit(hypothesize, in_shardings=(None, rows, replicated(mesh)), out_shardings=rows), mesh)
-
-
-def frozen_shardings(mesh: Mesh, frozen: FrozenParams) -> Any:
+def frozen_shardings(mesh: Mesh, frozen: FrozenParams) -> FrozenParams:
     """The inverter is sharded as in its training; the embedder, small beside a training state, is replicated."""
-    whole: Any = replicated(mesh)
-    cut = None
-    if frozen.inverter is not None:
-        cut = state_shardings(mesh, frozen.inverter, param_specs(frozen.inverter, Inverter.PARAM_AXES))
-    return FrozenParams(jax.tree.map(lambda _: whole, frozen.embedder), whole, cut)
+    shardings: Any = jax.tree.map(lambda _: replicated(mesh), frozen)
+    if frozen.inverter is None:
+        return shardings
+    cut = state_shardings(mesh, frozen.inverter, param_specs(frozen.inverter, Inverter.PARAM_AXES))
+    return shardings._replace(inverter=cut)
