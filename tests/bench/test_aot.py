@@ -10,10 +10,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from v2t_jax.bench import aot
-from v2t_jax.bench.roofline import CHIPS, Report, Topology, Work, work
+from v2t_jax.bench.roofline import CHIPS, Report, Topology, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, load_recipe
 from v2t_jax.errors import InputError
 from v2t_jax.models.inverter import Inverter
@@ -21,27 +22,28 @@ from v2t_jax.models.inverter import Inverter
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="make aot installs libtpu")
 
 
-def counted(function, *shapes, turns: int = 1) -> Work:
+def counted(function, *shapes, turns: int = 1) -> np.ndarray:
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return work(jax.make_jaxpr(function)(*arrays).jaxpr, turns)
 
 
 def test_products_are_counted_through_loops_branches_and_gradients():
-    product = Work(2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7))
-    assert counted(jnp.matmul, (3, 5), (5, 7)) == product
-    assert counted(jax.jit(lambda x, w: jnp.tanh(x) @ w), (3, 5), (5, 7)) == product
+    same = np.testing.assert_array_equal
+    product = np.array([2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7)])
+    same(counted(jnp.matmul, (3, 5), (5, 7)), product)
+    same(counted(jax.jit(lambda x, w: jnp.tanh(x) @ w), (3, 5), (5, 7)), product)
     square = counted(jnp.matmul, (3, 5), (5, 5))
     scan = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=4)[0]  # noqa: E731
-    assert counted(scan, (3, 5), (5, 5)) == square.times(4)
+    same(counted(scan, (3, 5), (5, 5)), square * 4)
     loop = lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ w, x)  # noqa: E731
-    assert counted(loop, (3, 5), (5, 5), turns=6) == square.times(6)
+    same(counted(loop, (3, 5), (5, 5), turns=6), square * 6)
     branch = lambda x, w: jax.lax.cond(x[0, 0] < 1, lambda: x @ w @ w, lambda: x @ w)  # noqa: E731
-    assert counted(branch, (3, 5), (5, 5)) == square.times(2)
+    same(counted(branch, (3, 5), (5, 5)), square * 2)
     # Backward, each product is two; recomputed, the forward one is made again.
     both = lambda f: lambda x, w: jax.grad(lambda x, w: jnp.sum(f(x @ w)), (0, 1))(x, w)  # noqa: E731
-    assert counted(both(jnp.tanh), (3, 5), (5, 7)).flops == 3 * product.flops
+    assert counted(both(jnp.tanh), (3, 5), (5, 7))[0] == 3 * product[0]
     again = jax.checkpoint(lambda x, w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)))
-    assert counted(jax.grad(again, (0, 1)), (3, 5), (5, 5)).flops == (2 + 2 + 4) * square.flops
+    assert counted(jax.grad(again, (0, 1)), (3, 5), (5, 5))[0] == (2 + 2 + 4) * square[0]
 
 
 def test_an_inverters_step_is_what_arithmetic_on_paper_gives():
@@ -55,7 +57,7 @@ def test_an_inverters_step_is_what_arithmetic_on_paper_gives():
     encoder, decoder = 12 * 16 * (4 * d * d + 2 * d * ff), 12 * (32 * (6 * d * d + 2 * d * ff) + 16 * 2 * d * d)
     attention = 12 * 2 * d * (16 * 16 + 32 * 32 + 32 * 16)
     projection = 768 * 768 + 768 * 768 * 16
-    assert found.flops == 2 * (encoder + decoder + attention + projection + 32 * d * 32128)
+    assert found[0] == 2 * (encoder + decoder + attention + projection + 32 * d * 32128)
 
 
 def test_what_is_recomputed_is_not_kept():

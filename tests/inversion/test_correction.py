@@ -134,7 +134,12 @@ def test_a_batch_is_one_dispatch_of_one_program_whatever_its_steps(params, targe
         monkeypatch.setattr(loop, name, lambda *a, p=program, n=name, **k: dispatched.append(n) or p(*a, **k))
     for num_steps in (0, 1, 7, 32):
         loop(params, targets, num_steps)
-    assert dispatched == ["start", "run", "run", "run"]  # without steps no corrector is needed, and a model may lack one
+    assert dispatched == [
+        "start",
+        "run",
+        "run",
+        "run",
+    ]  # without steps no corrector is needed, and a model may lack one
     monkeypatch.undo()
     assert loop.run._cache_size() == 1
     lowered = loop.run.lower(params, jnp.asarray(targets), np.int32(7), room=32).as_text()

@@ -1,8 +1,8 @@
 """The least time that a compiled program can take on a TPU, and what it needs there (roofline, Williams et al. 2009).
 
 Matrix products are counted in the traced program: XLA's `cost_analysis` and `jax.experimental.roofline` count the body
-of a loop once, however often it runs, so of T5's layers, which are scanned, they see one. What crosses the network is
-read from the HLO text.
+of a loop once, however often it runs, so of T5's layers, which are scanned, they see one. (With the layers unrolled,
+`cost_analysis` agrees to 0.1% for T5-small's inverter.) What crosses the network is read from the HLO text.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ import jax
 
 MAX_BYTES = 4 * 1024**3  # beyond this, the least recently used programs are dropped
 MIN_COMPILE_SECONDS = 0.3  # faster compilations cost less than reading the cache
+_OPTION = "jax_compilation_cache_dir"
 
 
 def user_cache_dir() -> Path:
@@ -27,7 +28,7 @@ def enable_compilation_cache(folder: Path | None = None) -> Path | None:
     Returns:
         The folder in use, or None.
     """
-    if configured := jax.config.jax_compilation_cache_dir:
+    if configured := getattr(jax.config, _OPTION):
         return Path(configured)
     features = ""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # Linux only
@@ -41,7 +42,7 @@ def enable_compilation_cache(folder: Path | None = None) -> Path | None:
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update(_OPTION, str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)  # also locks it between processes
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return folder

@@ -55,12 +55,12 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         reasons: dict[int, str] = {}
         for step in sorted(self._steps(), reverse=True):
-            state, fault = None, self._fault(step)
-            if not fault:
-                try:
-                    state = self._read(step, abstract)
-                except (ValueError, OSError, KeyError) as error:  # truncated or altered on disk
-                    fault = processes.gist(error)
+            state, fault = None, ""
+            try:
+                self._verify(step)
+                state = self._read(step, abstract)
+            except (ValueError, OSError, KeyError, TypeError) as error:  # missing, truncated or altered on disk
+                fault = processes.gist(error)
             fault = next((one for one in processes.gather(fault) if one), "")  # one process's fault is everybody's
             if not fault:
                 self._set_aside(list(reasons))
@@ -86,19 +86,15 @@ class Checkpoints:
                 sums = {name: sha256_of([folder / name]) for name in _names(folder)}
                 (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
-    def _fault(self, step: int) -> str:
-        """What is wrong with this process's share of a checkpoint's files; empty if nothing is."""
+    def _verify(self, step: int) -> None:
+        """Raises an error where this process's share of a checkpoint's files isn't what was saved."""
         folder = self._folder / str(step)
-        try:
-            sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-            if any("/" in name and name not in sums for name in _names(folder)):  # the rest Orbax adds at the end
-                return f"{CHECKSUMS} doesn't name all files"
-            for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
-                if sha256_of([folder / name]) != sums[name]:
-                    return f"{name} is truncated or altered: its sha256 is not the recorded one"
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            return f"{CHECKSUMS} or a file that it names is missing or damaged: {error}"
-        return ""
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        if any("/" in name and name not in sums for name in _names(folder)):  # the rest Orbax adds at the end
+            raise ValueError(f"{CHECKSUMS} doesn't name all files")
+        for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
+            if sha256_of([folder / name]) != sums[name]:
+                raise ValueError(f"{name} is truncated or altered: its sha256 is not the recorded one")
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames unreadable checkpoints: Orbax saves no step before the newest one it knows."""

@@ -277,6 +277,7 @@ class _Watch:
         self._stage, self._allowed, self._checkpoints = stage, allowed, checkpoints
         self._unchecked: list[tuple[int, Metrics, int]] = []
         self._last: tuple[int, Metrics]
+        self._steps, self._tokens, self._positions = 0, 0.0, 0
         self.restart()
 
     def add(self, step: int, metrics: Metrics, positions: int) -> None:
@@ -311,7 +312,7 @@ class _Watch:
     def record(self, batch_size: int) -> dict[str, Any]:
         """The last checked step as a line of the log, with the rates since the line before."""
         step, metrics = self._last
-        line = {"step": step}
+        line: dict[str, Any] = {"step": step}
         line |= {name: round(float(getattr(metrics, name)), 4) for name in ("loss", "token_accuracy", "gradient_norm")}
         if self._allowed:
             line["bad_updates"] = int(metrics.bad_updates)
@@ -328,8 +329,10 @@ def evaluate_stage(context: TrainContext, inverter: InversionPipeline, samples: 
     """Scores on held-out texts with the current parameters: greedy, with one correction step for the corrector."""
     references = context.held_out[: context.config.evaluation.num_examples]
     options: dict[str, Any] = {"num_steps": int(inverter.has_corrector), "sequence_beam_width": 1}
-    if inverter.shares_vocabulary:
-        options["mode"] = "upstream"  # the last text, not the better of two; texts of other vocabularies get too long
+    if inverter.shares_vocabulary:  # scores the corrected text even where the first guess was better
+        options["mode"] = (
+            "upstream"  # (with a vocabulary of its own, a model would write up to 127 tokens in this mode)
+        )
     predictions = [one.text for one in invert_on_all_hosts(invert_strings, inverter, references, **options)]
     scores = text_scores(predictions, references)
     for prediction, reference in list(zip(predictions, references, strict=True))[:10]:

@@ -56,7 +56,8 @@ class TrainContext:
         # Whether the model's ids reach the embedder without becoming text; if not, the host retokenizes them.
         self.shares_vocabulary = shares_vocabulary(self.embedder, self.vocabulary.tokenizer)
         self.retokenizes = self.in_step is not None and not self.shares_vocabulary
-        self._retokenizer = functools.cache(functools.partial(retokenizer, self.vocabulary, self.embedder))
+        embedder: Any = self.in_step
+        self._retokenizer = functools.cache(lambda length: retokenizer(self.vocabulary, embedder, length)[0])
 
     def task(self, stage: Stage) -> Task:
         """What a stage's step computes."""
@@ -87,7 +88,7 @@ class TrainContext:
 
     def retokenize(self, ids: np.ndarray) -> Tokens:
         """Texts of model ids [n, L] in the embedder's tokens [n, M]; M depends on L alone."""
-        return Tokens(*self._retokenizer(ids.shape[1])[0](ids))
+        return Tokens(*self._retokenizer(ids.shape[1])(ids))
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, L] -> embeddings [n, E] as the training step computes them."""
