@@ -277,8 +277,7 @@ class _Watch:
         self._stage, self._allowed, self._checkpoints = stage, allowed, checkpoints
         self._unchecked: list[tuple[int, Metrics, int]] = []
         self._last: tuple[int, Metrics]
-        self._steps, self._tokens, self._positions = 0, 0.0, 0
-        self.restart()
+        self._since, self._timed = time.perf_counter(), list[tuple[float, int]]()
 
     def add(self, step: int, metrics: Metrics, positions: int) -> None:
         """Waits for the step before this one: what is shown as done is done."""
@@ -300,14 +299,13 @@ class _Watch:
                     ": lower the learning rate or clip the gradient, in a new --workdir."
                 )
             self._last = int(step), metrics
-            self._steps, self._tokens = self._steps + 1, self._tokens + float(metrics.tokens)
-            self._positions += int(positions)
+            self._timed.append((float(metrics.tokens), int(positions)))
         self._unchecked.clear()
 
     def restart(self) -> None:
         """Leaves what ran until now, compilation or evaluation, out of the log's rates."""
         self.check()
-        self._since, self._steps, self._tokens, self._positions = time.perf_counter(), 0, 0.0, 0
+        self._since, self._timed = time.perf_counter(), []
 
     def record(self, batch_size: int) -> dict[str, Any]:
         """The last checked step as a line of the log, with the rates since the line before."""
@@ -316,11 +314,11 @@ class _Watch:
         line |= {name: round(float(getattr(metrics, name)), 4) for name in ("loss", "token_accuracy", "gradient_norm")}
         if self._allowed:
             line["bad_updates"] = int(metrics.bad_updates)
-        if self._steps:
-            seconds = time.perf_counter() - self._since
-            line["sequences_per_second"] = round(self._steps * batch_size / seconds, 1)
-            line["tokens_per_second"] = round(self._tokens / seconds, 1)
-            line["padding_share"] = round(1 - self._tokens / self._positions, 4)
+        if self._timed:
+            seconds, (tokens, positions) = time.perf_counter() - self._since, map(sum, zip(*self._timed, strict=True))
+            line["sequences_per_second"] = round(len(self._timed) * batch_size / seconds, 1)
+            line["tokens_per_second"] = round(tokens / seconds, 1)
+            line["padding_share"] = round(1 - tokens / positions, 4)
             self.restart()
         return line
 
