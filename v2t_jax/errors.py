@@ -14,7 +14,8 @@ class InputError(Exception):
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Refuses a setting that isn't a whole number in its range."""
-    if not isinstance(value, Integral) or type(value) is bool:
+    whole = isinstance(value, Integral) and type(value) is not bool
+    if not whole:
         raise InputError(f"{name} is {value!r}; give a whole number.")
     if value < least or (most is not None and value > most):
         span = f"at least {least}" if most is None else f"a number from {least} to {most}"

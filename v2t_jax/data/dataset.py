@@ -64,7 +64,8 @@ class TokenDataset:
         try:
             for name in FILES:
                 check_file(folder / name, manifest["files"][name], whole or name != "tokens.npy")
-            return cls(*(open_array(folder / name) for name in FILES[:2]), BLOCK_ROWS, folder, manifest, sha256)
+            tokens, offsets = (open_array(folder / name) for name in FILES[:2])
+            return cls(tokens, offsets, BLOCK_ROWS, folder, manifest, sha256)
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder}/manifest.json is damaged ({error} is missing): build it again.") from error
 

@@ -64,7 +64,7 @@ def texts_sha256(datasets: Sequence[TokenDataset]) -> str:
         return datasets[0].manifest_sha256
     digest = hashlib.sha256()
     for dataset in datasets:
-        digest.update(dataset.tokens)
+        digest.update(dataset.tokens.tobytes())
     return digest.hexdigest()
 
 
