@@ -39,7 +39,7 @@ def hypothesize(params, e, k):
     ids = jnp.repeat(ids[:, None, :], k, axis=1)
     shift = jnp.arange(k)[None, :]
     ids = ids.at[:, :, 0].set(2 + (ids[:, :, 0] - 2 + shift) % (VOCAB - 2))
-    return ids.astype(jnp.int32), -shift.astype(jnp.float32) * jnp.ones((e.shape[0], 1))
+    return ids.astype(jnp.int32)
 
 
 def after_eos(ids):
@@ -55,11 +55,11 @@ def propose_greedy(params, given, k):
     moved = emb[:, None, None, :] + table[None] - current - e[:, None, None, :]  # [rows, L, V, E]
     same = ids[:, :, None] == jnp.arange(VOCAB)[None, None]
     distance = jnp.where(after_eos(ids)[:, :, None] | same, jnp.inf, jnp.sum(moved**2, axis=-1))
-    top, flat = jax.lax.top_k(-distance.reshape(ids.shape[0], -1), k)
+    _, flat = jax.lax.top_k(-distance.reshape(ids.shape[0], -1), k)
     rows, which = jnp.arange(ids.shape[0])[:, None], jnp.arange(k)[None]
     out = jnp.repeat(ids[:, None, :], k, axis=1)
     out = out.at[rows, which, flat // VOCAB].set((flat % VOCAB).astype(jnp.int32))
-    return jnp.where(after_eos(out), 0, out), top
+    return jnp.where(after_eos(out), 0, out)
 
 
 def propose_hashed(params, given, k):
@@ -69,13 +69,12 @@ def propose_hashed(params, given, k):
     mixed = (jnp.sum(ids * weights[None], axis=1)[:, None] * 13 + jnp.arange(k)[None] * 29) % 1009
     position, token = mixed % LENGTH, 2 + (mixed // LENGTH) % (VOCAB - 2)
     hit = jnp.arange(LENGTH)[None, None] == position[:, :, None]
-    score = -((mixed * 71) % 101).astype(jnp.float32)
-    return jnp.where(hit, token[:, :, None], ids[:, None, :]).astype(jnp.int32), score
+    return jnp.where(hit, token[:, :, None], ids[:, None, :]).astype(jnp.int32)
 
 
 def propose_same(params, given, k):
     """Nothing new, ever."""
-    return jnp.repeat(given.ids[:, None, :], k, axis=1), jnp.zeros((len(given.ids), k))
+    return jnp.repeat(given.ids[:, None, :], k, axis=1)
 
 
 @cache  # tests with the same settings share a compiled program

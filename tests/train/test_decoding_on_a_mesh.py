@@ -9,7 +9,7 @@ from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.inversion.api import corrections, embed_decoded
+from v2t_jax.inversion.api import invert_strings
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.parallel import processes
@@ -53,9 +53,9 @@ def test_it_recovers_what_one_device_recovers(cut, stage):
     params = {name: cut.params[name] for name in names}
     there = InversionPipeline("cut", MODEL, params, cut.embedder, cut.vocabulary, mesh=cut.mesh, decode="model")
     here = InversionPipeline("whole", MODEL, processes.fetch(params), cut.embedder, cut.vocabulary)
-    e = embed_decoded(there, make_texts(5))
-    steps = int(stage == "corrector")
-    (_, found), (_, expected) = (next(corrections(model, e, steps, 1, "upstream")) for model in (there, here))
-    np.testing.assert_array_equal(found.trace_ids, expected.trace_ids)
-    np.testing.assert_allclose(found.similarity, expected.similarity, atol=1e-5)
-    assert len(found.ids) == 5 and found.steps_run == steps
+    options = {"num_steps": int(stage == "corrector"), "sequence_beam_width": 1, "mode": "upstream"}
+    found, expected = (invert_strings(model, make_texts(5), **options) for model in (there, here))
+    for one, other in zip(found, expected, strict=True):
+        assert [step.text for step in one.trace] == [step.text for step in other.trace]
+        np.testing.assert_allclose([s.cosine for s in one.trace], [s.cosine for s in other.trace], atol=1e-5)
+    assert len(found) == 5 and len(found[0].trace) == 1 + options["num_steps"]

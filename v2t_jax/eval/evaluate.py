@@ -15,7 +15,7 @@ from v2t_jax.data.split import read_texts
 from v2t_jax.errors import InputError, check_whole
 from v2t_jax.eval.metrics import score, text_scores
 from v2t_jax.inversion.api import BATCH_SIZE, InversionResult, invert_on_all_hosts, invert_strings
-from v2t_jax.inversion.correction import TRACE_STEPS, CorrectionSettings, check_num_steps
+from v2t_jax.inversion.correction import MOST_STEPS, TRACE_STEPS, CorrectionSettings
 from v2t_jax.inversion.pipeline import InversionPipeline
 
 
@@ -42,19 +42,14 @@ def evaluation_texts(
 
 
 def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int]) -> None:
-    """Refuses numbers of steps and beam widths that can't be evaluated.
-
-    Raises:
-        InputError: none, or one out of range.
-    """
-    for name, values, check in (
-        ("num_steps", num_steps, check_num_steps),
-        ("sequence_beam_width", sequence_beam_width, CorrectionSettings),
-    ):
+    """Refuses numbers of steps and beam widths that can't be evaluated: none, or one out of range."""
+    for name, values in (("num_steps", num_steps), ("sequence_beam_width", sequence_beam_width)):
         if not values:
             raise InputError(f"{name} is empty; give one number or more.")
-        for value in values:
-            check(value)
+    for steps in num_steps:
+        check_whole("num_steps", steps, 0, MOST_STEPS)
+    for width in sequence_beam_width:
+        CorrectionSettings(width)
 
 
 def evaluate(
@@ -64,13 +59,10 @@ def evaluate(
     sequence_beam_width: Sequence[int] = (1, 4),
     split: str = "held_out",
 ) -> dict[str, Any]:
-    """Recovers `texts` from their embeddings at every number of steps and beam width.
+    """Recovers `texts` from their embeddings at every number of steps and beam width; returns a report, see `report`.
 
     One run to the largest number of steps serves all: the state after fewer steps is in its trace. That run gives the
     speed of its row; the speed of the others is measured on the first batches only. Compilation is never counted.
-
-    Returns:
-        {"model", "split", "n", "rows": [...]}: see `report`.
 
     Raises:
         InputError: no texts, or see `check_grid` and `v2t_jax.inversion.api.invert_embeddings`.
@@ -79,22 +71,21 @@ def evaluate(
         raise InputError("There are no texts to evaluate on; use a split that has some.")
     check_grid(num_steps, sequence_beam_width)
     rows: list[dict[str, Any]] = []
-    most = max(num_steps)
+    most, first = max(num_steps), texts[: BATCH_SIZE * jax.device_count()]
+
+    def timed(texts: list[str], steps: int, width: int) -> tuple[list[InversionResult], float]:
+        started = time.perf_counter()
+        options = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
+        found = invert_on_all_hosts(invert_strings, inverter, texts, **options)
+        return found, round(len(texts) / (time.perf_counter() - started), 3)
+
     for width in sorted(set(sequence_beam_width)):
-
-        def timed(texts: list[str], steps: int, width: int = width) -> tuple[list[InversionResult], float]:
-            started = time.perf_counter()
-            options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
-            found = invert_on_all_hosts(invert_strings, inverter, texts, **options)
-            return found, round(len(texts) / (time.perf_counter() - started), 3)
-
-        first = texts[: BATCH_SIZE * jax.device_count()]
         # Compiles; up to TRACE_STEPS the number of steps is no part of the program.
-        timed(first, min(most, 1) if most <= TRACE_STEPS else most)
-        found, speed = timed(texts, most)
+        timed(first, min(most, 1) if most <= TRACE_STEPS else most, width)
+        found, speed = timed(texts, most, width)
         for row in report(inverter, found, num_steps, width, split)["rows"]:
             steps = row["num_steps"]
-            rows.append(row | {"texts_per_second": speed if steps == most else timed(first, steps)[1]})
+            rows.append(row | {"texts_per_second": speed if steps == most else timed(first, steps, width)[1]})
     return {"model": inverter.name, "split": split, "n": len(texts), "rows": rows}
 
 
@@ -111,29 +102,22 @@ def report(
         {"model", "split", "n", "rows": [{"num_steps", "sequence_beam_width", "texts_per_second" (None here), and
         "bleu", "token_f1", "exact_match", "cosine", each with "..._sem", its standard error}]}
     """
-    rows = [_row(found, step, sequence_beam_width) for step in sorted(set(num_steps))]
+    rows = []
+    for step in sorted(set(num_steps)):
+        scores = text_scores([f.trace[step].text for f in found], [str(f.reference) for f in found])
+        scores["cosine"] = score([f.trace[step].cosine for f in found])
+        row: dict[str, Any] = {"num_steps": step, "sequence_beam_width": sequence_beam_width}
+        for name, value in scores.items():
+            row |= {name: round(value.mean, 4), f"{name}_sem": round(value.sem, 4)}
+        rows.append(row | {"texts_per_second": None})
     return {"model": inverter.name, "split": split, "n": len(found), "rows": rows}
-
-
-def _row(found: list[InversionResult], step: int, width: int) -> dict[str, Any]:
-    scores = text_scores([f.trace[step].text for f in found], [str(f.reference) for f in found])
-    scores["cosine"] = score([f.trace[step].cosine for f in found])
-    row: dict[str, Any] = {"num_steps": step, "sequence_beam_width": width}
-    for name, value in scores.items():
-        row |= {name: round(value.mean, 4), f"{name}_sem": round(value.sem, 4)}
-    return row | {"texts_per_second": None}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of a report for people: steps, beam width and scores with their standard errors."""
-    return [
-        str(row["num_steps"]),
-        str(row["sequence_beam_width"]),
-        f"{row['bleu']:.1f} ± {row['bleu_sem']:.1f}",
-        f"{row['token_f1']:.3f} ± {row['token_f1_sem']:.3f}",
-        f"{row['exact_match']:.1%} ± {row['exact_match_sem']:.1%}",
-        f"{row['cosine']:.4f} ± {row['cosine_sem']:.4f}",
-    ]
+    formats = {"bleu": ".1f", "token_f1": ".3f", "exact_match": ".1%", "cosine": ".4f"}
+    scores = [f"{row[name]:{style}} ± {row[f'{name}_sem']:{style}}" for name, style in formats.items()]
+    return [str(row["num_steps"]), str(row["sequence_beam_width"]), *scores]
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -154,32 +138,19 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def check_plot_file(file: Path) -> None:
-    """Makes sure, before any work is done, that a plot can be written there.
-
-    Raises:
-        InputError: it can't.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The plot can't be written to {file} ({error.strerror}); use another path.") from error
+    """Refuses a file where no plot can be written, before any work is done."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise InputError(f"The plot can't be written to {file}; give the name of a writable file.")
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Cosine and BLEU against correction steps, a line a beam width, with standard errors; PNG.
-
-    Raises:
-        InputError: the file can't be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Cosine and BLEU against correction steps, a line a beam width, with standard errors; PNG."""
+    from matplotlib.figure import Figure
 
     check_plot_file(file)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, name, label in zip(axes, ("cosine", "bleu"), ("cosine to the target", "BLEU"), strict=True):
         for width in sorted({row["sequence_beam_width"] for row in report["rows"]}):
             rows = [row for row in report["rows"] if row["sequence_beam_width"] == width]
@@ -189,9 +160,4 @@ def plot(report: dict[str, Any], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(f"{report['model']}, {report['n']} texts of {report['split']}")
-    try:
-        figure.savefig(file, dpi=120, format="png")
-    except OSError as error:
-        raise InputError(f"The plot can't be written to {file} ({error.strerror}); use another path.") from error
-    finally:
-        plt.close(figure)
+    figure.savefig(file, dpi=120, format="png")

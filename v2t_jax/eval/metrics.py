@@ -45,11 +45,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> np.nda
 
 
 def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    """BLEU, token F1 and exact match, as mean and standard error.
-
-    Raises:
-        InputError: no texts.
-    """
+    """BLEU, token F1 and exact match; refuses to score no texts."""
     if not references:
         raise InputError("There are no texts to evaluate on: use a held-out split that has some.")
     measures = {"bleu": sentence_bleu, "token_f1": token_f1, "exact_match": exact_match}

@@ -28,27 +28,20 @@ TRACED = 48  # texts among which the picture's is looked for
 class Card:
     """Package a trained model, with the scores that it reaches."""
 
-    model: str
-    """the model folder that training wrote"""
-    output: str
-    """the folder to write"""
-    trained: str
-    """hardware and time of the training, in words"""
-    plot: str
-    """where the plot of the scores goes, PNG"""
-    trace: str
-    """where a picture of the longest text that correction recovered exactly goes, SVG"""
-    limit: int = 500
-    """held-out texts to evaluate on"""
+    model: str  # the model folder that training wrote
+    output: str  # the folder to write
+    trained: str  # hardware and time of the training, in words
+    plot: str  # where the plot of the scores goes, PNG
+    trace: str  # where a picture of the longest text that correction recovered exactly goes, SVG
+    limit: int = 500  # held-out texts to evaluate on
     num_steps: tuple[int, ...] = (0, 1, 2, 4, 8)
     sequence_beam_width: tuple[int, ...] = (1, 4)
 
     def run(self) -> None:
-        trained = load(self.model)
+        trained, output = load(self.model), Path(self.output)
         record = json.loads((Path(self.model) / "config.json").read_text())["record"] | {"trained": self.trained}
-        output = Path(self.output)
         trained.save(output, record, quantize=True)
-        packaged = load(self.output)
+        packaged = load(output)
         texts = evaluation_texts(packaged, limit=self.limit)
         report = evaluate(packaged, texts, self.num_steps, self.sequence_beam_width)
         plot(report, Path(self.plot))
@@ -62,12 +55,10 @@ class Card:
 
 def score_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    lines = [
-        "| correction steps | sequence beam | BLEU | token F1 | exact match | cosine |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [f"| {' | '.join(cells(row))} |" for row in report["rows"]]
-    return "\n".join(lines)
+    head = (
+        "| correction steps | sequence beam | BLEU | token F1 | exact match | cosine |\n|---:|---:|---:|---:|---:|---:|"
+    )
+    return "\n".join([head, *(f"| {' | '.join(cells(row))} |" for row in report["rows"])])
 
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, weights: str = "float32 weights") -> str:
@@ -80,8 +71,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], trained: str, wei
         weights: how they are stored.
     """
     model, data = recipe["model"], recipe["data"]
-    behind = recipe.get("api", {}).get("model")
-    t5 = model["t5"]
+    behind, t5 = recipe.get("api", {}).get("model"), model["t5"]
     form = "v1.0" if t5["feed_forward"] == "relu" else "v1.1"
     layers = f"{t5['num_encoder_layers']} encoder and {t5['num_decoder_layers']} decoder layers"
     sizes = {stage: (recipe[stage]["num_steps"], recipe[stage]["batch_size"]) for stage in recipe["stages"]}

@@ -1,16 +1,18 @@
 """Vectors or texts in, texts out: the public functions around a loaded `InversionPipeline`."""
 
+import dataclasses
 import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from v2t_jax import progress
@@ -18,7 +20,7 @@ from v2t_jax.config import MeshConfig
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.embedders.black_box import is_metered
 from v2t_jax.errors import InputError, check_texts, check_whole
-from v2t_jax.inversion.correction import Correction, Mode, check_num_steps
+from v2t_jax.inversion.correction import MOST_STEPS, Mode
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors
 from v2t_jax.parallel import processes
@@ -54,8 +56,8 @@ class InversionResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; without the reference's fields where the text isn't known."""
-        values = asdict(self) | {"trace": [asdict(step) for step in self.trace]}
-        return values if self.reference is not None else {k: v for k, v in values.items() if v is not None}
+        values = dataclasses.asdict(self) | {"trace": [dataclasses.asdict(step) for step in self.trace]}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def invert_embeddings(
@@ -84,7 +86,7 @@ def invert_embeddings(
         InputError: see `check_vectors`; a setting is out of range; or num_steps > 0 and the model has no corrector.
     """
     e = check_vectors(vectors, inverter.config.embedding_width)
-    check_num_steps(num_steps)
+    check_whole("num_steps", num_steps, 0, MOST_STEPS)
     if num_steps and not inverter.has_corrector:
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
     if batch_size is not None:
@@ -103,17 +105,45 @@ def invert_batches(
     patience: int = 0,
     batch_size: int | None = None,
 ) -> Iterator[list[InversionResult]]:
-    """Recovers the texts of vectors [n, E] batch by batch; of `e`, which may be memory-mapped, it reads a batch a time.
+    """`invert_embeddings` batch by batch, without its checks; of `e` [n, E], which may be mapped, it reads a batch a
+    time, and brings it to length 1 where the embedder does that."""
+    loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
+    # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
+    most = batch_size or min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2)
+    size, weights, place = _placement(inverter, len(e), most)
+    # A batch is one program, unless somebody watches its steps. What several processes run must be the same on all.
+    watched = progress.on_terminal() and (inverter.mesh is None or jax.process_count() == 1)
+    with (
+        progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
+        ExitStack() as compiling,
+    ):
+        if watched:
+            stage = progress.stage(f"compiling for {size} texts at a time, or loading the compiled program")
+            compiling.enter_context(stage)
+        for first in range(0, len(e), size):
+            rows = np.asarray(e[first : first + size], np.float32)
+            if inverter.embedder.normalized:
+                rows = (rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
+            filled = np.pad(rows, ((0, size - len(rows)), (0, 0)), mode="edge")  # one shape, one compile
 
-    Arguments as `invert_embeddings`, which checks them.
-    """
-    for rows, found in corrections(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size):
-        # What is reported is embedded again from its text, by the embedder's own tokenizer: a sequence of tokens that
-        # the tokenizer would never make of the text can't flatter.
-        n, steps = found.trace_ids.shape[:2]
-        texts = inverter.vocabulary.decode(found.trace_ids.reshape(n * steps, -1))
-        values = cosines(embed_decoded(inverter, texts), np.repeat(rows, steps, axis=0)).reshape(n, steps)
-        yield [_result(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
+            def on_step(step: int, cosine: float, first: int = first, count: int = len(rows)) -> None:
+                if step or not num_steps:  # the first guesses and a step have run
+                    compiling.close()
+                update(first + count * step // max(num_steps, 1), cosine=round(cosine, 4))
+
+            with nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode):
+                found = loop(weights, place(filled), num_steps, on_step if watched else None)
+            update(first + len(rows), cosine=round(float(found.similarity[: len(rows)].mean()), 4))
+            yield _results(inverter, rows, found.trace_ids[: len(rows)], mode)
+
+
+def _results(inverter: InversionPipeline, e: np.ndarray, trace_ids: np.ndarray, mode: Mode) -> list[InversionResult]:
+    """Results of traces [n, N + 1, L]. Their cosines are of the texts, embedded again by the embedder's own tokenizer:
+    a sequence of tokens that the tokenizer would never make of its text can't flatter."""
+    n, steps = trace_ids.shape[:2]
+    texts = inverter.vocabulary.decode(trace_ids.reshape(n * steps, -1))
+    values = cosines(embed_decoded(inverter, texts), np.repeat(e, steps, axis=0)).reshape(n, steps)
+    return [_result(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
 
 
 def _result(texts: Sequence[str], values: np.ndarray, mode: str) -> InversionResult:
@@ -130,51 +160,6 @@ def embed_decoded(inverter: InversionPipeline, texts: Sequence[str]) -> np.ndarr
     """Embeddings [n, E] of texts, blank ones too; with a mesh over several processes, each embeds a share."""
     embed = functools.partial(embed_texts, inverter.embedder)
     return embed(texts) if inverter.mesh is None else processes.shared(texts, embed)
-
-
-def corrections(
-    inverter: InversionPipeline,
-    e: np.ndarray,
-    num_steps: int,
-    sequence_beam_width: int,
-    mode: Mode,
-    patience: int = 0,
-    batch_size: int | None = None,
-) -> Iterator[tuple[np.ndarray, Correction]]:
-    """The correction loop over vectors [n, E]: the vectors of each batch, brought to length 1 where the embedder does
-    that, and what it found. A batch is one program, unless somebody watches its steps."""
-    loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
-    # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
-    size, weights, place = _placement(
-        inverter, len(e), batch_size or min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2)
-    )
-    # Programs that several processes run together must be the same on all of them.
-    watched = progress.on_terminal() and (inverter.mesh is None or jax.process_count() == 1)
-    with (
-        progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
-        ExitStack() as compiling,
-    ):
-        if watched:
-            compiling.enter_context(
-                progress.stage(f"compiling for {size} texts at a time, or loading the compiled program")
-            )
-        for first in range(0, len(e), size):
-            rows = np.asarray(e[first : first + size], np.float32)
-            if inverter.embedder.normalized:
-                rows = (rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
-            filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])  # one shape, one compile
-
-            def on_step(step: int, cosine: float, _: int, first: int = first, count: int = len(rows)) -> None:
-                if step or not num_steps:  # the first guesses and a step have run
-                    compiling.close()
-                update(first + count * step // max(num_steps, 1), cosine=round(cosine, 4))
-
-            with nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode):
-                found = loop(weights, place(filled), num_steps, on_step if watched else None)
-            *arrays, steps_run = found
-            found = Correction._make([*(array[: len(rows)] for array in arrays), steps_run])
-            update(first + len(rows), cosine=round(float(found.similarity.mean()), 4))
-            yield rows, found
 
 
 def _placement(
@@ -200,29 +185,23 @@ def _placement(
 def invert_on_all_hosts(
     invert: Callable[..., list[InversionResult]], inverter: InversionPipeline, items: Any, **options: Any
 ) -> list[InversionResult]:
-    """`invert(inverter, items, **options)` on every process, each doing a share on its own devices, or all together.
+    """`invert(inverter, items, **options)` on every process, each doing a share of the texts or vectors `items`.
 
-    With a metered embedder process 0 does everything: a run then pays for a text once, within one limit.
-
-    Args:
-        items: texts or vectors, the same on every process.
-
-    Raises:
-        InputError: the one raised on any process; or the items differ between processes.
+    With a mesh over all processes, they do everything together. With a metered embedder process 0 does everything: a
+    run then pays for a text once, within one limit. An `InputError` on any process is raised on all.
     """
     count = jax.process_count()
-    if count == 1 or inverter.mesh is not None:  # a pipeline with a mesh uses all devices for every batch
+    if count == 1 or inverter.mesh is not None:
         return invert(inverter, items, **options)
     once = is_metered(inverter.embedder)
-    found: list[InversionResult] = []
-    fault = ""
     given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
+    record: dict[str, Any] = {"given": hashlib.sha256(given).hexdigest(), "fault": "", "found": []}
+    share = items if once else items[jax.process_index() :: count]
     try:
-        share = items[jax.process_index() :: 1 if once else count] if not once or processes.is_main() else []
-        found = invert(inverter, share, **options) if len(share) else []
+        if len(share) and (processes.is_main() or not once):
+            record["found"] = [one.to_dict() for one in invert(inverter, share, **options)]
     except InputError as error:
-        fault = str(error)
-    record = {"given": hashlib.sha256(given).hexdigest(), "fault": fault, "found": [one.to_dict() for one in found]}
+        record["fault"] = str(error)
     parts = processes.gather(record)
     for part in parts:
         if part["fault"]:
@@ -230,7 +209,7 @@ def invert_on_all_hosts(
         if part["given"] != parts[0]["given"]:
             raise InputError("The processes have read different texts or vectors: give all hosts the same files.")
     records = parts[0]["found"] if once else [parts[i % count]["found"][i // count] for i in range(len(items))]
-    return [InversionResult(**one | {"trace": tuple(TraceStep(**step) for step in one["trace"])}) for one in records]
+    return msgspec.convert(records, list[InversionResult])
 
 
 def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options: Any) -> list[InversionResult]:
@@ -255,10 +234,8 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
         if inverter.vocabulary.normalize([text], len(text.encode()) + 2)[0] != reference:
             progress.note(f"Text {i + 1} is cut to the {longest - 1} tokens that the model takes: {reference!r}")
     found = invert_embeddings(inverter, embed_decoded(inverter, references), **options)
-    return [
-        InversionResult(f.text, f.cosine, f.step, f.trace, reference, f.text == reference)
-        for f, reference in zip(found, references, strict=True)
-    ]
+    pairs = zip(found, references, strict=True)
+    return [dataclasses.replace(one, reference=text, exact_match=one.text == text) for one, text in pairs]
 
 
 def embed(texts: Sequence[str], embedder: str | Path | TextEmbedder = "all-MiniLM-L6-v2") -> np.ndarray:

@@ -1,21 +1,19 @@
 """The correction loop: guess a text, embed the guess, let proposers improve on it, repeat.
 
-After Morris et al. 2023, "Text Embeddings Reveal (Almost) As Much As Text", section 3. The loop knows nothing about
-networks. It is made of functions that take the weights first, so that weights are arguments of the compiled program and
-never constants in it:
+After Morris et al. 2023, "Text Embeddings Reveal (Almost) As Much As Text", section 3. The loop knows no network. It is
+made of functions that take the weights first, so that these are arguments of the compiled program and no constants:
 
-    hypothesize(params, e [B, E], k)             -> ids [B, k, L], score [B, k]    first guesses
-    propose(params, hypotheses of R rows, k)     -> ids [R, n, L], score [R, n]    candidates, n of each proposer's own
-    embed(params, ids [R, L])                    -> [R, E]                         the embedder under attack
+    hypothesize(params, e [B, E], k)            -> ids [B, k, L]    first guesses
+    propose(params, hypotheses of R rows, k)    -> ids [R, n, L]    candidates, n of each proposer's own
+    embed(params, ids [R, L])                   -> [R, E]           the embedder under attack
 
 All of them must be deterministic. The candidates of all proposers compete in one pool.
 
-Shapes: B batch, L tokens, E embedding width, W sequence beam, K candidates asked of a proposer, N steps.
+Shapes: B batch, L tokens, E embedding width, W sequence beam, N steps.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,7 +28,7 @@ from v2t_jax.errors import InputError, check_whole
 from v2t_jax.parallel.processes import fetch
 
 MOST_STEPS = 100_000
-MOST_BEAMS = 64  # W, and K: a step decodes B * W * K sequences
+MOST_BEAMS = 64  # W: a step decodes B * W * W sequences
 MEMORY = 4  # hypotheses remembered in mode "best", as a multiple of W
 TRACE_STEPS = 32  # steps that a program's trace has room for; runs of more steps take the next power of two
 # An error of relative size r in a vector costs r^2 / 2 of cosine, so the same text embedded again in float32, or a
@@ -50,8 +48,8 @@ class Hypotheses(NamedTuple):
     similarity: Array  # [R] of embedding and e
 
 
-Hypothesize = Callable[[Params, Array, int], tuple[Array, Array]]
-Propose = Callable[[Params, Hypotheses, int], tuple[Array, Array]]
+Hypothesize = Callable[[Params, Array, int], Array]
+Propose = Callable[[Params, Hypotheses, int], Array]
 Embed = Callable[[Params, Array], Array]
 
 
@@ -59,48 +57,30 @@ Embed = Callable[[Params, Array], Array]
 class CorrectionSettings:
     """How the loop searches.
 
-    Attributes:
-        sequence_beam_width: W, hypotheses kept for each target between steps.
-        num_candidates: K, candidates for each hypothesis; None means W. In mode "upstream" at least W.
-        mode: "best" searches best first: it remembers the MEMORY * W nearest hypotheses ever seen, expands at each step
-            the W nearest that it hasn't expanded, and stops rows that are solved.
-            "upstream" selects as the original does: only the last step's candidates count, and no row stops.
-        patience: in mode "best" a row also stops after this many steps without improvement; 0 = never.
-        guess_length: in mode "upstream", tokens kept of a first guess that is to be corrected; None = all. (The
-            original generates those shorter than the guess it returns for 0 steps.)
-
-    Raises:
-        InputError: a setting is out of range, or belongs to the other mode.
+    Mode "best" searches best first: it remembers the MEMORY * W nearest hypotheses ever seen, expands at each step the
+    W nearest that it hasn't expanded, and stops rows that are solved. Mode "upstream" selects as the original does:
+    only the last step's candidates count, and no row stops.
     """
 
-    sequence_beam_width: int = 4
-    num_candidates: int | None = None
+    sequence_beam_width: int = 4  # W, hypotheses kept for each target between steps, and candidates for each of them
     mode: Mode = "best"
-    patience: int = 0
+    patience: int = 0  # in mode "best" a row also stops after this many steps without improvement; 0 = never
+    # In mode "upstream", tokens kept of a first guess that is to be corrected; None = all. (The original generates
+    # those shorter than the guess it returns for 0 steps.)
     guess_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("best", "upstream"):
             raise InputError(f'mode is {self.mode!r}; choose "best" or "upstream".')
         check_whole("sequence_beam_width", self.sequence_beam_width, 1, MOST_BEAMS)
-        check_whole("num_candidates", self.candidates, 1, MOST_BEAMS)
         check_whole("patience", self.patience, 0)
         if self.mode == "upstream" and self.patience:
             raise InputError('patience works only in mode "best"; leave it 0 in mode "upstream".')
 
-    @property
-    def candidates(self) -> int:
-        """K with the defaults filled in."""
-        k = self.sequence_beam_width if self.num_candidates is None else self.num_candidates
-        return max(k, self.sequence_beam_width) if self.mode == "upstream" else k
-
 
 class Correction(NamedTuple):
-    """What the loop found; numpy arrays.
-
-    In mode "best" the answer is the most similar hypothesis ever seen, and the trace shows the best so far after each
-    step (index 0: the first guess). In mode "upstream" both show the hypothesis selected at that step.
-    """
+    """What the loop found. From the first guess on, the trace shows the best hypothesis so far, or in mode "upstream"
+    the one selected at each step; the answer is its last."""
 
     ids: np.ndarray  # [B, L] int32
     similarity: np.ndarray  # [B] float32, of the embedded ids and the target
@@ -120,12 +100,9 @@ class Pool(NamedTuple):
 
 
 class Beam(NamedTuple):
-    """The search for each target.
+    """The search for each target."""
 
-    The pool is ranked and holds W hypotheses in mode "upstream", which forgets all others, and MEMORY * W in "best".
-    """
-
-    pool: Pool
+    pool: Pool  # ranked; W hypotheses in mode "upstream", which forgets all others, and MEMORY * W in "best"
     step: Array  # [B] int32, when the first of the pool was found
     stale: Array  # [B] int32, steps since it got better
     done: Array  # [B] bool
@@ -153,40 +130,28 @@ def is_solved(cosine: Array) -> Array:
     return cosine >= 1 - TOLERANCE
 
 
-def check_num_steps(num_steps: int) -> None:
-    """Raises:
-    InputError: num_steps is no whole number, negative, or would never end.
-    """
-    check_whole("num_steps", num_steps, 0, MOST_STEPS)
-
-
 class CorrectionLoop:
     """The loop over fixed functions and settings: first guesses and all steps in one compiled program.
 
     Its `while_loop` leaves the device only when every row is done or `num_steps` is reached. `num_steps` is an argument
     of the program, so one compile serves all N up to TRACE_STEPS, all weights and all batches of a shape. Where
     somebody watches, the same two parts run as programs of their own, step by step.
-
-    Args:
-        proposers: their candidates are pooled; `num_candidates` is asked of each.
-        similarity: of embeddings [..., E] and targets [..., E]; what is not a number never wins.
-        solved: similarity [B] -> whether a row is finished, [B]; in mode "best".
-        rank: similarity [B, P] -> indices [B, P], best first: how mode "upstream" orders equal candidates before its
-            last step; None: the first in front, as in the last.
-        check: called whenever a program has ended; raises what a host function raised in it.
     """
 
     def __init__(
         self,
         hypothesize: Hypothesize,
-        proposers: Sequence[Propose],
+        proposers: Sequence[Propose],  # their candidates are pooled; W are asked of each
         embed: Embed,
         settings: CorrectionSettings,
         *,
+        # of embeddings and targets [..., E]; what is not a number never wins
         similarity: Callable[[Array, Array], Array] = cosine_similarity,
-        solved: Callable[[Array], Array] = is_solved,
+        solved: Callable[[Array], Array] = is_solved,  # similarity [B] -> whether a row is finished; in mode "best"
+        # similarity [B, P] -> indices [B, P], best first: the order of equal candidates in mode "upstream" before its
+        # last step; None: the first in front, as in the last
         rank: Callable[[Array], Array] | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,  # raises what a host function raised in a program that has ended
     ) -> None:
         self.settings = settings
         self._hypothesize, self._proposers, self._embed = hypothesize, tuple(proposers), embed
@@ -200,17 +165,11 @@ class CorrectionLoop:
         params: Params,
         e: np.ndarray | Array,
         num_steps: int,
-        on_step: Callable[[int, float, int], None] | None = None,
+        on_step: Callable[[int, float], None] | None = None,
     ) -> Correction:
-        """Recovers the texts behind e.
+        """Recovers the texts behind targets e [B, E] in N correction steps; 0 give the best first guess.
 
-        Args:
-            params: weights, passed to the functions as they are.
-            e: target embeddings [B, E].
-            num_steps: N, correction steps; 0 returns the best first guess (for W = K = 1 and in mode "upstream" the
-                inverter's greedy one).
-            on_step: called as on_step(step, mean similarity, rows done) after the first guesses (step 0) and after each
-                step; given, each step is a program of its own.
+        `on_step` is called with the step and the mean similarity after the first guesses (step 0) and after each step.
         """
         e, steps = jnp.asarray(e, jnp.float32), np.int32(num_steps)
         room = max(TRACE_STEPS, 1 << (max(num_steps, 1) - 1).bit_length())
@@ -221,7 +180,7 @@ class CorrectionLoop:
             while on_step is not None:
                 now, similarity, done = fetch((state.step, state.beam.pool.similarity[:, 0], state.beam.done))
                 self._check()
-                on_step(int(now), float(similarity.mean()), int(done.sum()))
+                on_step(int(now), float(similarity.mean()))
                 if now == num_steps or done.all():
                     break
                 state = self.advance(params, e, state, now + 1, steps)
@@ -246,7 +205,10 @@ class CorrectionLoop:
 
         def step(state: State) -> State:
             now = state.step + 1
-            return _traced(state._replace(beam=self.step(params, e, state.beam, now, num_steps), step=now))
+            beam = self.step(params, e, state.beam, now, num_steps)
+            found = ((state.trace_ids, beam.pool.ids), (state.trace_similarity, beam.pool.similarity))
+            traces = (lax.dynamic_update_index_in_dim(trace, x[:, 0], now, axis=1) for trace, x in found)
+            return State(beam, now, *traces)
 
         return lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.beam.done), step, state)
 
@@ -254,19 +216,18 @@ class CorrectionLoop:
         """The beam before any step; `num_steps` decides whether first guesses are cut to be corrected."""
         width, upstream = self.settings.sequence_beam_width, self.settings.mode == "upstream"
         # As many guesses as a step makes candidates: no more rows than it decodes, and more to choose from.
-        ids, _ = self._hypothesize(params, e, 1 if upstream else width * self.settings.candidates)
+        ids = self._hypothesize(params, e, 1 if upstream else width**2)
         ids = truncate_after_eos(ids.astype(jnp.int32))  # equal texts become equal arrays
         if self.settings.guess_length is not None:
             cut = (num_steps > 0) & (jnp.arange(ids.shape[-1]) >= self.settings.guess_length)
             ids = jnp.where(cut[None, None], PAD, ids)
-        embedding, similarity = self._embed_pool(params, e, ids)
+        pool = self._pool(params, e, ids)
         if upstream:
             # The original starts from one hypothesis. Copies of it keep the shapes static; being duplicates
             # they become fillers, whose candidates do not count.
-            ids, embedding, similarity = (jnp.repeat(x, width, axis=1) for x in (ids, embedding, similarity))
-        pool = Pool(ids, embedding, similarity, jnp.zeros(similarity.shape, bool))
-        kept = _keep_distinct(pool, similarity, width if upstream else MEMORY * width)
-        done = _nothing_ranked(similarity)
+            pool = Pool(*(jnp.repeat(x, width, axis=1) for x in pool))
+        kept = _keep_distinct(pool, width if upstream else MEMORY * width)
+        done = _nothing_ranked(pool)
         if not upstream:
             done |= self._solved(kept.similarity[:, 0])
         zero = jnp.zeros(e.shape[0], jnp.int32)
@@ -277,30 +238,27 @@ class CorrectionLoop:
         batch, memory, _ = beam.pool.ids.shape
         width = self.settings.sequence_beam_width
         if self.settings.mode == "upstream":
-            children, score = self._children(params, e, beam.pool)
+            children = self._children(params, e, beam.pool)
             if self._rank is not None and width > 1:
-                in_order = jnp.broadcast_to(jnp.arange(score.shape[1], dtype=jnp.int32)[None], score.shape)
+                in_order = jnp.arange(children.ids.shape[1], dtype=jnp.int32)[None]
                 children = _take(children, jnp.where(step == num_steps, in_order, self._rank(children.similarity)))
-            if width > 1:  # without a sequence beam the original ranks by the corrector's own score
-                score = children.similarity
-            kept = _keep_distinct(children, score, width)
-            done = beam.done | _nothing_ranked(children.similarity)
-            return Beam(kept, jnp.full_like(beam.step, step), beam.stale, done)
+            done = beam.done | _nothing_ranked(children)
+            return Beam(_keep_distinct(children, width), jnp.full_like(beam.step, step), beam.stale, done)
         # The proposers are deterministic: a second time they would make the same children.
         unexpanded = jnp.where(beam.pool.expanded, -jnp.inf, beam.pool.similarity)
         index = lax.top_k(unexpanded, width)[1]
-        children, _ = self._children(params, e, _take(beam.pool, index))
+        children = self._children(params, e, _take(beam.pool, index))
         chosen = jnp.any(index[:, :, None] == jnp.arange(memory)[None, None], axis=1)
         held = beam.pool._replace(expanded=beam.pool.expanded | chosen)
         # What is held comes first: a child that repeats it is the duplicate, and among ties the older stays. So the
         # first never gets worse: it is the best hypothesis ever seen, since `step`. Whatever was expanded and then
         # dropped can't come back: by then all that is held lies nearer.
         pool = Pool(*(jnp.concatenate(pair, axis=1) for pair in zip(held, children, strict=True)))
-        kept = _keep_distinct(pool, pool.similarity, memory)
+        kept = _keep_distinct(pool, memory)
         better = kept.similarity[:, 0] > beam.pool.similarity[:, 0]
         stale = jnp.where(better, 0, beam.stale + 1)
         exhausted = jnp.all(kept.expanded | (kept.similarity == -jnp.inf), axis=1)
-        done = exhausted | self._solved(kept.similarity[:, 0]) | _nothing_ranked(children.similarity)
+        done = exhausted | self._solved(kept.similarity[:, 0]) | _nothing_ranked(children)
         if self.settings.patience:
             done |= stale >= self.settings.patience
         moved = Beam(kept, jnp.where(better, step, beam.step), stale, done)
@@ -310,63 +268,45 @@ class CorrectionLoop:
 
         return jax.tree.map(unless_done, beam, moved)
 
-    def _children(self, params: Params, e: Array, parents: Pool) -> tuple[Pool, Array]:
-        """The candidates of every proposer for parents [B, W], and the proposers' scores [B, P] of them."""
+    def _children(self, params: Params, e: Array, parents: Pool) -> Pool:
+        """The candidates of every proposer for parents [B, W]."""
         batch, width, length = parents.ids.shape
         rows = [x.reshape(batch * width, *x.shape[2:]) for x in (parents.ids, parents.embedding, parents.similarity)]
         hypotheses = Hypotheses(jnp.repeat(e, width, axis=0), *rows)
-        proposed = [propose(params, hypotheses, self.settings.candidates) for propose in self._proposers]
-        ids, score = (jnp.concatenate(parts, axis=1) for parts in zip(*proposed, strict=True))
+        ids = jnp.concatenate([propose(params, hypotheses, width) for propose in self._proposers], axis=1)
         each = ids.shape[1]
         ids = truncate_after_eos(ids.reshape(batch, width * each, length).astype(jnp.int32))
-        embedding, similarity = self._embed_pool(params, e, ids)
         # A filler repeats the first of its pool and, but for rounding, that one's children. Without those, the first
         # pool in mode "upstream" is exactly the children of the one hypothesis.
         childless = parents.expanded | (parents.similarity == -jnp.inf)
-        similarity = jnp.where(jnp.repeat(childless, each, axis=1), -jnp.inf, similarity)
-        children = Pool(ids, embedding, similarity, jnp.zeros(similarity.shape, bool))
-        return children, score.reshape(batch, width * each).astype(jnp.float32)
+        return self._pool(params, e, ids, absent=jnp.repeat(childless, each, axis=1))
 
-    def _embed_pool(self, params: Params, e: Array, ids: Array) -> tuple[Array, Array]:
-        """Embeds ids [B, P, L]: embeddings [B, P, E] and their similarity to e [B, P], float32."""
+    def _pool(self, params: Params, e: Array, ids: Array, absent: Array | bool = False) -> Pool:
+        """Hypotheses ids [B, P, L], embedded and compared with e; those `absent` [B, P] only fill the shape."""
         batch, size, length = ids.shape
         embedding = self._embed(params, ids.reshape(batch * size, length))
         embedding = embedding.astype(jnp.float32).reshape(batch, size, -1)
         similarity = self._similarity(embedding, e[:, None, :])
-        return embedding, jnp.where(jnp.isnan(similarity), -jnp.inf, similarity)
+        similarity = jnp.where(absent | jnp.isnan(similarity), -jnp.inf, similarity)
+        return Pool(ids, embedding, similarity, jnp.zeros(similarity.shape, bool))
 
 
-def _traced(state: State) -> State:
-    """`state` with the first of its pool in the trace."""
-    put = functools.partial(lax.dynamic_update_index_in_dim, index=state.step, axis=1)
-    pool = state.beam.pool
-    return state._replace(
-        trace_ids=put(state.trace_ids, pool.ids[:, 0]),
-        trace_similarity=put(state.trace_similarity, pool.similarity[:, 0]),
-    )
+def _nothing_ranked(pool: Pool) -> Array:
+    """[B]: there is no way on from a row none of whose candidates has an embedding."""
+    return jnp.all(pool.similarity == -jnp.inf, axis=1)
 
 
-def _nothing_ranked(similarity: Array) -> Array:
-    """[B, P] -> [B]: there is no way on from a row none of whose candidates has an embedding."""
-    return jnp.all(similarity == -jnp.inf, axis=1)
+def _keep_distinct(pool: Pool, width: int) -> Pool:
+    """The `width` best distinct hypotheses of each pool, best first; then fillers: the first with similarity -inf.
 
-
-def _keep_distinct(pool: Pool, score: Array, width: int) -> Pool:
-    """The best distinct hypotheses of each pool.
-
-    Args:
-        score: [B, P] float32; -inf or NaN: absent. Of equal ids the first present counts; ties: first in front.
-        width: how many to keep; a pool of fewer leaves fillers.
-
-    Returns:
-        the kept, best first; fillers are the first again with similarity -inf.
+    Of equal ids and of equal similarities, the first counts.
     """
-    present = score > -jnp.inf
+    present = pool.similarity > -jnp.inf
     equal = jnp.all(pool.ids[:, :, None, :] == pool.ids[:, None, :, :], axis=-1)  # [B, P, P]
     earlier = jnp.tri(pool.ids.shape[1], k=-1, dtype=bool)[None]
     duplicate = jnp.any(equal & earlier & present[:, None, :], axis=-1)
     size = min(width, pool.ids.shape[1])
-    top, index = lax.top_k(jnp.where(present & ~duplicate, score, -jnp.inf), size)
+    top, index = lax.top_k(jnp.where(present & ~duplicate, pool.similarity, -jnp.inf), size)
     missing = ((0, 0), (0, width - size))
     top, index = jnp.pad(top, missing, constant_values=-jnp.inf), jnp.pad(index, missing)
     filler = (top == -jnp.inf) & (jnp.arange(width) > 0)[None]

@@ -14,10 +14,7 @@ from jax import Array
 
 
 class HostFunctions:
-    """Host functions as functions for use under jit.
-
-    A host function gets a whole batch at once, must depend on nothing but its argument, and must not call jax: on a CPU
-    the device waits for it, and a computation started in it may wait for that device.
+    """Host functions as functions for use under jit. They must be pure and must not call jax, which may wait for them.
 
     What one raises (an `InputError` of an embedder, Ctrl-C) would reach the caller of the program as an error of JAX's.
     It is kept instead; until `check` raises it, no host function is called, and all return embeddings of NaN.
@@ -40,12 +37,7 @@ class HostFunctions:
         self, function: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], length: int
     ) -> Callable[[Array], tuple[Array, Array]]:
         """`function`: ids [rows, L] int32 -> another vocabulary's ids and mask [rows, length]; -1 if it failed."""
-
-        def call(ids: Array) -> tuple[Array, Array]:
-            shape = jax.ShapeDtypeStruct((len(ids), length), jnp.int32)
-            return self._call(function, (shape, shape), ids)
-
-        return call
+        return lambda ids: self._call(function, (jax.ShapeDtypeStruct((len(ids), length), jnp.int32),) * 2, ids)
 
     def _call(self, function: Callable[[np.ndarray], Any], shapes: Any, ids: Array) -> Any:
         def on_host(ids: Array) -> Any:
@@ -55,10 +47,6 @@ class HostFunctions:
                     return jax.tree.map(lambda shape, x: np.asarray(x, shape.dtype), shapes, found)
                 except BaseException as error:  # Ctrl-C too
                     self._error = error
-            return jax.tree.map(_failed, shapes)
+            return jax.tree.map(lambda x: np.full(x.shape, np.nan if x.dtype == jnp.float32 else -1, x.dtype), shapes)
 
         return jax.pure_callback(on_host, shapes, ids)
-
-
-def _failed(shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    return np.full(shape.shape, np.nan if shape.dtype == jnp.float32 else -1, shape.dtype)

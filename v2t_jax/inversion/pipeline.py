@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from v2t_jax import progress
@@ -32,10 +32,10 @@ from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
 from v2t_jax.embedders.base import EmbedderIdentity, JaxEmbedder, TextEmbedder, check_identity, named_or_embedder
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import read_json, sha256_of, whole_folder
+from v2t_jax.interop.files import open_weights, read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
-from v2t_jax.inversion.proposals import embed_hypotheses, embedder_params, initial_hypotheses, propose_corrections
+from v2t_jax.inversion.proposals import embed_hypotheses, initial_hypotheses, propose_corrections
 from v2t_jax.inversion.torch_order import topk_order
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
@@ -54,12 +54,11 @@ CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n-
 class InversionPipeline:
     """Networks, embedder and vocabulary that belong together: what `v2t_jax.load` returns.
 
-    Attributes:
-        shares_vocabulary: the model writes its embedder's own tokens, and the correction loop never leaves the device.
-            Otherwise its tokenizer is its own, and hypotheses reach the embedder as text, through a host callback.
-        embedding_norm: mean and standard deviation of the lengths of the vectors it was trained on, where known.
-        mesh: all devices of the run, over which the parameters are sharded and it decodes, in the layout `decode`; all
-            processes then make the same calls together. By default each process decodes on its own devices.
+    Where it `shares_vocabulary`, the model writes its embedder's own tokens, and the correction loop never leaves the
+    device. Otherwise its tokenizer is its own, and hypotheses reach the embedder as text, through a host callback.
+
+    With a `mesh` of all devices of the run, the parameters are sharded over it, it decodes in the layout `decode`, and
+    all processes make the same calls together. Without, each process decodes on its own devices.
     """
 
     name: str
@@ -68,7 +67,7 @@ class InversionPipeline:
     embedder: TextEmbedder
     vocabulary: Vocabulary
     shares_vocabulary: bool = True
-    embedding_norm: tuple[float, float] | None = None
+    embedding_norm: tuple[float, float] | None = None  # mean and deviation of the training vectors' lengths
     mesh: Mesh | None = None
     decode: DecodeLayout = "batch"
 
@@ -89,10 +88,8 @@ class InversionPipeline:
     def loop_params(self, devices: Mesh | None = None) -> dict[str, Any]:
         """The weights that a correction loop takes: in the arithmetic's dtype, layer by layer, laid out for decoding.
 
-        Prepared once for these `params` and kept until they are replaced or `release` is called.
-
-        Args:
-            devices: of a pipeline without a mesh of its own, the devices that each hold a copy; None: the first.
+        Prepared once for these `params` and kept until they are replaced or `release` is called. Without a mesh of the
+        pipeline's own they lie on the first device, or whole on each of `devices`.
         """
         if self._weights_of is not self.params:
             self._weights, self._weights_of = {}, self.params
@@ -108,23 +105,18 @@ class InversionPipeline:
         self._weights = {}
 
     def _prepared(self) -> dict[str, Any]:
-        networks: dict[str, Any] = {}
+        weights: dict[str, Any] = {}
         for stage, params in self.params.items():
             params = {**params, "t5": round_weights(self.config.t5, params["t5"])}  # in the end it would be anyway
             if self.mesh is not None:
                 specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
                 params = processes.put(params, state_shardings(self.mesh, params, specs))
-            networks[stage] = {**params, "t5": unstack_decoder(params["t5"])}
-        others = {"embedder": embedder_params(self.embedder), "pieces": jnp.asarray(self.vocabulary.vocab_map)}
-        return networks | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
+            weights[stage] = {**params, "t5": unstack_decoder(params["t5"])}
+        embedder = self.embedder.params if isinstance(self.embedder, JaxEmbedder) else {}
+        others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.vocab_map)}
+        return weights | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
 
-    def correction_loop(
-        self,
-        sequence_beam_width: int = 4,
-        mode: Mode = "best",
-        num_candidates: int | None = None,
-        patience: int = 0,
-    ) -> CorrectionLoop:
+    def correction_loop(self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0) -> CorrectionLoop:
         """The compiled loop for these settings, made once.
 
         In mode "upstream" the texts of a model with its own tokenizer are as long as the original's calls let them be,
@@ -135,10 +127,10 @@ class InversionPipeline:
         if mode == "upstream" and not self.shares_vocabulary:
             config = dataclasses.replace(config, max_length=UPSTREAM_LENGTH)
             guess_length = self.config.max_length - 1
-        settings = CorrectionSettings(sequence_beam_width, num_candidates, mode, patience, guess_length)
+        settings = CorrectionSettings(sequence_beam_width, mode, patience, guess_length)
         if settings not in self._loops:
+            proposers = (propose_corrections(config, mode),)  # further ones go here: their candidates are pooled
             embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary)
-            proposers = (propose_corrections(config, mode),)
             self._loops[settings] = CorrectionLoop(
                 initial_hypotheses(config), proposers, embed, settings, rank=topk_order, check=check
             )
@@ -174,7 +166,7 @@ class InversionPipeline:
 Inverter = InversionPipeline  # its name in version 0.1; to be removed in 0.3
 
 
-class _Header(msgspec.Struct):
+class Header(msgspec.Struct):
     """A model's config.json."""
 
     format_version: Literal[1]
@@ -183,20 +175,17 @@ class _Header(msgspec.Struct):
     model: Any  # of `from_dict`
     files: dict[str, str]
     embedding_norm: tuple[float, float] | None = None
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {}  # recipe, scores, or what it was converted from
 
 
 class StoredModel(NamedTuple):
     """What a model folder holds: all but the embedder."""
 
-    name: str
+    header: Header
     config: ModelConfig
     params: dict[Stage, Params]
     vocab_map: np.ndarray
     tokenizer: Tokenizer | None  # the model's own; None: it shares its embedder's vocabulary
-    embedder: EmbedderIdentity
-    embedding_norm: tuple[float, float] | None
-    record: dict[str, Any]  # recipe, scores, or what it was converted from
 
 
 def packaged_models() -> list[str]:
@@ -204,11 +193,7 @@ def packaged_models() -> list[str]:
 
 
 def locate_model(name: str) -> Path:
-    """The folder of a model: see `load`.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """The folder of a model: see `load`."""
     if os.path.isdir(name):
         return Path(name)
     if name in packaged_models():
@@ -225,39 +210,34 @@ def locate_model(name: str) -> Path:
 
 
 def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> StoredModel:
-    """A model by folder, packaged name, or name on the Hugging Face hub (owner/name), without its embedder.
-
-    Args:
-        put: takes each parameter; by default to this process's first device.
-
-    Raises:
-        InputError: no such model; or a file is missing, altered or truncated.
-    """
+    """A model's folder without its embedder: see `load`."""
     folder = locate_model(name)
     values = read_json(folder / "config.json", "a model folder")
     try:
-        header = msgspec.convert(values, _Header)
+        header = msgspec.convert(values, Header)
     except msgspec.ValidationError as error:
         raise InputError(f"{folder}/config.json isn't a model's ({error}); download the model again.") from error
-    model = from_dict(ModelConfig, header.model, "model")
+    config = from_dict(ModelConfig, header.model, "model")
     with progress.stage(f"loading the model {header.name}"):
-        tensors, tokenizer = _read_files(folder, header.files)
-        params: dict[Stage, Params] = {}
-        for stage, network in NETWORKS.items():
-            if stage in tensors:
-                params[stage] = _unflatten(tensors[stage], network(model).abstract_params(), stage, put)
-        if "inverter" not in params or "pieces" not in tensors:
+        files = _checked_files(folder, header.files)
+        if not {"inverter.safetensors", "pieces.safetensors"} <= set(files):
             raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; download the model again.")
-        vocab_map = tensors["pieces"].get("pieces")
+        tokenizer = read_tokenizer(files[TOKENIZER]) if TOKENIZER in files else None
+        params = {
+            stage: _unflatten(open_weights([files[file]]), network(config).abstract_params(), stage, put)
+            for stage, network in NETWORKS.items()
+            if (file := f"{stage}.safetensors") in files
+        }
+        pieces = open_weights([files["pieces.safetensors"]]).get("pieces")
+        vocab_map = None if pieces is None else pieces[:]
         if vocab_map is None or vocab_map.ndim != 1 or not np.issubdtype(vocab_map.dtype, np.integer):
             raise InputError(f"{folder}/pieces.safetensors doesn't hold a row of integers; download the model again.")
-    norm, record = header.embedding_norm, header.record
-    return StoredModel(header.name, model, params, vocab_map, tokenizer, header.embedder, norm, record)
+    return StoredModel(header, config, params, vocab_map, tokenizer)
 
 
-def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str, np.ndarray]], Tokenizer | None]:
-    """Tensors by file, and the tokenizer where there is one, of files whose sha256 is the recorded one."""
-    tensors, tokenizer = {}, None
+def _checked_files(folder: Path, files: dict[str, str]) -> dict[str, Path]:
+    """By name, those of a folder's files that the model is made of; their sha256 is the recorded one."""
+    paths = {}
     for file, sha256 in files.items():
         path = folder / Path(file).name
         if not os.access(path, os.R_OK) or not path.is_file():
@@ -266,14 +246,8 @@ def _read_files(folder: Path, files: dict[str, str]) -> tuple[dict[str, dict[str
             raise InputError(
                 f"{path} is truncated or altered (its sha256 is not the recorded one); download the model again."
             )
-        if path.name == TOKENIZER:
-            tokenizer = read_tokenizer(path)
-            continue
-        try:
-            tensors[path.stem] = load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file ({error}); download the model again.") from error
-    return tensors, tokenizer
+        paths[path.name] = path
+    return paths
 
 
 def load(
@@ -286,19 +260,19 @@ def load(
 
     Args:
         embedder: where the model's embedder lies now, or the embedder itself; by default by the name recorded.
-        put: see `read_model`.
+        put: takes each parameter; by default to this process's first device.
 
     Raises:
         InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
             trained on.
     """
     embedder = embedder if embedder is None else named_or_embedder(embedder)
-    stored = read_model(str(name), put)
-    recorded = stored.embedder
+    header, config, params, vocab_map, tokenizer = read_model(str(name), put)
+    recorded, whose = header.embedder, f"The model {header.name}"
     if embedder is None and not recorded.weights_sha256:
         raise InputError(
-            f"The model {stored.name} was trained for {recorded.name}, whose weights aren't known: pass that embedder, "
-            "as load(name, embedder=...)."
+            f"{whose} was trained for {recorded.name}, whose weights aren't known: pass that embedder, as load(name, "
+            "embedder=...)."
         )
     if embedder is None or isinstance(embedder, str):
         # By name alone a prefix may be the table's, the folder's, or one that was asked for.
@@ -308,32 +282,24 @@ def load(
         embedder = embedder.shortened(longest)
     # A name that can't be checked draws a warning, below, and another width an error of the pipeline's own. Training
     # may round the embedder's arithmetic; the vectors to invert are the exact embedder's.
-    whose, ignored = f"The model {stored.name}", ("name", "width", "dtype")
-    check_identity(recorded.to_dict(), embedder.identity, whose, ignored)
-    comparable = recorded.weights_sha256 and embedder.weights_sha256
-    tokenizer = stored.tokenizer
+    check_identity(recorded.to_dict(), embedder.identity, whose, ignored=("name", "width", "dtype"))
+    shares_vocabulary = tokenizer is None
     if tokenizer is None:
         if not isinstance(embedder, JaxEmbedder):
             raise InputError(
-                f"The model {stored.name} shares its embedder's vocabulary, so it can't use {embedder.name}, which "
-                "takes only text; leave the embedder out, or train a model with a tokenizer of its own."
+                f"{whose} shares its embedder's vocabulary, so it can't use {embedder.name}, which takes only text; "
+                "leave the embedder out, or train a model with a tokenizer of its own."
             )
-        check_length(stored.config.max_length, embedder)
+        check_length(config.max_length, embedder)
         tokenizer = embedder.tokenizer
-    if not comparable and embedder.name != recorded.name:
+    if not (recorded.weights_sha256 and embedder.weights_sha256) and embedder.name != recorded.name:
         warnings.warn(
-            f"The model {stored.name} was trained for {recorded.name}; that {embedder.name} is the same embedder can't "
-            "be checked.",
+            f"{whose} was trained for {recorded.name}; that {embedder.name} is the same embedder can't be checked.",
             stacklevel=2,
         )
+    vocabulary = Vocabulary(tokenizer, vocab_map)
     return InversionPipeline(
-        stored.name,
-        stored.config,
-        stored.params,
-        embedder,
-        Vocabulary(tokenizer, stored.vocab_map),
-        shares_vocabulary=stored.tokenizer is None,
-        embedding_norm=stored.embedding_norm,
+        header.name, config, params, embedder, vocabulary, shares_vocabulary, header.embedding_norm
     )
 
 
@@ -344,11 +310,7 @@ def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:
 
 
 def check_length(max_length: int, embedder: JaxEmbedder) -> None:
-    """Refuses a model of longer texts than its embedder reads.
-
-    Raises:
-        InputError: model.max_length is too large.
-    """
+    """Refuses a model of longer texts than its embedder reads."""
     room = embedder.config.max_length - len(embedder.token_map().before)
     if max_length > room:
         raise InputError(f"model.max_length is {max_length}, but {embedder.name} reads texts of {room} at most.")
@@ -357,8 +319,8 @@ def check_length(max_length: int, embedder: JaxEmbedder) -> None:
 def _flatten(params: Params, quantize: bool) -> dict[str, np.ndarray]:
     """Nested parameters -> flat names. Quantized matrices are int8, one scale per output column (rows of tables)."""
     flat: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, array = "/".join(str(key.key) for key in path), np.asarray(leaf, np.float32)
+    for name, leaf in flatten_dict(params, sep="/").items():
+        array = np.asarray(leaf, np.float32)
         if not quantize or array.ndim < 2 or array.size < 4096:
             flat[name] = array
             continue
@@ -369,22 +331,20 @@ def _flatten(params: Params, quantize: bool) -> dict[str, np.ndarray]:
     return flat
 
 
-def _unflatten(flat: dict[str, np.ndarray], like: Any, stage: str, put: Callable[[np.ndarray], Any]) -> Params:
+def _unflatten(flat: dict[str, Any], like: Params, stage: str, put: Callable[[np.ndarray], Any]) -> Params:
     """The inverse of `_flatten`, float32, checked against the shapes of `like`."""
-    names: set[str] = set()
-
-    def leaf(path: tuple[Any, ...], shape: Any) -> Any:
-        name = "/".join(str(key.key) for key in path)
-        names.update((name, f"{name}.scale"))
+    shapes: dict[str, Any] = flatten_dict(like, sep="/")
+    params: dict[str, Any] = {}
+    for name, shape in shapes.items():
         if name not in flat:
             raise InputError(f"The {stage} lacks the parameter {name!r}; download the model again.")
-        array = flat[name].astype(np.float32) * flat.get(f"{name}.scale", np.float32(1))
+        array = flat[name][:].astype(np.float32)
+        if f"{name}.scale" in flat:
+            array *= flat[f"{name}.scale"][:]
         if array.shape != shape.shape:
             raise InputError(f"The {stage}'s {name!r} has shape {array.shape}; config.json implies {shape.shape}.")
-        return put(array)
-
-    params = jax.tree_util.tree_map_with_path(leaf, like)
-    unknown = sorted(set(flat) - names)
+        params[name] = put(array)
+    unknown = sorted(set(flat) - {key for name in shapes for key in (name, f"{name}.scale")})
     if unknown:
         raise InputError(f"The {stage} holds the unknown parameter {unknown[0]!r}; download the model again.")
-    return params
+    return unflatten_dict(params, sep="/")

@@ -10,8 +10,6 @@ import numpy as np
 from v2t_jax.config import ModelConfig
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.decode.beam import beam_search
-from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import PAD, Decoded
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts
 from v2t_jax.inversion.correction import Embed, Hypotheses, Hypothesize, Mode, Propose
 from v2t_jax.inversion.host_callback import HostFunctions
@@ -23,9 +21,9 @@ from v2t_jax.models.inverter import Inverter
 def initial_hypotheses(config: ModelConfig) -> Hypothesize:
     """First guesses: the inverter's."""
 
-    def hypothesize(params: Any, e: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-        tokens_to_logits, cache = Inverter(config).start_decoding(params["inverter"], e, num_beams=k)
-        return _decode(tokens_to_logits, cache, config, len(e), k)
+    def hypothesize(params: Any, e: jax.Array, k: int) -> jax.Array:
+        start = Inverter(config).start_decoding(params["inverter"], e, num_beams=k)
+        return _decode(*start, config, len(e), k)
 
     return hypothesize
 
@@ -33,11 +31,10 @@ def initial_hypotheses(config: ModelConfig) -> Hypothesize:
 def propose_corrections(config: ModelConfig, mode: Mode) -> Propose:
     """Candidates: the corrector's."""
 
-    def propose(params: Any, given: Hypotheses, k: int) -> tuple[jax.Array, jax.Array]:
-        tokens_to_logits, cache = Corrector(config).start_decoding(
-            params["corrector"], given.e, given.ids, given.embedding, num_beams=k
-        )
-        return _decode(tokens_to_logits, cache, config, len(given.e), k, mode)
+    def propose(params: Any, given: Hypotheses, k: int) -> jax.Array:
+        inputs = (given.e, given.ids, given.embedding)
+        start = Corrector(config).start_decoding(params["corrector"], *inputs, num_beams=k)
+        return _decode(*start, config, len(given.e), k, mode)
 
     return propose
 
@@ -45,11 +42,7 @@ def propose_corrections(config: ModelConfig, mode: Mode) -> Propose:
 def embed_hypotheses(
     config: ModelConfig, embedder: TextEmbedder, vocabulary: Vocabulary, shares_vocabulary: bool
 ) -> tuple[Embed, Callable[[], None]]:
-    """From model ids to embeddings: on the device where model and embedder share a vocabulary, else as text.
-
-    Returns:
-        the function, and the loop's `check`: it raises what the host raised.
-    """
+    """From model ids to embeddings, on the device if both share a vocabulary, else as text; and the loop's `check`."""
     host = HostFunctions()
     if not isinstance(embedder, JaxEmbedder):
         vectors = host.vectors(lambda ids: embed_texts(embedder, vocabulary.decode(ids)), embedder.width)
@@ -57,18 +50,13 @@ def embed_hypotheses(
     if shares_vocabulary:
         return shared_embedder(embedder.config, embedder.token_map()), host.check
     retokenize, length = retokenizer(vocabulary, embedder, config.max_length)
-    network, tokens = embedder.config, host.tokens(retokenize, length)
+    tokens = host.tokens(retokenize, length)
 
     def embed_text(params: Any, ids: jax.Array) -> jax.Array:
         token_ids, mask = tokens(ids)
-        return jnp.where(mask[:, :1] < 0, jnp.nan, embed(network, params["embedder"], token_ids, mask))
+        return jnp.where(mask[:, :1] < 0, jnp.nan, embed(embedder.config, params["embedder"], token_ids, mask))
 
     return embed_text, host.check
-
-
-def embedder_params(embedder: TextEmbedder) -> Any:
-    """What these functions find in the loop's weights under "embedder"."""
-    return embedder.params if isinstance(embedder, JaxEmbedder) else {}
 
 
 def shared_embedder(config: EmbedderConfig, token_map: TokenMap) -> Embed:
@@ -97,19 +85,15 @@ def retokenizer(
 
 def _decode(
     tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k: int, mode: Mode = "best"
-) -> tuple[jax.Array, jax.Array]:
-    """k sequences a row, ids [rows, k, L], and their mean log-probabilities [rows, k]."""
-    if k == 1:
-        single = greedy(tokens_to_logits, cache, batch_size=rows, max_length=config.max_length)
-        found = Decoded(single.ids[:, None], single.log_probs[:, None])
-    else:
-        found, _ = beam_search(
-            tokens_to_logits,
-            cache,
-            batch_size=rows,
-            num_beams=k,
-            num_return=k,
-            max_length=config.max_length,
-            stop_rule="any" if mode == "upstream" else "running",
-        )
-    return found.ids, found.log_probs / jnp.maximum(jnp.sum(found.ids != PAD, axis=-1), 1)
+) -> jax.Array:
+    """k sequences a row, ids [rows, k, L]."""
+    found, _ = beam_search(
+        tokens_to_logits,
+        cache,
+        batch_size=rows,
+        num_beams=k,
+        num_return=k,
+        max_length=config.max_length,
+        stop_rule="any" if mode == "upstream" else "running",
+    )
+    return found.ids

@@ -6,13 +6,13 @@ values is C++'s `nth_element` and then `sort`, neither of them stable; to select
 follows GNU's versions of both, which are the introselect and introsort of Musser (1997).
 """
 
-from collections.abc import MutableSequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 SMALL = 16  # sort leaves ranges of this many to one last insertion sort, which is stable
+
+Queue = list[tuple[float, int]]  # scores and their indices
 
 
 def topk_order(scores: jax.Array) -> jax.Array:
@@ -25,22 +25,18 @@ def rank(scores: np.ndarray) -> np.ndarray:
     """One row of `topk_order`."""
     present, absent = np.flatnonzero(scores > -np.inf), np.flatnonzero(scores == -np.inf)
     queue = [(float(scores[i]), int(i)) for i in present]
-    _nth_element_last(queue)
-    front, last = queue[:-1], queue[-1:]  # the n-th has its place: `topk` sorts the others
-    _partition_for_sort(front, 0, len(front))
-    front.sort(key=lambda item: -item[0])
-    return np.array([i for _, i in front + last] + absent.tolist(), np.int32)
-
-
-Queue = MutableSequence[tuple[float, int]]
-
-
-def _nth_element_last(queue: Queue) -> None:
-    """std::nth_element for the last place: partitions the upper range until three are left, and sorts those."""
+    # std::nth_element for the last place partitions the upper range until three are left, and sorts those.
     first = 0
     while len(queue) - first > 3:
         first = _partition(queue, first, len(queue))
-    queue[first:] = sorted(queue[first:], key=lambda item: -item[0])
+    queue[first:] = _sorted(queue[first:])
+    front, last = queue[:-1], queue[-1:]  # the n-th has its place: `topk` sorts the others
+    _partition_for_sort(front, 0, len(front))
+    return np.array([i for _, i in _sorted(front) + last] + absent.tolist(), np.int32)
+
+
+def _sorted(queue: Queue) -> Queue:
+    return sorted(queue, key=lambda item: -item[0])
 
 
 def _partition_for_sort(queue: Queue, first: int, last: int) -> None:
@@ -54,17 +50,17 @@ def _partition_for_sort(queue: Queue, first: int, last: int) -> None:
 def _partition(queue: Queue, first: int, last: int) -> int:
     """Moves the median of three to the front and better scores than it before worse ones; returns where those begin."""
 
+    def better(i: int, j: int) -> bool:
+        return queue[i][0] > queue[j][0]
+
     def swap(i: int, j: int) -> None:
         queue[i], queue[j] = queue[j], queue[i]
 
     # Of the second, the middle and the last, the one between the others; among equals, the one that comparing finds.
-    a, b, c = first + 1, first + (last - first) // 2, last - 1
-    better = lambda i, j: queue[i][0] > queue[j][0]  # noqa: E731
-    if better(a, b):
-        median = b if better(b, c) else c if better(a, c) else a
-    else:
-        median = a if better(a, c) else c if better(b, c) else b
-    swap(first, median)
+    second, middle, end = first + 1, first + (last - first) // 2, last - 1
+    high, low = (second, middle) if better(second, middle) else (middle, second)
+    between = end if better(high, end) else high
+    swap(first, low if better(low, end) else between)
     low, high = first + 1, last
     while True:
         while better(low, first):

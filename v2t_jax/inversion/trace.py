@@ -26,9 +26,8 @@ def show_trace(found: Any, title: str, console: Console | None = None) -> None:
             console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {text}")
         before = words
     if found.reference is not None:
-        verdict = f"{'recovered exactly' if found.exact_match else 'true text':<22}"
-        style = "green" if found.exact_match else "bold"
-        console.print(f"  [{style}]{verdict}[/{style}]  {escape(found.reference)}")
+        verdict, style = ("recovered exactly", "green") if found.exact_match else ("true text", "bold")
+        console.print(f"  [{style}]{verdict:<22}[/{style}]  {escape(found.reference)}")
 
 
 def draw_trace(found: Any, title: str) -> str:
@@ -48,8 +47,6 @@ def _changed(before: list[str], after: list[str], marks: tuple[str, str]) -> str
     parts = []
     for kind, *bounds in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         old, new = escape(" ".join(before[slice(*bounds[:2])])), escape(" ".join(after[slice(*bounds[2:])]))
-        if kind == "equal":
-            parts.append(new)
-            continue
-        parts += [mark.format(words) for mark, words in zip(marks, (old, new), strict=True) if words]
+        changed = [mark.format(words) for mark, words in zip(marks, (old, new), strict=True) if words]
+        parts += [new] if kind == "equal" else changed
     return " ".join(parts)

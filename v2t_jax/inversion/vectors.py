@@ -19,8 +19,7 @@ MOST_SPREAD = 1.4
 def check_vectors(vectors: Any, width: int) -> np.ndarray:
     """Vectors to invert, of numpy, JAX or torch, as float32 [n, width]; one vector may come as 1-D.
 
-    Raises:
-        InputError: not numbers, no rows, wrong width or dimensions, NaN or infinite values, or zero vectors.
+    Refuses what holds no numbers or no rows, another width, more dimensions, NaN, infinite values, or zero vectors.
     """
     try:
         array = as_numpy(vectors)
@@ -42,23 +41,18 @@ def check_vectors(vectors: Any, width: int) -> np.ndarray:
         )
     with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused
         array = array.astype(np.float32)
-    finite = np.isfinite(array).all(axis=1)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise InputError(f"Vector {row + 1} of {len(array)} holds NaN or infinite values; remove or repair it.")
-    zero = np.linalg.norm(array.astype(np.float64), axis=1) < 1e-12
-    if zero.any():
-        row = int(np.argmax(zero))
-        raise InputError(f"Vector {row + 1} of {len(array)} is (almost) zero; no text embeds to it: remove it.")
+    infinite, zero = ~np.isfinite(array).all(axis=1), np.linalg.norm(array.astype(np.float64), axis=1) < 1e-12
+    for wrong, what in (
+        (infinite, "holds NaN or infinite values; remove or repair it"),
+        (zero, "is (almost) zero; no text embeds to it: remove it"),
+    ):
+        if wrong.any():
+            raise InputError(f"Vector {np.argmax(wrong) + 1} of {len(array)} {what}.")
     return array
 
 
 def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
-    """Warns of vectors [n, E] that hardly come from the model's embedder, judged by their lengths and coordinates.
-
-    Another embedder of the same width, another pooling, prefix or normalization: none of it shows in a shape, and all
-    of it makes the recovered texts meaningless.
-    """
+    """Warns of vectors [n, E] that hardly come from the model's embedder, judged by their lengths and coordinates."""
     norms, reasons = np.linalg.norm(e, axis=1), []
     expected = (1.0, 0.0) if inverter.embedder.normalized else inverter.embedding_norm
     if expected is not None:
@@ -83,33 +77,20 @@ def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
 
 
 def read_vectors(path: str) -> Any:
-    """The array of a .npy file; never unpickles.
-
-    Raises:
-        InputError: the file is missing, empty, or not a plain array.
-    """
+    """The array of a .npy file; never unpickles."""
     file, advice = Path(path), "save the array of vectors with numpy.save"
     if file.exists() and not file.is_file():
         raise InputError(f"{path!r} is a folder, a pipe or a device; {advice}.")
+    with file.open("rb") as content:
+        magic = content.read(len(np.lib.format.MAGIC_PREFIX))
+    if magic != np.lib.format.MAGIC_PREFIX:
+        kinds = {b"": "empty", b"PK": "an archive, perhaps of arrays"}
+        raise InputError(f"{path} is {kinds.get(magic[:2], 'not a .npy file')}; {advice}.")
     try:
-        with file.open("rb") as content:
-            magic = content.read(len(np.lib.format.MAGIC_PREFIX))
-        if not magic:
-            raise InputError(f"{path} is empty; {advice}.")
-        if magic.startswith(b"PK"):
-            raise InputError(f"{path} is an archive, perhaps of arrays; {advice}.")
-        if magic != np.lib.format.MAGIC_PREFIX:
-            raise InputError(f"{path} is not a .npy file; {advice}.")
         # Mapped, not read: a header that promises more than the file holds is refused before memory is asked for.
         return np.array(np.load(file, allow_pickle=False, mmap_mode="r"))
-    except FileNotFoundError:
-        raise InputError(f"There is no file {path}; pass a .npy file of vectors.") from None
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror or error}); {advice}.") from error
-    except InputError:
-        raise
     # numpy reads the header as Python source, so damage in it shows as that language's errors too.
-    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError) as error:
+    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError, OSError) as error:
         raise InputError(f"{path} is truncated, damaged or holds something other than numbers; {advice}.") from error
 
 

@@ -139,7 +139,7 @@ def _check_folds(models: Sequence[str]) -> None:
     if not models:
         raise InputError("Give a model, or as many as there are folds.")
     for i, model in enumerate(models):
-        data = read_model(model).record.get("recipe", {}).get("data", {})
+        data = read_model(model).header.record.get("recipe", {}).get("data", {})
         folds, fold = data.get("folds", 1), data.get("fold", 0)
         if (folds, fold if folds > 1 else i) != (len(models), i):
             trained = f"without fold {fold} of {folds}" if folds > 1 else "on all texts"

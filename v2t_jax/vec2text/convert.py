@@ -96,10 +96,10 @@ def to_vec2text(model: str, folder: Path) -> None:
     """
     check_new(folder)
     stored = read_model(model)
-    settings = stored.record.get(RECORD)
+    header, settings = stored.header, stored.header.record.get(RECORD)
     if not isinstance(settings, dict) or set(settings) != set(stored.params):
         raise InputError(
-            f"The model {stored.name} was not converted from vec2text, which supports only T5's tokenizer and its own "
+            f"The model {header.name} was not converted from vec2text, which supports only T5's tokenizer and its own "
             "embedders; give a model made by 'v2t convert --from vec2text'."
         )
     write_vec2text(folder, stored.config, stored.params, settings)
