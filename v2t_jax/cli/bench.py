@@ -18,18 +18,13 @@ from v2t_jax.config import load_recipe
 class Aot:
     """Compile a recipe for TPUs that aren't here: memory, collectives, the least time of a step. Nothing is run."""
 
-    config: str
-    """the recipe, such as configs/gtr_nq32_inverter.py"""
-    topology: str = "v5e:4x4"
-    """v4, v5e, v5p or v6e and the shape of a slice, such as v5e:4x4 or v4:2x2x4"""
-    slices: int = 1
-    """number of slices, connected by the data-center network"""
+    config: str  # the recipe, such as configs/gtr_nq32_inverter.py
+    topology: str = "v5e:4x4"  # v4, v5e, v5p or v6e and the shape of a slice, such as v5e:4x4 or v4:2x2x4
+    slices: int = 1  # number of slices, connected by the data-center network
     programs: tuple[aot.Program, ...] = ("train", "hypotheses", "correct")
     """what to compile: the stages' training steps, greedy hypotheses, a step of the correction loop"""
-    sequence_beam_width: int = 4
-    """beam width of the correction loop"""
-    json: bool = False
-    """print a JSON document instead of text"""
+    sequence_beam_width: int = 4  # beam width of the correction loop
+    json: bool = False  # print a JSON document instead of text
 
     def run(self) -> None:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU here may be in use

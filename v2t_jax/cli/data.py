@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,19 +20,14 @@ class Build:
     Sources are files (.txt, .jsonl, .tsv, each also .gz, and .parquet), folders or globs of them, tfds:NAME:FIELD, or
     wordnet. MSMARCO's collection.tsv, DPR's psgs_w100.tsv and BEIR's corpus.jsonl need no conversion."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]]
-    """files, folders or globs"""
-    output: str
-    """the folder to write"""
+    sources: tyro.conf.Positional[tuple[str, ...]]  # files, folders or globs
+    output: str  # the folder to write
     embedder: str | None = None
     """the embedder whose tokenizer to use: a name listed by `v2t embedders`, or a folder"""
-    tokenizer: str | None = None
-    """a tokenizer.json to use instead"""
-    settings: Annotated[BuildSettings, tyro.conf.arg(name="")] = field(default_factory=BuildSettings)
-    processes: int | None = None
-    """worker processes; by default one per core"""
-    json: bool = False
-    """print a JSON document instead of text"""
+    tokenizer: str | None = None  # a tokenizer.json to use instead
+    settings: Annotated[BuildSettings, tyro.conf.arg(name="")] = BuildSettings()
+    processes: int | None = None  # worker processes; by default one per core
+    json: bool = False  # print a JSON document instead of text
 
     def run(self) -> None:
         from v2t_jax.bench import num_cores
@@ -46,8 +41,8 @@ class Build:
         if self.embedder is not None:
             tokenizer = load_tokenizer(self.embedder)
         else:
-            tokenizer = read_tokenizer(Path(os.path.expanduser(str(self.tokenizer))))
-        folder = Path(os.path.abspath(os.path.expanduser(self.output)))
+            tokenizer = read_tokenizer(_path(str(self.tokenizer)))
+        folder = Path(os.path.abspath(_path(self.output)))
         counts = build(self.sources, folder, tokenizer, self.settings, processes).manifest["counts"]
         if self.json:
             print(json.dumps({"folder": str(folder), **counts}))
@@ -62,23 +57,17 @@ class Build:
 
 
 @dataclass(frozen=True)
-class EmbedColumn:
+class Embed:
     """Embed a built data set's texts once, as a column for a recipe's data.embeddings; run again, it resumes."""
 
-    folder: tyro.conf.Positional[str]
-    """a data set made by v2t data build"""
-    name: str
-    """name of the column"""
-    max_length: int
-    """the recipe's model.max_length; longer texts are cut to it"""
-    embedder: str = "all-MiniLM-L6-v2"
-    """a name listed by `v2t embedders`, a folder, or an endpoint's base URL"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the arithmetic, as the recipe's embedder_dtype"""
-    batch_size: int = 256
-    """texts per batch or request"""
-    api: ApiConfig = field(default_factory=ApiConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    folder: tyro.conf.Positional[str]  # a data set made by v2t data build
+    name: str  # name of the column
+    max_length: int  # the recipe's model.max_length; longer texts are cut to it
+    embedder: str = "all-MiniLM-L6-v2"  # a name listed by `v2t embedders`, a folder, or an endpoint's base URL
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of the arithmetic, as the recipe's embedder_dtype
+    batch_size: int = 256  # texts per batch or request
+    api: ApiConfig = ApiConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def run(self) -> None:
         from v2t_jax.data.dataset import TokenDataset
@@ -86,12 +75,13 @@ class EmbedColumn:
         from v2t_jax.parallel.processes import find_share
         from v2t_jax.train.precompute import embed_column
 
-        dataset, share = TokenDataset.open(Path(os.path.expanduser(self.folder))), find_share(self.distributed)
+        dataset, share = TokenDataset.open(_path(self.folder)), find_share(self.distributed)
         embedder = open_embedder(self.embedder, self.api)
         if isinstance(embedder, str):
             embedder = load_embedder(embedder, self.dtype)
-        options: dict[str, Any] = {"max_length": self.max_length, "batch_size": self.batch_size, "share": share}
-        done = embed_column(dataset, self.name, embedder, **options)
+        done = embed_column(
+            dataset, self.name, embedder, max_length=self.max_length, batch_size=self.batch_size, share=share
+        )
         _say(done, f'in a recipe: DataConfig(..., embeddings="{self.name}")')
 
 
@@ -99,21 +89,16 @@ class EmbedColumn:
 class Hypotheses:
     """Let inverters guess a built data set's texts once, as columns for a recipe's data.hypotheses."""
 
-    folder: tyro.conf.Positional[str]
-    """a data set made by v2t data build"""
-    name: str
-    """name of the column; the guesses' embeddings are in NAME.embedding"""
+    folder: tyro.conf.Positional[str]  # a data set made by v2t data build
+    name: str  # name of the column; the guesses' embeddings are in NAME.embedding
     model: tuple[str, ...]
     """a model trained on this data set; or one per fold, in order, each of which guesses the texts it wasn't trained
     on"""
-    embedder: str | None = None
-    """the models' embedder, if it has moved: a folder, or an endpoint's base URL"""
-    embeddings: str | None = None
-    """column with the texts' embeddings; by default they are computed"""
-    batch_size: int = 256
-    """texts per batch"""
-    api: ApiConfig = field(default_factory=ApiConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    embedder: str | None = None  # the models' embedder, if it has moved: a folder, or an endpoint's base URL
+    embeddings: str | None = None  # column with the texts' embeddings; by default they are computed
+    batch_size: int = 256  # texts per batch
+    api: ApiConfig = ApiConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def run(self) -> None:
         from v2t_jax.data.dataset import TokenDataset
@@ -121,7 +106,7 @@ class Hypotheses:
         from v2t_jax.train.precompute import hypothesis_columns
 
         done = hypothesis_columns(
-            TokenDataset.open(Path(os.path.expanduser(self.folder))),
+            TokenDataset.open(_path(self.folder)),
             self.name,
             self.model,
             open_embedder(self.embedder, self.api),
@@ -130,6 +115,10 @@ class Hypotheses:
             share=find_share(self.distributed),
         )
         _say(done, f'in a recipe: DataConfig(..., hypotheses="{self.name}")')
+
+
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))
 
 
 def _say(done: bool, how: str) -> None:
@@ -142,31 +131,15 @@ def _say(done: bool, how: str) -> None:
 class Tfds:
     """Write a source as a TFDS data set (ArrayRecord, a field "text"), for programs that read TFDS."""
 
-    source: tyro.conf.Positional[str]
-    """one source, as for v2t data build"""
-    output: str
-    """the TFDS data directory"""
-    name: str
-    """name of the data set"""
+    source: tyro.conf.Positional[str]  # one source, as for v2t data build
+    output: str  # the TFDS data directory
+    name: str  # name of the data set
 
     def run(self) -> None:
         from v2t_jax.data.tfds import prepare_tfds
 
-        folder = prepare_tfds(self.source, Path(os.path.expanduser(self.output)), self.name)
+        folder = prepare_tfds(self.source, _path(self.output), self.name)
         print(f"{folder} is written; as a source it is tfds:{folder}:text")
 
 
-@dataclass(frozen=True)
-class Data:
-    """Data sets at scale: build, embed, hypotheses, tfds."""
-
-    command: Annotated[
-        Annotated[Build, tyro.conf.subcommand("build", prefix_name=False)]
-        | Annotated[EmbedColumn, tyro.conf.subcommand("embed", prefix_name=False)]
-        | Annotated[Hypotheses, tyro.conf.subcommand("hypotheses", prefix_name=False)]
-        | Annotated[Tfds, tyro.conf.subcommand("tfds", prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-
-    def run(self) -> None:
-        self.command.run()
+COMMANDS: dict[str, Any] = {"build": Build, "embed": Embed, "hypotheses": Hypotheses, "tfds": Tfds}

@@ -1,9 +1,9 @@
-"""The commands invert, embed, eval and demo: from texts to vectors and back."""
+"""The commands invert, embed, eval and demo. The comment or docstring at an option is its help text."""
 
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -18,11 +18,7 @@ from v2t_jax.inversion.trace import show_trace
 PACKAGED_MODEL = "minilm-wordnet"
 # One batch, enough to show progress, done in two minutes on a laptop's two cores.
 DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM = 24, 3, 8, 4
-# The fields of a row of `eval --json`; the printed table has the other standard errors too.
-JSON_ROW = (
-    *("num_steps", "sequence_beam_width", "bleu", "bleu_sem", "token_f1", "exact_match", "exact_match_sem"),
-    *("cosine", "texts_per_second"),
-)
+TABLE_ONLY = ("token_f1_sem", "cosine_sem")  # the fields of a report's row that `eval --json` leaves out
 
 
 def open_embedder(name: str | None, api: ApiConfig) -> Any:
@@ -42,52 +38,37 @@ class Invert:
 
     text: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """a text to embed and then recover; can be repeated"""
-    embeddings: str | None = None
-    """a .npy file of vectors [n, E] to recover"""
-    model: str = PACKAGED_MODEL
-    """name of a packaged model, or a model folder"""
+    embeddings: str | None = None  # a .npy file of vectors [n, E] to recover
+    model: str = PACKAGED_MODEL  # name of a packaged model, or a model folder
     embedder: str | None = None
     """the model's embedder, if it has moved since the model was made: a folder, or an endpoint's base URL"""
-    num_steps: int = 8
-    """correction steps; 0 returns the best first guess"""
-    sequence_beam_width: int = 4
-    """hypotheses kept between steps"""
+    num_steps: int = 8  # correction steps; 0 returns the best first guess
+    sequence_beam_width: int = 4  # hypotheses kept between steps
     mode: Literal["best", "upstream"] = "best"
     """best returns the closest text ever seen; upstream selects as the original vec2text does"""
-    batch_size: int | None = None
-    """vectors at a time; the default fits a small machine"""
-    json: bool = False
-    """print a JSON document instead of a table"""
-    api: ApiConfig = field(default_factory=ApiConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    batch_size: int | None = None  # vectors at a time; the default fits a small machine
+    json: bool = False  # print a JSON document instead of a table
+    api: ApiConfig = ApiConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def run(self) -> None:
-        from v2t_jax.inversion.api import invert_embeddings, invert_on_all_hosts, invert_strings
-        from v2t_jax.inversion.pipeline import load
-        from v2t_jax.inversion.vectors import check_vectors, read_vectors
+        from v2t_jax.inversion import api, pipeline, vectors
         from v2t_jax.parallel.processes import is_main
 
         if bool(self.text) == (self.embeddings is not None):
             raise InputError("Pass either --text TEXT or --embeddings FILE.npy.")
         check_texts(self.text)
-        vectors = read_vectors(self.embeddings) if self.embeddings is not None else None
-        inverter = load(self.model, open_embedder(self.embedder, self.api))
-        options: dict[str, Any] = {
-            "num_steps": self.num_steps,
-            "sequence_beam_width": self.sequence_beam_width,
-            "mode": self.mode,
-            "batch_size": self.batch_size,
-        }
-        if vectors is None:
-            found = invert_on_all_hosts(invert_strings, inverter, list(self.text), **options)
+        e = None if self.embeddings is None else vectors.read_vectors(self.embeddings)
+        model = pipeline.load(self.model, open_embedder(self.embedder, self.api))
+        options = {name: getattr(self, name) for name in ("num_steps", "sequence_beam_width", "mode", "batch_size")}
+        if e is None:
+            found = api.invert_on_all_hosts(api.invert_strings, model, list(self.text), **options)
         else:
-            vectors = check_vectors(vectors, inverter.config.embedding_width)
-            found = invert_on_all_hosts(invert_embeddings, inverter, vectors, **options)
-        if not is_main():
-            return
-        if self.json:
+            e = vectors.check_vectors(e, model.config.embedding_width)
+            found = api.invert_on_all_hosts(api.invert_embeddings, model, e, **options)
+        if is_main() and self.json:
             print(json.dumps([one.to_dict() for one in found], ensure_ascii=False, indent=1))
-        else:
+        elif is_main():
             for i, one in enumerate(found):
                 show_trace(one, f"{i + 1} of {len(found)}")
 
@@ -96,21 +77,17 @@ class Invert:
 class Embed:
     """Embed the lines of a text file; writes a .npy file [lines, E], or [lines, E / 8] for --precision binary."""
 
-    input: str
-    """text file with one text per line"""
-    output: str
-    """the .npy file to write"""
+    input: str  # text file with one text per line
+    output: str  # the .npy file to write
     embedder: str = "all-MiniLM-L6-v2"
     """a name that `v2t embedders` lists, a folder, NAME@FOLDER, ORG/NAME on the hub, or an endpoint's base URL"""
     dimensions: int | None = None
     """keep only the first ones (Matryoshka), normalized again if the embedder normalizes"""
     precision: Literal["float32", "int8", "binary"] = "float32"
     """format of the vectors: int8 by each dimension's range in this file, binary by sign"""
-    prefix: str | None = None
-    """prepended to every line; by default the embedder's own prefix for documents"""
-    batch_size: int = 64
-    """texts per batch or request"""
-    api: ApiConfig = field(default_factory=ApiConfig)
+    prefix: str | None = None  # prepended to every line; by default the embedder's own prefix for documents
+    batch_size: int = 64  # texts per batch or request
+    api: ApiConfig = ApiConfig()
 
     def run(self) -> None:
         import numpy as np
@@ -118,8 +95,6 @@ class Embed:
         from v2t_jax.embedders.base import quantize
         from v2t_jax.embedders.load import load_embedder
 
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; give at least 1.")
         embedder = open_embedder(self.embedder, self.api)
         if not isinstance(embedder, str) and (self.dimensions is not None or self.prefix is not None):
             raise InputError(
@@ -142,15 +117,9 @@ class Embed:
 
 
 def read_lines(name: str) -> list[str]:
-    """The texts of a file, one per line.
-
-    Raises:
-        InputError: the file can't be read, or a line is empty.
-    """
+    """The texts of a file, one per line."""
     try:
         content = Path(name).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{name} can't be read ({error.strerror}); give a file with one text per line.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text ({error.reason}); convert it first.") from error
     if not content.strip():
@@ -162,11 +131,7 @@ def read_lines(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def replaced(name: str, source: str) -> Iterator[BinaryIO]:
-    """A file to write that replaces `name`, or what that links to, at the end of the block.
-
-    Raises:
-        InputError: it can't be written, or it is `source`.
-    """
+    """A file to write that replaces `name`, or what that links to, at the end of the block; never `source` itself."""
     output = Path(name).resolve()
     if not name or (output.exists() and not output.is_file()):
         raise InputError(f"The output {name!r} is a folder or a device; give the name of a .npy file.")
@@ -177,35 +142,26 @@ def replaced(name: str, source: str) -> Iterator[BinaryIO]:
         with part.open("wb") as file:
             yield file
         part.replace(output)
-    except OSError as error:
-        raise InputError(f"{name} can't be written ({error.strerror}); choose another place.") from error
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Eval:
     """Score a model on held-out texts, for several numbers of correction steps and beam widths."""
 
-    model: str = PACKAGED_MODEL
-    """name of a packaged model, or a model folder"""
+    model: str = PACKAGED_MODEL  # name of a packaged model, or a model folder
     embedder: str | None = None
     """the model's embedder, if it has moved since the model was made: a folder, or an endpoint's base URL"""
-    split: str = "held_out"
-    """held_out or train"""
-    num_steps: tuple[int, ...] = (0, 1, 8)
-    sequence_beam_width: tuple[int, ...] = (1, 4)
-    limit: int | None = 500
-    """maximum number of texts"""
-    source: str = "wordnet"
-    """source of the texts, as in a recipe's data.sources"""
-    plot: str | None = None
-    """PNG file to write, with cosine and BLEU by step"""
-    json: bool = False
-    """print a JSON document instead of a table"""
-    api: ApiConfig = field(default_factory=ApiConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    split: str = "held_out"  # held_out or train
+    num_steps: tuple[int, ...] = (0, 1, 8)  # correction steps
+    sequence_beam_width: tuple[int, ...] = (1, 4)  # hypotheses kept between steps
+    limit: int | None = 500  # maximum number of texts
+    source: str = "wordnet"  # source of the texts, as in a recipe's data.sources
+    plot: str | None = None  # PNG file to write, with cosine and BLEU by step
+    json: bool = False  # print a JSON document instead of a table
+    api: ApiConfig = ApiConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def run(self) -> None:
         from v2t_jax.eval.evaluate import check_grid, check_plot_file, evaluate, evaluation_texts, plot, table
@@ -223,7 +179,7 @@ class Evaluate:
         if self.plot is not None:
             plot(report, Path(self.plot))
         if self.json:
-            rows = [{name: row[name] for name in JSON_ROW} for row in report["rows"]]
+            rows = [{name: row[name] for name in row if name not in TABLE_ONLY} for row in report["rows"]]
             print(json.dumps(report | {"rows": rows}, ensure_ascii=False, indent=1))
         else:
             Console().print(table(report))
@@ -233,29 +189,26 @@ class Evaluate:
 class Demo:
     """Recover held-out sentences from their embeddings step by step; print a table and write a plot."""
 
-    text: str | None = None
-    """recover this sentence instead"""
-    plot: str = "demo.png"
-    """PNG file to write"""
+    text: str | None = None  # recover this sentence instead
+    plot: str = "demo.png"  # PNG file to write
 
     def run(self) -> None:
-        from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts, plot, table
-        from v2t_jax.eval.evaluate import report as make_report
+        from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts, plot, report, table
         from v2t_jax.inversion.api import invert_strings
         from v2t_jax.inversion.pipeline import load
 
-        check_texts([] if self.text is None else [self.text])
+        own = [] if self.text is None else [self.text]
+        check_texts(own)
         check_plot_file(Path(self.plot))
         inverter = load()
-        texts = [self.text] if self.text is not None else evaluation_texts(inverter, limit=DEMO_TEXTS)
+        texts = own or evaluation_texts(inverter, limit=DEMO_TEXTS)
         found = invert_strings(inverter, texts, num_steps=DEMO_STEPS, sequence_beam_width=DEMO_BEAM)
         best_first = sorted(range(len(found)), key=lambda i: -found[i].cosine)
         for i in best_first[:DEMO_SHOWN]:
             show_trace(found[i], f"text {i + 1} of {len(found)}")
-        split = "held_out" if self.text is None else "your own"
-        report = make_report(inverter, found, range(DEMO_STEPS + 1), DEMO_BEAM, split)
-        Console().print(table(report))
-        plot(report, Path(self.plot))
+        scores = report(inverter, found, range(DEMO_STEPS + 1), DEMO_BEAM, "your own" if own else "held_out")
+        Console().print(table(scores))
+        plot(scores, Path(self.plot))
         if len(found) > DEMO_SHOWN:
             print(f"The {DEMO_SHOWN} closest are shown; the table is over all {len(found)}.")
         print(f'The plot is in {self.plot}. Try a sentence of your own: make demo TEXT="..."')

@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 import tyro
 
 from v2t_jax import progress
-from v2t_jax.cli import train
-from v2t_jax.cli.data import Data
-from v2t_jax.cli.invert import Demo, Embed, Evaluate, Invert
+from v2t_jax.cli import data, train
+from v2t_jax.cli.invert import Demo, Embed, Eval, Invert
 from v2t_jax.cli.models import Convert, Embedders, Env, Push
 from v2t_jax.config import DistributedConfig
 from v2t_jax.errors import InputError
@@ -26,27 +25,33 @@ UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """Measure speed, and compile for TPUs that aren't here: v2t bench --help."""
+class Data:
+    """Data sets at scale: build, embed, hypotheses, tfds."""
 
 
-COMMANDS: dict[str, Any] = {
-    **{"invert": Invert, "embed": Embed, "embedders": Embedders, "eval": Evaluate, "convert": Convert, "push": Push},
-    **{"data": Data, "demo": Demo, "env": Env},
-    **{"train": train.Train, "bench": _Bench},  # listed here; parsed by `parse`
-}
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed, and compile for TPUs that aren't here."""
+
+
+# Data, Train and Bench are listed here, and parsed by `parse`.
+LISTED = (Invert, Embed, Embedders, Eval, Convert, Push, Data, Demo, Env, train.Train, Bench)
+COMMANDS: dict[str, Any] = {command.__name__.lower(): command for command in LISTED}
 
 
 def parse(arguments: list[str]) -> Any:
     """The command that the arguments describe. Without --help, what loads JAX is left to its `run`."""
-    if arguments[:1] == ["train"]:
-        return train.parse(arguments[1:])
     commands, prog, about = COMMANDS, "v2t", __doc__
-    if arguments[:1] == ["bench"]:
-        start_jax()
-        from v2t_jax.cli.bench import COMMANDS as commands
+    match arguments:
+        case ["train", *options]:
+            return train.parse(options)
+        case ["data", *arguments]:
+            commands, prog, about = data.COMMANDS, "v2t data", Data.__doc__
+        case ["bench", *arguments]:
+            start_jax()
+            from v2t_jax.cli.bench import COMMANDS as commands
 
-        prog, about, arguments = "v2t bench", "Measure speed, and compile for TPUs that aren't here.", arguments[1:]
+            prog, about = "v2t bench", Bench.__doc__
     return tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, description=about)
 
 
@@ -90,7 +95,7 @@ def joined(options: DistributedConfig) -> Iterator[None]:
     except Exception as error:
         if not processes.is_several():
             raise
-        fault = error if isinstance(error, InputError | OSError) else processes.explained(error)
+        fault = explained(error)
         if fault is None:
             traceback.print_exc()
         else:
@@ -98,12 +103,22 @@ def joined(options: DistributedConfig) -> Iterator[None]:
         processes.leave(1 if fault is None else 2)
 
 
+def explained(error: Exception) -> object:
+    """What went wrong and what a user can do about it; None for a bug."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the output'}: {error.strerror or error}; fix that and try again."
+    from v2t_jax.parallel import processes
+
+    return processes.explained(error)
+
+
 def run(arguments: list[str]) -> None:
-    command = parse(arguments)
+    command, name = parse(arguments), arguments[0]
     start_jax()
-    together = isinstance(command, Invert | Evaluate | train.Train)
-    with joined(command.distributed) if together else contextlib.nullcontext():
-        if isinstance(command, tuple(COMMANDS.values())) and not isinstance(command, Env):  # which reports what fails
+    with joined(command.distributed) if name in ("invert", "eval", "train") else contextlib.nullcontext():
+        if name not in ("bench", "env"):  # which can do without, or report what fails
             check_devices()
         command.run()
         sys.stdout.flush()
@@ -133,11 +148,6 @@ def lost(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def fail(message: object) -> NoReturn:
-    print(f"v2t: {message}", file=sys.stderr)
-    raise SystemExit(2) from None
-
-
 def main() -> None:
     """The command line. An error that the user can fix ends in one sentence and exit status 2."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -153,19 +163,15 @@ def main() -> None:
     progress.enable()
     try:
         run(sys.argv[1:])
-    except InputError as error:
-        fail(error)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the output is dropped silently
+    except Exception as error:
+        if isinstance(error, OSError):  # the rest of the output is dropped silently
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # `v2t ... | head`: the reader has gone
             raise SystemExit(0) from None
-        fail(f"{error.filename or 'the output'}: {error.strerror or error}; fix that and try again.")
-    except RuntimeError as error:
-        from v2t_jax.parallel.processes import explained
-
         if (fault := explained(error)) is None:
             raise
-        fail(fault)
+        print(f"v2t: {fault}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         leave()
     finally:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,8 +21,7 @@ from v2t_jax.errors import InputError
 class Embedders:
     """List the embedders known by name, with pooling, normalization, prefixes, license, width and maximum length."""
 
-    json: bool = False
-    """print a JSON document instead of a table"""
+    json: bool = False  # print a JSON document instead of a table
 
     def run(self) -> None:
         from rich.table import Table
@@ -35,17 +34,12 @@ class Embedders:
             print(json.dumps([{k: v for k, v in row.items() if k not in hidden} for row in rows], indent=1))
             return
         table = Table(caption="Prefixes: before stored documents / before queries. v2t embeds texts as documents.")
-        table.add_column("name", no_wrap=True)
-        table.add_column("on the hub", no_wrap=True)
-        for column in ("width", "tokens"):
-            table.add_column(column, justify="right")
-        for column in ("pooling", "L2", "licence"):
-            table.add_column(column, no_wrap=True)
+        for column in ("name", "on the hub", "width", "tokens", "pooling", "L2", "licence"):
+            table.add_column(column, no_wrap=True, justify="right" if column in ("width", "tokens") else "left")
         table.add_column("prefixes", overflow="fold")
         for name, known in KNOWN.items():
+            sizes, unit = (str(known.width), str(known.max_length)), "yes" if known.normalize else "no"
             prefixes = " / ".join(escape(repr(p)) if p else "-" for p in (known.document_prefix, known.query_prefix))
-            sizes = (str(known.width), str(known.max_length))
-            unit = "yes" if known.normalize else "no"
             table.add_row(name, known.hub, *sizes, known.pooling, unit, known.licence, prefixes)
         # Wider than most terminals, which wrap the lines: truncated names and prefixes would be useless.
         Console(width=max(Console().width, 180)).print(table)
@@ -62,8 +56,7 @@ class Convert:
     """vec2text: PyTorch checkpoints of the original vec2text"""
     target: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="to")] = None
     """vec2text: folders inverter and corrector that the original vec2text loads"""
-    inverter: str | None = None
-    """folder or hub name of the inverter"""
+    inverter: str | None = None  # folder or hub name of the inverter
     corrector: str | None = None
     """folder or hub name of the corrector; without it, the model only makes first guesses"""
     t5: str | None = None
@@ -71,7 +64,7 @@ class Convert:
     embedder: str | None = None
     """the embedder they invert: a name listed by `v2t embedders`, a folder, or an endpoint's base URL; by default the
     one in the inverter's config.json"""
-    api: ApiConfig = field(default_factory=ApiConfig)
+    api: ApiConfig = ApiConfig()
 
     def run(self) -> None:
         from v2t_jax.vec2text.convert import from_vec2text, to_vec2text
@@ -79,10 +72,8 @@ class Convert:
         if (self.source is None) == (self.target is None):
             raise InputError("Pass either --from vec2text or --to vec2text.")
         if self.source is not None:
-            if len(self.paths) != 1:
-                raise InputError("With --from, pass one path: the model folder to write.")
-            if self.inverter is None:
-                raise InputError("With --from vec2text, pass --inverter.")
+            if self.inverter is None or len(self.paths) != 1:
+                raise InputError("With --from vec2text, pass --inverter, and pass one path: the model folder to write.")
             embedder = open_embedder(self.embedder, self.api)
             from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, embedder)
             print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
@@ -102,16 +93,11 @@ class Convert:
 class Push:
     """Upload a model to the Hugging Face hub; without --upload, only list what would be uploaded."""
 
-    model: tyro.conf.Positional[str]
-    """a model folder, or the name of a packaged model"""
-    repository: tyro.conf.Positional[str]
-    """the repository to upload to: OWNER/NAME"""
-    embedder: str | None = None
-    """the model's embedder, if it has moved since the model was made"""
-    public: bool = False
-    """if the repository has to be created, make it public"""
-    upload: bool = False
-    """upload"""
+    model: tyro.conf.Positional[str]  # a model folder, or the name of a packaged model
+    repository: tyro.conf.Positional[str]  # the repository to upload to: OWNER/NAME
+    embedder: str | None = None  # the model's embedder, if it has moved since the model was made
+    public: bool = False  # if the repository has to be created, make it public
+    upload: bool = False  # upload
 
     def run(self) -> None:
         from v2t_jax.interop.hub import push
@@ -121,9 +107,8 @@ class Push:
         if os.path.isdir(embedder):
             progress.note(f"The model's embedder is the folder {embedder}; other users must pass --embedder.")
         sent = push(locate_model(self.model), self.repository, private=not self.public, dry_run=not self.upload)
-        for name, size in sent.files:
+        for name, size in (*sent.files, ("in total", sent.size)):
             print(f"{size / 1e6:10.3f} MB  {name}")
-        print(f"{sent.size / 1e6:10.3f} MB  in total")
         if sent.url is not None:
             print(f"The model is at {sent.url}; try: v2t invert --model {self.repository} --text ...")
         else:

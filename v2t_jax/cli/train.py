@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ class Train:
     workdir: str
     # Without a name, the recipe's fields are options by their own paths, such as --inverter.num-steps.
     config: Annotated[Config, tyro.conf.arg(name="")]
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    distributed: DistributedConfig = DistributedConfig()
 
     def run(self) -> None:
         from v2t_jax.eval.evaluate import table
@@ -34,12 +34,11 @@ class Train:
         except TrainingStopped as stopped:
             print(f"v2t: {stopped}", file=sys.stderr)
             raise SystemExit(0 if stopped.preempted else 130) from None
-        if not is_main():
-            return
-        Console().print(table(json.loads((folder.parent / "evaluation.json").read_text())))
-        embedder, api = self.config.embedder, self.config.api
-        endpoint = f" --embedder {embedder} --api.model {api.model}" if is_endpoint(embedder) else ""
-        print(f'The model is in {folder}; try: v2t invert --model {folder}{endpoint} --text "..."')
+        if is_main():
+            Console().print(table(json.loads((folder.parent / "evaluation.json").read_text())))
+            embedder, api = self.config.embedder, self.config.api
+            endpoint = f" --embedder {embedder} --api.model {api.model}" if is_endpoint(embedder) else ""
+            print(f'The model is in {folder}; try: v2t invert --model {folder}{endpoint} --text "..."')
 
 
 def parse(arguments: list[str]) -> Train:
