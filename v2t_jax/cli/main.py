@@ -164,7 +164,7 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except Exception as error:
-        if isinstance(error, OSError):  # the rest of the output is dropped silently
+        if isinstance(error, OSError) and error.filename is None:  # the rest of the output is dropped silently
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # `v2t ... | head`: the reader has gone
             raise SystemExit(0) from None
