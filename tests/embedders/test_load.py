@@ -40,6 +40,7 @@ def add_dense(folder, activation="torch.nn.modules.linear.Identity"):
     modules = json.loads((folder / "modules.json").read_text())[:2]
     modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": f"{TYPE}Dense"})
     (folder / "modules.json").write_text(json.dumps(modules))
+    return folder / "2_Dense" / "model.safetensors"
 
 
 def test_a_default_prompt_stands_before_every_text(folder):
@@ -223,10 +224,12 @@ def test_the_first_dimensions(folder):
     np.testing.assert_allclose(part.embed(texts), expected, atol=1e-6)
     assert (part.name, part.width) == (f"{folder}:6", 6)
     np.testing.assert_array_equal(load_embedder(part.name).embed(texts), part.embed(texts))
-    for name, dimensions in ((f"{folder}:17", None), (f"{folder}:0", None), (str(folder), -1)):
+    for dimensions in (17, 0):
         with pytest.raises(InputError, match="has 16 dimensions"):
-            load_embedder(name, dimensions=dimensions)
-    with pytest.raises(InputError, match="in one place"):
+            load_embedder(f"{folder}:{dimensions}")
+    with pytest.raises(InputError, match="dimensions is -1; give at least 1"):
+        load_embedder(str(folder), dimensions=-1)
+    with pytest.raises(InputError, match="There is no embedder '.*:6:6'"):
         load_embedder(part.name, dimensions=6)
 
 
@@ -281,6 +284,10 @@ def another_order(folder):
     (folder / "modules.json").write_text(json.dumps(modules[::-1]))
 
 
+def narrow_dense(file):
+    save_file({"linear.weight": np.eye(8, 15, dtype=np.float32)}, file)
+
+
 def change_dense(**settings):
     def damage(folder):
         add_dense(folder)
@@ -318,7 +325,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
     ("damage", "message"),
     [
         (lambda folder: add_dense(folder, "torch.nn.modules.activation.ReLU"), "the activation 'relu'"),
-        (change_dense(in_features=15), "don't have the shapes that config.json implies"),
+        (lambda folder: narrow_dense(add_dense(folder)), "dense layer 1 takes vectors of 15, but it is given 16"),
         (change_dense(use_residual=True), "use_residual"),
         (change_dense(module_input_name="token_embeddings"), "module_input_name 'token_embeddings'"),
         (config(hidden_act="relu"), "hidden_act = 'relu'; only 'gelu' is supported"),

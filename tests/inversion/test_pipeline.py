@@ -244,7 +244,7 @@ def test_weights_of_another_model(folder, change, message):
 def test_another_embedder(folder, tmp_path):
     other = make_embedder(tmp_path / "embedder", seed=9)
     edit_config(folder, lambda c: c | {"embedder": c["embedder"] | {"name": str(other)}})
-    with pytest.raises(InputError, match="was made with other weights of"):
+    with pytest.raises(InputError, match="was made with an embedder whose weights_sha256 is"):
         load(str(folder))
 
 

@@ -249,22 +249,35 @@ HIDDEN = "embedding_transform.0.weight"
     [
         ("inverter", lambda s: s.pop(QUERY), "lack 'encoder.block.1.layer.0.SelfAttention.q.weight'"),
         ("inverter", lambda s: s.update({QUERY: s[QUERY].T}), r"SelfAttention.q.weight' has shape \(32, 24\)"),
-        ("inverter", lambda s: s.update(extra=s[HIDDEN]), "inverter has the unknown key 'extra'"),
-        ("inverter", lambda s: s.pop(HIDDEN), "inverter lacks 'embedding_transform.0.weight'"),
-        ("inverter", lambda s: s.pop("embedding_transform.3.bias"), "inverter lacks 'embedding_transform.3.bias'"),
+        ("inverter", lambda s: s.update(extra=s[HIDDEN]), "inverter weights hold the unknown key 'extra'"),
+        ("inverter", lambda s: s.pop(HIDDEN), "inverter weights lack 'embedding_transform.0.weight'"),
+        (
+            "inverter",
+            lambda s: s.pop("embedding_transform.3.bias"),
+            "inverter weights lack 'embedding_transform.3.bias'",
+        ),
         (
             "inverter",
             lambda s: s.update({HIDDEN: s[HIDDEN][:, :5]}),
-            r"0.weight' of shape \(768, 5\); .* imply 768x768",
+            r"0.weight' has shape \(768, 5\); its config implies \(768, 768\)",
         ),
-        ("corrector", lambda s: s.pop("layernorm.bias"), "corrector lacks 'layernorm.bias'"),
-        ("corrector", lambda s: s.pop("embedding_transform_2.0.bias"), "lacks 'embedding_transform_2.0.bias'"),
+        ("corrector", lambda s: s.pop("layernorm.bias"), "corrector weights lack 'layernorm.bias'"),
+        (
+            "corrector",
+            lambda s: s.pop("embedding_transform_2.0.bias"),
+            "corrector weights lack 'embedding_transform_2.0.bias'",
+        ),
         (
             "corrector",
             lambda s: [s.update({k: v[:5, :5]}) for k, v in s.items() if k.endswith(".0.weight")],
-            "embedding_transform_1.0.weight' of shape .5, 5.; its config and the T5 imply 768x768",
+            "embedding_transform_2.0.weight' has shape .5, 5.; its config implies .768, 768.",
         ),
-        ("corrector", lambda s: [s.pop(key) for key in list(s) if key != "layernorm.bias"], "lacks every key of"),
+        (
+            "corrector",
+            lambda s: [s.pop(key) for key in list(s) if key != "layernorm.bias"],
+            "T5 weights lack 'shared.weight'",
+        ),
+        ("inverter", lambda s: s.pop("embedding_transform.0.bias"), "inverter lacks 'embedding_transform.0.bias'"),
     ],
 )
 def test_tensors_that_do_not_fit(pair: Path, stage: str, change: Callable[[Case], Any], message: str) -> None:
@@ -283,16 +296,20 @@ def test_tensors_that_do_not_fit(pair: Path, stage: str, change: Callable[[Case]
         ("corrector", {"corrector_ignore_hypothesis_embedding": True}, "corrector_ignore_hypothesis_embedding True"),
         ("inverter", {"architectures": ["InversionModelDecoderOnly"]}, "has architectures .*DecoderOnly.*, not"),
         ("corrector", {"architectures": ["InversionModel"]}, "give a folder of vec2text's corrector"),
-        ("inverter", {"max_seq_length": None}, "inverter/config.json lacks the field 'max_seq_length'"),
-        ("corrector", {"num_repeat_tokens": None}, "corrector/config.json lacks the field 'num_repeat_tokens'"),
-        ("inverter", {"embedder_model_name": None}, "lacks the field 'embedder_model_name'"),
-        ("inverter", {"num_repeat_tokens": "16"}, "num_repeat_tokens '16'; it must be a whole number above 0"),
+        ("inverter", {"max_seq_length": None}, "inverter/config.json isn't usable .* field `max_seq_length`"),
+        ("corrector", {"num_repeat_tokens": None}, "corrector/config.json isn't usable .* field `num_repeat_tokens`"),
+        ("inverter", {"embedder_model_name": None}, "missing required field `embedder_model_name`"),
+        ("inverter", {"num_repeat_tokens": "16"}, r"Expected `int`, got `str` - at `\$.num_repeat_tokens`"),
         ("inverter", {"architectures": 5}, r"has architectures 5, not \['InversionModel'\]"),
         ("inverter", {"architectures": {"a": 1}}, "has architectures {'a': 1}, not"),
         ("corrector", {"architectures": "CorrectorEncoderModel"}, "has architectures 'CorrectorEncoderModel', not"),
-        ("inverter", {"embedder_model_name": ["gtr_base"]}, r"embedder_model_name \['gtr_base'\]; it must be a name"),
-        ("inverter", {"model_name_or_path": 5}, "model_name_or_path 5; it must be a name"),
-        ("inverter", {"embedder_model_api": 5}, "embedder_model_api 5; it must be a name"),
+        (
+            "inverter",
+            {"embedder_model_name": ["gtr_base"]},
+            r"Expected `str`, got `array` - at `\$.embedder_model_name`",
+        ),
+        ("inverter", {"model_name_or_path": 5}, r"Expected `str`, got `int` - at `\$.model_name_or_path`"),
+        ("inverter", {"embedder_model_api": 5}, r"Expected `str \| null`, got `int` - at `\$.embedder_model_api`"),
         (
             "corrector",
             {"embedder_model_name": "gtr_base"},
@@ -376,7 +393,7 @@ def test_another_embedder(pair: Path, folders: dict[str, Path], tmp_path: Path) 
     arguments = convert_arguments(pair, tmp_path / "out")
     with pytest.raises(InputError, match="another embedder than .*'0.auto_model.encoder.layer.0.output.dense.bias'"):
         from_vec2text(*arguments)
-    with pytest.raises(InputError, match="another kind of embedder than the name"):
+    with pytest.raises(InputError, match="saved with an embedder that has '.*', which the name lacks"):
         check_embedder(pair / "inverter", embedder_of(folders[GTR]), "the name")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

@@ -34,8 +34,6 @@ def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
             those of a large sample where few vectors, or several batches, are to be comparable.
     Returns:
         [n, E] float32 or int8, or [n, ceil(E / 8)] int8.
-    Raises:
-        InputError: there is no such precision.
     """
     if precision == "binary":
         return (np.packbits(vectors > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
@@ -67,35 +65,25 @@ class EmbedderIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """The known fields as JSON types."""
-        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return known | ({"dense": list(self.dense)} if self.dense is not None else {})
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 
 
 def check_identity(
     recorded: Mapping[str, Any], given: EmbedderIdentity, whose: str, ignored: Collection[str] = ()
 ) -> None:
-    """Compares an embedder with the one on record, in the fields that both know.
+    """Refuses an embedder that differs from the one on record, in the first of the fields that both know.
 
     Args:
         recorded: an `EmbedderIdentity.to_dict()`, of this version or an earlier one with fewer fields.
         whose: what the record belongs to, as the subject of the error.
-        ignored: fields that may differ.
-
-    Raises:
-        InputError: a field differs; it names the first.
+        ignored: fields that may differ; names too, where the weights of both can be seen.
     """
-    found = given.to_dict()
-    both_seen = bool(recorded.get("weights_sha256") and given.weights_sha256)
-    for name, value in found.items():
+    both_seen = recorded.get("weights_sha256") and given.weights_sha256
+    ignored = {*ignored, "name" if both_seen else "weights_sha256"}
+    for name, value in given.to_dict().items():
         was = recorded.get(name)
-        if name in ignored or was is None or was == value:
-            continue
-        if name == "weights_sha256" and both_seen:
-            raise InputError(
-                f"{whose} was made with other weights of {given.name} (sha256 {was[:12]}..., not {value[:12]}...): "
-                "give the embedder it was made with."
-            )
-        if name != "weights_sha256" and not (name == "name" and both_seen):
+        if name not in ignored and was not in (None, value):
             raise InputError(
                 f"{whose} was made with an embedder whose {name} is {was!r}, but that of {given.name} is {value!r}: "
                 "give the embedder it was made with."
@@ -127,11 +115,7 @@ class TextEmbedder(Protocol):
 
 
 def named_or_embedder(embedder: Any) -> Any:
-    """An embedder as people give it: a name (or a path, as a name), or an object that embeds.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """An embedder as people give it: a name (or a path, as a name), or an object that embeds."""
     if isinstance(embedder, os.PathLike):
         return os.fspath(embedder)
     if not isinstance(embedder, str) and not hasattr(embedder, "embed"):
@@ -176,10 +160,8 @@ class JaxEmbedder:
     @property
     def identity(self) -> EmbedderIdentity:
         c = self.config
-        options = {
-            name: getattr(c, name) for name in ("pooling", "dense", "normalize", "prefix", "width", "max_length")
-        }
-        return EmbedderIdentity(self.name, self.weights_sha256, **options, dtype=c.encoder.dtype)
+        behind_encoder = (c.pooling, c.dense, c.normalize, c.prefix, c.width, c.max_length)
+        return EmbedderIdentity(self.name, self.weights_sha256, *behind_encoder, c.encoder.dtype)
 
     def shortened(self, max_length: int) -> "JaxEmbedder":
         """The same embedder, cutting texts to so many tokens."""
@@ -188,20 +170,16 @@ class JaxEmbedder:
         return dataclasses.replace(self, config=config, tokenizer=Tokenizer.from_str(self.tokenizer.to_str()))
 
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16.
-
-        Raises:
-            InputError: the tokenizer has pieces that the encoder lacks; JAX would read another's row for them.
-        """
+        """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16."""
         encodings = self.tokenizer.encode_batch_fast([self.config.prefix + text for text in texts])
-        rows = [encoding.ids for encoding in encodings]
-        longest = max(1, *map(len, rows))
+        longest = max(1, *map(len, encodings))
         length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.max_length)
-        ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        highest, vocab_size = ids.max(initial=0), self.config.encoder.vocab_size
-        if highest >= vocab_size:
+        for encoding in encodings:
+            encoding.pad(length)
+        ids = np.array([encoding.ids for encoding in encodings], np.int32)
+        mask = np.array([encoding.attention_mask for encoding in encodings], np.int32)
+        highest, vocab_size = ids.max(), self.config.encoder.vocab_size
+        if highest >= vocab_size:  # JAX would read another piece's row
             raise InputError(
                 f"The tokenizer of {self.name} gives the id {highest}, but its network's vocab_size is {vocab_size}: "
                 "they don't belong together; download the embedder again."
@@ -209,12 +187,7 @@ class JaxEmbedder:
         return ids, mask
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Embeddings [len(texts), E] float32.
-
-        Raises:
-            InputError: a text is empty or blank: its vector would say nothing; the batch size is below 1; or the
-                vectors aren't finite.
-        """
+        """Embeddings [len(texts), E] float32."""
         check_whole("batch_size", batch_size, 1)
         check_texts(texts)
         # Similar lengths share a batch; the batch size is fixed (the last one is padded), so few shapes compile.
@@ -225,8 +198,8 @@ class JaxEmbedder:
             for start in range(0, len(texts), batch_size):
                 chosen = order[start : start + batch_size]
                 ids, mask = self.tokenize([texts[i] for i in chosen])
-                pad = batch_size - len(chosen)
-                ids, mask = (np.pad(a, ((0, pad), (0, 0)), mode="edge") for a in (ids, mask))
+                missing = ((0, batch_size - len(chosen)), (0, 0))
+                ids, mask = np.pad(ids, missing, mode="edge"), np.pad(mask, missing, mode="edge")
                 result[chosen] = np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
                 if not np.isfinite(result[chosen]).all():
                     raise InputError(
@@ -237,11 +210,7 @@ class JaxEmbedder:
         return result
 
     def token_map(self) -> TokenMap:
-        """What surrounds a text, for `embed_model_ids`.
-
-        Raises:
-            InputError: the tokenizer doesn't put exactly one token after a text.
-        """
+        """What surrounds a text, for `embed_model_ids`; the tokenizer must put exactly one token after it."""
         # The space behind a prefix belongs to the text's first piece where it belongs to any.
         around = self.tokenizer.encode(self.config.prefix.rstrip()).ids
         behind = self.tokenizer.encode("a").special_tokens_mask[::-1]

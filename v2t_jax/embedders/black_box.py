@@ -1,7 +1,7 @@
 """Embedders that are only called, never seen: any Python callable, any OpenAI-compatible endpoint.
 
 Both are `TextEmbedder`s (embedders/base.py). Embedding runs no JAX, so both may be called from inside the compiled
-correction loop (inversion/host_callback.py). Every answer is checked before it is used.
+correction loop. Every answer is checked before it is used.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from v2t_jax import progress
 from v2t_jax.config import ApiConfig
 from v2t_jax.embedders.base import EmbedderIdentity, TextEmbedder
-from v2t_jax.embedders.http import Endpoint, approximate_tokens, dollars
+from v2t_jax.embedders.http import Endpoint, dollars
 from v2t_jax.embedders.vector_cache import VectorCache
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.compile_cache import user_cache_dir
 
 PROBE = "width"  # the text that is embedded to learn the vectors' width and length
+BYTES_PER_TOKEN = 4  # about right for prose
 UNIT_TOLERANCE = 1e-2  # vectors of length 1 may be rounded to half precision
 
 
@@ -38,16 +38,16 @@ class BlackBox(ABC):
 
     Attributes:
         name: for messages and a model's record.
-        weights_sha256: empty, since the weights are unknown.
         metered: calls are paid for and limited, so process 0 of a run makes them for all processes.
     """
 
     metered = False
+    weights_sha256 = ""  # unknown
 
     def __init__(self, name: str, width: int | None, normalized: bool | None) -> None:
         if width is not None:
             check_whole(f"The width of {name}", width, 1)
-        self.name, self.weights_sha256 = name, ""
+        self.name = name
         self.identity = EmbedderIdentity(name, width=width)  # without what is learned later: records would change
         self._width, self._normalized = width, normalized
         self._lock = threading.Lock()
@@ -55,18 +55,14 @@ class BlackBox(ABC):
     @property
     def width(self) -> int:
         """E; learned by embedding one short text unless it is known."""
-        if self._width is None:
-            self.embed([PROBE])
-            assert self._width is not None
-        return self._width
+        return self._width or self.embed([PROBE]).shape[1]
 
     @property
     def normalized(self) -> bool:
         """Whether vectors have length 1; learned like the width."""
         if self._normalized is None:
             self.embed([PROBE])
-            assert self._normalized is not None
-        return self._normalized
+        return bool(self._normalized)
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeds texts, [len(texts), E] float32, in batches of `batch_size` distinct texts.
@@ -97,11 +93,9 @@ class BlackBox(ABC):
             raise InputError(
                 f"{self.name} returned an array of shape {vectors.shape} for {rows} texts; expected [{rows}, width]."
             )
-        if not np.isfinite(vectors).all():
-            raise InputError(f"{self.name} returned NaN or infinite values; fix it before using it.")
         lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-        if not lengths.all():
-            raise InputError(f"{self.name} returned a vector of zeros, which carries no information about its text.")
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
+            raise InputError(f"{self.name} returned a vector of zeros, or with NaN or infinite values; fix it.")
         width, unit = vectors.shape[1], bool((np.abs(lengths - 1) <= UNIT_TOLERANCE).all())
         with self._lock:
             if self._width not in (None, width):
@@ -203,18 +197,17 @@ class HttpEmbedder(BlackBox):
         """What `embed` with the same arguments would request and cost; requests nothing."""
         distinct = _distinct(texts, batch_size)
         with closing(VectorCache(self.cache_file)) as cache:
-            missing = [text for text, vector in zip(distinct, cache.read(distinct), strict=True) if vector is None]
-        return self._plan(len(distinct), missing, batch_size)
+            return self._plan(dict(zip(distinct, cache.read(distinct), strict=True)), batch_size)
 
-    def _plan(self, distinct: int, missing: list[str], batch_size: int) -> Plan:
-        tokens = sum(map(approximate_tokens, missing))
+    def _plan(self, vectors: dict[str, np.ndarray | None], batch_size: int) -> Plan:
+        missing = [text for text, vector in vectors.items() if vector is None]
+        tokens = sum(-(-len(text.encode()) // BYTES_PER_TOKEN) for text in missing)
         requests = -(-len(missing) // batch_size)
-        return Plan(distinct, distinct - len(missing), requests, tokens, self.budget.cost_of(tokens))
+        return Plan(len(vectors), len(vectors) - len(missing), requests, tokens, self.budget.cost_of(tokens))
 
     def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
         with closing(VectorCache(self.cache_file)) as cache:
             vectors = dict(zip(texts, cache.read(texts), strict=True))
-            missing = [text for text in texts if vectors[text] is None]
             try:
                 if cached := [vector for vector in vectors.values() if vector is not None]:
                     self._checked(cached, len(cached))
@@ -223,23 +216,24 @@ class HttpEmbedder(BlackBox):
                     f"The vectors in {self.cache_file} don't fit ({str(error).rstrip('.')}); delete that file to "
                     "request them again."
                 ) from None
-            plan = self._plan(len(texts), missing, batch_size)
+            plan = self._plan(vectors, batch_size)
             if limit := self.budget.exceeded(plan.requests, plan.tokens):
                 raise InputError(f"{self.name} needs {plan}, beyond {limit}: raise the limit, or give fewer texts.")
             # The correction loop calls once per step: announce only what doubles the number of requests.
             if self.budget.requests + plan.requests > 2 * self._announced:
                 self._announced = self.budget.requests + plan.requests
-                progress.note(f"{self.name}: {plan}{self._endpoint.terms() if missing else ''}")
-            if missing:
-                batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-                self._request(batches, vectors, cache)
+                progress.note(f"{self.name}: {plan}{self._endpoint.terms() if plan.requests else ''}")
+            if plan.requests:
+                self._request(vectors, batch_size, cache)
         return np.stack([vector for vector in vectors.values() if vector is not None])
 
-    def _request(self, batches: list[list[str]], vectors: dict[str, np.ndarray | None], cache: VectorCache) -> None:
-        """Requests the batches concurrently and fills in `vectors`."""
+    def _request(self, vectors: dict[str, np.ndarray | None], batch_size: int, cache: VectorCache) -> None:
+        """Requests the missing vectors concurrently and fills them in."""
+        missing = [text for text, vector in vectors.items() if vector is None]
+        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+        done = len(vectors) - len(missing)
         stop = threading.Event()
         failures: list[BaseException] = []
-        done = len(vectors) - sum(map(len, batches))
 
         def request(batch: list[str]) -> tuple[list[str], np.ndarray]:
             try:
@@ -287,16 +281,14 @@ def embed_once(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
     if not is_metered(embedder) or jax.process_count() == 1:
         return embedder.embed(texts)
     found, failure = np.zeros((0, 0), np.float32), ""
-    if processes.is_main():
-        try:
-            found = embedder.embed(texts)
-        except InputError as error:
-            failure = str(error)
+    try:
+        found = embedder.embed(texts) if processes.is_main() else found
+    except InputError as error:
+        failure = str(error)
     failure, width = processes.gather([failure, found.shape[1]])[0]
     if failure:
         raise InputError(failure)
-    sent = found if processes.is_main() else np.zeros((len(texts), width), np.float32)
-    return np.asarray(multihost_utils.broadcast_one_to_all(sent))
+    return np.asarray(processes.broadcast(found if processes.is_main() else np.zeros((len(texts), width), np.float32)))
 
 
 def _distinct(texts: Sequence[str], batch_size: int) -> list[str]:

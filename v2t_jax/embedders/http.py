@@ -13,14 +13,12 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
-import tenacity
 
 from v2t_jax.config import ApiConfig
 from v2t_jax.errors import InputError
@@ -34,11 +32,6 @@ ADVICE = {
     403: "use a key (environment variable {variable}) that may use this model",
     404: "check the base URL (usually ending in /v1) and the model's name",
 }
-
-
-def approximate_tokens(text: str) -> int:
-    """Four bytes per token, about right for prose."""
-    return -(-len(text.encode()) // 4)
 
 
 def dollars(cost: float) -> str:
@@ -71,12 +64,12 @@ class Budget:
             return f"api.max_cost ${limits.max_cost:g} ({dollars(self.cost_of(self.tokens) or 0)} paid so far)"
         return ""
 
-    @contextmanager
-    def request(self, tokens: int) -> Iterator[Callable[[int], None]]:
-        """Wraps one request of at most `tokens` tokens; yields a function to call with what it really cost."""
+    def reserve(self, tokens: int, stop: threading.Event) -> None:
+        """Counts a request of at most `tokens` tokens, waiting while those in flight may leave enough for it."""
         with self._changed:
-            # Requests in flight usually cost less than was reserved for them.
             self._changed.wait_for(lambda: not self.exceeded(0, tokens) or not self._reserved)
+            if stop.is_set():
+                raise InputError("The run was stopped before all texts were sent.")
             if limit := self.exceeded(1, tokens):
                 raise InputError(
                     f"The next request could exceed {limit}: all answers so far are kept, so raise the limit and run "
@@ -84,23 +77,17 @@ class Budget:
                 )
             self.requests += 1
             self._reserved += tokens
-        cost = tokens
 
-        def settle(tokens: int) -> None:
-            nonlocal cost
-            cost = tokens
-
-        try:
-            yield settle
-        finally:
-            with self._changed:
-                self._reserved -= tokens
-                self.tokens += cost
-                self._changed.notify_all()
+    def settle(self, reserved: int, tokens: int) -> None:
+        """Replaces a reservation by what the request really cost."""
+        with self._changed:
+            self._reserved -= reserved
+            self.tokens += tokens
+            self._changed.notify_all()
 
 
 class _Retryable(Exception):
-    """A request failed in a way that may pass."""
+    """A request failed in a way that may pass; `unusable`: it was answered, and so paid for."""
 
     def __init__(self, what: str, retry_after: float = 0.0, unusable: bool = False) -> None:
         super().__init__(what)
@@ -108,17 +95,10 @@ class _Retryable(Exception):
 
 
 class Endpoint:
-    """Client of one model at one base URL. Thread-safe.
-
-    Attributes:
-        name: model, dimensions and URL, which together make vectors comparable.
-
-    Raises:
-        InputError: the URL, the key or the model's name is invalid.
-    """
+    """Client of one model at one base URL; its `name` has all that makes vectors comparable. Thread-safe."""
 
     def __init__(self, base_url: str, config: ApiConfig) -> None:
-        self._config, self._base = config, _parse_url(base_url)
+        self._config, self._base = config, _parse_url(base_url.strip())
         if not config.model.strip():
             raise InputError(f"No model is named for {self._base}: set api.model to the endpoint's name for it.")
         cut = f"[{config.dimensions}]" if config.dimensions else ""
@@ -132,14 +112,14 @@ class Endpoint:
 
     def terms(self) -> str:
         """The limits, and which key is sent (never the key itself)."""
-        limits = [] if self._config.max_requests is None else [f"{self._config.max_requests:,} requests"]
-        limits += [] if self._config.max_cost is None else [f"${self._config.max_cost:g}"]
+        config, parts = self._config, urlsplit(self._base)
+        limits = [] if config.max_requests is None else [f"{config.max_requests:,} requests"]
+        limits += [] if config.max_cost is None else [f"${config.max_cost:g}"]
         limit = f" (limit: {', '.join(limits)})" if limits else ""
         if not self._key():
-            return f"{limit}; no key is sent ({self._config.key_variable} is not set)"
-        parts = urlsplit(self._base)
+            return f"{limit}; no key is sent ({config.key_variable} is not set)"
         plain = parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
-        return f"{limit}; the key is read from {self._config.key_variable}" + (", sent UNENCRYPTED" if plain else "")
+        return f"{limit}; the key is read from {config.key_variable}" + (", sent UNENCRYPTED" if plain else "")
 
     def status(self) -> dict[str, str | int]:
         """For a progress bar: what was paid so far, and what went wrong."""
@@ -163,78 +143,57 @@ class Endpoint:
         Raises:
             InputError: the endpoint refuses or keeps failing, or a limit is reached.
         """
-        unusable = 0
+        attempts = unusable = 0
+        while True:
+            try:
+                return self._embed_once(texts, check, stop)
+            except _Retryable as failure:
+                attempts, unusable = attempts + 1, unusable + failure.unusable
+                too_long = failure.retry_after > MAX_RETRY_AFTER
+                if too_long or stop.is_set() or attempts > self._config.retries or unusable == MAX_UNUSABLE:
+                    what = f"failed {attempts} times" if attempts > 1 else "failed"
+                    what = f"asks to wait for {failure.retry_after:,.0f} s" if too_long else what
+                    raise InputError(
+                        f"{self.name} {what} ({failure}): all answers so far are kept, so run again later to continue."
+                    ) from None
+                self._retries, self._last_failure = self._retries + 1, str(failure)[:60]
+                on_retry()
+                backoff = min(self._config.backoff * 2.0 ** min(attempts - 1, 99), MAX_BACKOFF)
+                # Jittered, so that requests that failed together don't return together.
+                stop.wait(max(backoff * random.uniform(0.5, 1.5), failure.retry_after))
 
-        def give_up(state: Any) -> bool:
-            nonlocal unusable
-            failure = state.outcome.exception()
-            unusable += failure.unusable
-            exhausted = state.attempt_number > self._config.retries or unusable == MAX_UNUSABLE
-            return exhausted or stop.is_set() or failure.retry_after > MAX_RETRY_AFTER
-
-        backoff = tenacity.wait_exponential(multiplier=self._config.backoff, max=MAX_BACKOFF)
-
-        def delay(state: Any) -> float:  # jittered, so that requests that failed together don't return together
-            return max(backoff(state) * random.uniform(0.5, 1.5), state.outcome.exception().retry_after)
-
-        def before_retry(state: Any) -> None:
-            self._retries, self._last_failure = self._retries + 1, str(state.outcome.exception())[:60]
-            on_retry()
-
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Retryable),
-            stop=give_up,
-            wait=delay,
-            sleep=tenacity.sleep_using_event(stop),
-            before_sleep=before_retry,
-            reraise=True,
-        )
-        try:
-            vectors: np.ndarray = retrying(self._embed_once, texts, check, stop)
-            return vectors
-        except _Retryable as failure:
-            attempts = retrying.statistics["attempt_number"]
-            what = f"failed {attempts} times" if attempts > 1 else "failed"
-            if failure.retry_after > MAX_RETRY_AFTER:
-                what = f"asks to wait for {failure.retry_after:,.0f} s"
-            raise InputError(
-                f"{self.name} {what} ({failure}): all answers so far are kept, so run again later to continue."
-            ) from None
-
-    def _embed_once(self, texts: Sequence[str], check: Callable[[Any], np.ndarray], stop: threading.Event) -> Any:
+    def _embed_once(
+        self, texts: Sequence[str], check: Callable[[Any], np.ndarray], stop: threading.Event
+    ) -> np.ndarray:
         body: dict[str, Any] = {"model": self._config.model, "input": list(texts)}
         if self._config.dimensions:
             body["dimensions"] = self._config.dimensions
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}
         # An upper bound: no usual tokenizer makes more than a token per byte, plus two around the text.
-        most = sum(len(text.encode()) + 2 for text in texts)
-        with self.budget.request(most) as settle:
-            if stop.is_set():  # checked here, since the budget may have blocked
-                settle(0)
-                raise InputError(f"The run was stopped before all texts were sent to {self.name}.")
-            try:
-                response = self._client.post(f"{self._base}/embeddings", json=body, headers=headers)
-            except httpx2.TimeoutException:  # the server may still do the work and charge for it
-                raise _Retryable(f"no answer within {self._config.timeout:g} s") from None
-            except httpx2.RequestError as error:
-                if connecting := isinstance(error, httpx2.ConnectError):
-                    settle(0)
-                what = "no connection" if connecting else "the connection broke"
-                raise _Retryable(
-                    self._quoted(f"{what}: {error}"), unusable=not isinstance(error, httpx2.TransportError)
-                ) from None
-            if response.status_code != 200:
-                settle(0)
-                raise self._failure(response)
-            try:
-                answer = response.json()
-                settle(_reported_tokens(answer, most))
-                return check(_in_order(answer, len(texts)))
-            except InputError as error:
-                raise _Retryable(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
-            except (ValueError, RecursionError) as error:  # truncated, nested too deeply, or no JSON at all
-                kind = "HTML" if response.text.lstrip().startswith("<") else f"not JSON: {error}"
-                raise _Retryable(f"an answer that is {kind}", unusable=True) from None
+        cost = most = sum(len(text.encode()) + 2 for text in texts)
+        self.budget.reserve(most, stop)
+        try:
+            response = self._client.post(f"{self._base}/embeddings", json=body, headers=headers)
+            answer = response.json() if response.status_code == 200 else {}
+            cost = _reported_tokens(answer, most) if response.status_code == 200 else 0
+        except httpx2.TimeoutException:  # the server may still do the work and charge for it
+            raise _Retryable(f"no answer within {self._config.timeout:g} s") from None
+        except httpx2.ConnectError as error:
+            cost = 0
+            raise _Retryable(self._quoted(f"no connection: {error}")) from None
+        except httpx2.RequestError as error:
+            raise _Retryable(self._quoted(f"the connection broke: {error}")) from None
+        except (ValueError, RecursionError) as error:  # truncated, nested too deeply, or no JSON at all
+            kind = "HTML" if _is_page(response) else f"not JSON: {error}"
+            raise _Retryable(f"an answer that is {kind}", unusable=True) from None
+        finally:
+            self.budget.settle(most, cost)
+        if response.status_code != 200:
+            raise self._failure(response)
+        try:
+            return check(_in_order(answer, len(texts)))
+        except InputError as error:
+            raise _Retryable(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
 
     def _failure(self, response: httpx2.Response) -> Exception:
         """The exception for a status other than 200."""
@@ -260,29 +219,24 @@ class Endpoint:
 
     def _key(self) -> str:
         """Reads the key where it is used, so that no object holds it."""
-        key = os.environ.get(self._config.key_variable, "").strip()
+        variable = self._config.key_variable
+        key = os.environ.get(variable, "").strip()
         if not (key.isascii() and key.isprintable()) or " " in key:
-            raise InputError(
-                f"The environment variable {self._config.key_variable} contains characters that no key has; set it "
-                "again."
-            )
+            raise InputError(f"The environment variable {variable} contains characters that no key has; set it again.")
         return key
 
 
 def _parse_url(url: str) -> str:
-    """The base URL in the one form that caches and messages use."""
+    """The base URL in the one form that caches and messages use. Errors don't quote it: it may hold a secret."""
     advice = "give one such as https://api.openai.com/v1"
     try:
-        httpx2.URL(url.strip())
-        parts = urlsplit(url.strip())
-        (parts.hostname or "").encode("idna")  # as the socket library will
+        httpx2.URL(url)
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")  # as the socket library will
     except (ValueError, httpx2.InvalidURL) as error:
         raise InputError(f"The base URL is not valid ({error}); {advice}.") from None
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        # Not quoted: it may hold a secret.
-        raise InputError(f"The base URL has a user name, a password, a ? or a #; {advice}.")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"The base URL {url!r} is not http or https; {advice}.")
+    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc or parts.query or parts.fragment:
+        raise InputError(f"The base URL must be http(s)://HOST/PATH without a user name, a password, ? or #; {advice}.")
     return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/').removesuffix('/embeddings')}"
 
 
@@ -303,12 +257,16 @@ def _in_order(answer: Any, count: int) -> list[Any]:
     return [rows[i] for i in range(count)]
 
 
+def _is_page(response: httpx2.Response) -> bool:
+    return response.text.lstrip().startswith("<")
+
+
 def _server_message(response: httpx2.Response) -> tuple[str, str]:
     """The server's message and error code: {error: {message, code}} in OpenAI's form, variants in others'."""
     try:
         body = response.json()
     except (ValueError, RecursionError):
-        return ("an HTML page" if response.text.lstrip().startswith("<") else response.text), ""
+        return ("an HTML page" if _is_page(response) else response.text), ""
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):
         return str(error or ""), ""
@@ -319,10 +277,8 @@ def _server_message(response: httpx2.Response) -> tuple[str, str]:
 def _retry_after(header: str) -> float:
     """Seconds of a Retry-After header, which holds seconds or a date; 0 if it is unusable."""
     try:
-        seconds = float(header) if header.strip() else 0.0
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
+        date = email.utils.parsedate_to_datetime(header) if header[:1].isalpha() else None
+        seconds = date.timestamp() - time.time() if date else float(header)
+    except (ValueError, OverflowError):
+        return 0.0
     return max(seconds, 0.0) if math.isfinite(seconds) else 0.0

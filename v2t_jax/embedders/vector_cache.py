@@ -11,7 +11,6 @@ import numpy as np
 
 from v2t_jax.errors import InputError
 
-KEYS_PER_QUERY = 500  # SQLite allows at least 999 parameters
 BUSY_SECONDS = 60.0  # another process may be writing
 
 
@@ -20,9 +19,6 @@ class VectorCache:
 
     SQLite's defaults are kept: when `write` returns, its rows are on disk, even on network drives; an interrupted write
     is rolled back when the file is next opened.
-
-    Raises (all methods):
-        InputError: the file can't be read or written, or is damaged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -31,25 +27,19 @@ class VectorCache:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._connection = sqlite3.connect(file, timeout=BUSY_SECONDS, check_same_thread=False)
             try:
-                with self._connection as connection:
-                    connection.execute(
-                        "CREATE TABLE IF NOT EXISTS vectors (sha256 BLOB PRIMARY KEY, float32 BLOB NOT NULL)"
-                    )
+                self._connection.execute(
+                    "CREATE TABLE IF NOT EXISTS vectors (sha256 BLOB PRIMARY KEY, float32 BLOB NOT NULL)"
+                )
             except sqlite3.Error:
                 self._connection.close()
                 raise
 
     def read(self, texts: Sequence[str]) -> list[np.ndarray | None]:
         """The vector [E] of each text, or None."""
-        keys = [_key(text) for text in texts]
-        found: dict[bytes, np.ndarray] = {}
+        query = "SELECT float32 FROM vectors WHERE sha256 = ?"
         with self._lock, self._errors():
-            for start in range(0, len(keys), KEYS_PER_QUERY):
-                some = keys[start : start + KEYS_PER_QUERY]
-                query = f"SELECT sha256, float32 FROM vectors WHERE sha256 IN ({','.join('?' * len(some))})"
-                for key, blob in self._connection.execute(query, some):
-                    found[key] = np.frombuffer(blob, "<f4").astype(np.float32)
-        return [found.get(key) for key in keys]
+            rows = [self._connection.execute(query, [_key(text)]).fetchone() for text in texts]
+            return [None if row is None else np.frombuffer(row[0], "<f4").astype(np.float32) for row in rows]
 
     def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
         """Stores vectors [len(texts), E], all or none."""

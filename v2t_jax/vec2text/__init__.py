@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, named_or_embedder
-from v2t_jax.errors import InputError, check_texts
+from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import InversionResult
 from v2t_jax.inversion.api import invert_embeddings as invert
 from v2t_jax.inversion.api import invert_strings as invert_texts
@@ -104,19 +102,15 @@ def invert_strings(
     "upstream", they are embedded as they are, up to 128 tokens, as the original does.
     """
     options = _options(num_steps, sequence_beam_width, mode)
-    if mode == "upstream":
-        return [found.text for found in invert(corrector, _embed(strings, corrector.embedder), **options)]
-    return [found.text for found in invert_texts(corrector, strings, **options)]
-
-
-def _embed(strings: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
-    check_texts(strings)
+    if mode != "upstream":
+        return [found.text for found in invert_texts(corrector, strings, **options)]
     if len(strings) == 0:
         raise InputError("There are no texts to recover; give at least one.")
+    embedder = corrector.embedder
     if isinstance(embedder, JaxEmbedder):  # here shortened to the length of the training texts, for hypotheses
         positions = getattr(embedder.config.encoder, "max_positions", 0) or UPSTREAM_TOKENS
         embedder = embedder.shortened(min(UPSTREAM_TOKENS, positions))
-    return embedder.embed(strings)
+    return [found.text for found in invert(corrector, embedder.embed(strings), **options)]
 
 
 def invert_embeddings_and_return_hypotheses(

@@ -4,33 +4,38 @@ A pair is two folders, of the inverter and of the corrector, each with a flat co
 their T5 and its tokenizer are in neither: they come from that T5's own folder, here called the base.
 """
 
+import dataclasses
+import functools
 import json
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders
 
 from v2t_jax import progress
-from v2t_jax.config import ModelConfig, Stage, T5Config
+from v2t_jax.config import Count, ModelConfig, Stage, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import (
     SAFETENSORS,
+    Entry,
     ShapeError,
-    Tensor,
+    fill,
     folder_tokenizer,
     open_checkpoint,
     part,
     read_json,
-    real_numbers,
     whole_folder,
 )
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
 from v2t_jax.interop.hub import folder_of
+from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]  # a checkpoint's config.json
@@ -39,20 +44,17 @@ KINDS: dict[Stage, str] = {"inverter": "InversionModel", "corrector": "Corrector
 _PROJECTIONS: dict[Stage, dict[str, str]] = {
     "inverter": {"projection": "embedding_transform"},
     "corrector": {
-        "projection_target": "embedding_transform_1",
-        "projection_difference": "embedding_transform_2",
-        "projection_hypothesis": "embedding_transform_3",
+        f"projection_{ours}": f"embedding_transform_{i}"
+        for i, ours in enumerate(("target", "difference", "hypothesis"), 1)
     },
 }
 _OLD_CORRECTOR = "embedding_transform"
-# Before a dropout was put between them, the second linear layer was number 2.
+# The linear layers of a projection. Before a dropout was put between them, the second was number 2.
 _HIDDEN, _OUTPUT, _OLD_OUTPUT = "0", "3", "2"
 _T5, _EMBEDDER, _NORM = "encoder_decoder.", "embedder.", "layernorm"
 # In an embedder inside an inverter: buffers, which are computed; and modules of sentence-transformers behind it.
 _BUFFERS = ("position_ids", "inv_freq")
 _BEHIND_ENCODER = re.compile(r"[1-9]\d*\.linear\.")
-_OLD_NORM = {"gamma": "weight", "beta": "bias"}
-_NEEDED = ("model_name_or_path", "embedder_model_name", "max_seq_length", "num_repeat_tokens")
 # Settings that change the computation, with the only value supported here. Those of training alone (dropout, freezing,
 # noise) may have any.
 _SUPPORTED: Settings = {
@@ -76,6 +78,18 @@ _WRITTEN: Settings = {
 # Hugging Face's clean-up of spaces before punctuation, which the original applies to every decoded text.
 _CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}
 _CLEAN_UP |= {f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}
+
+_Name = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class _Needed(msgspec.Struct):
+    """The fields of a checkpoint's config.json that are read here."""
+
+    model_name_or_path: _Name
+    embedder_model_name: _Name
+    max_seq_length: Count
+    num_repeat_tokens: Count
+    embedder_model_api: _Name | None = None
 
 
 class Base(NamedTuple):
@@ -117,48 +131,45 @@ def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settin
         folders: by stage; at least the inverter's.
         settings: what `read_settings` returned for each.
         t5: sizes of the base.
-
-    Raises:
-        InputError: a key is missing, unknown or of an unexpected shape, or the two checkpoints are not a pair.
     """
     first = settings["inverter"]
-    for name in ("num_repeat_tokens", "max_seq_length"):
-        if (other := settings.get("corrector", first)[name]) != first[name]:
+    for name in ("num_repeat_tokens", "max_seq_length", "embedder_model_name"):
+        other = settings.get("corrector", first)[name]
+        placeholder = name == "embedder_model_name" and first.get("embedder_model_api")
+        if other != first[name] and not placeholder:
             raise InputError(
-                f"The corrector's {name} is {other} and the inverter's {first[name]}: give two checkpoints of one pair."
+                f"The corrector's {name} is {other!r} and the inverter's {first[name]!r}: give two checkpoints of one "
+                "pair."
             )
-    names = {values["embedder_model_name"] for values in settings.values()}
-    if len(names) > 1 and not first.get("embedder_model_api"):  # with an API the name is a placeholder
-        raise InputError(
-            f"The corrector's embedder_model_name is {settings['corrector']['embedder_model_name']!r} and the "
-            f"inverter's {first['embedder_model_name']!r}: give two checkpoints of one pair."
-        )
-    params: dict[Stage, Params] = {}
-    widths: dict[Stage, int] = {}
-    old_corrector = False
-    for stage, folder in folders.items():
-        with progress.stage(f"reading the {stage} from {folder}"):
-            tensors = open_checkpoint(folder)
-            network, used = _read_network(stage, folder, tensors, t5, settings[stage])
-            unknown = sorted(set(tensors) - used)
-            if unknown:
-                raise InputError(f"{folder} has the unknown key {unknown[0]!r}; it is not a {stage} of vec2text.")
-        params[stage] = network
-        widths[stage] = len(network[next(iter(_PROJECTIONS[stage]))]["hidden"]["bias"])
-        old_corrector |= stage == "corrector" and "input_norm" not in network
-    if len(set(widths.values())) > 1:
-        raise InputError(
-            f"The inverter takes embeddings {widths['inverter']} wide and the corrector {widths['corrector']}: give "
-            "two checkpoints of one pair."
-        )
     config = ModelConfig(
         t5=t5,
-        embedding_width=widths["inverter"],
         num_pseudo_tokens=first["num_repeat_tokens"],
         max_length=first["max_seq_length"],
         projection_dropout=t5.dropout_rate,
-        input_norm=not old_corrector,
     )
+    params: dict[Stage, Params] = {}
+    for stage, folder in folders.items():
+        with progress.stage(f"reading the {stage} from {folder}"):
+            tensors = open_checkpoint(folder)
+            if stage == "inverter":
+                bias = f"{_PROJECTIONS[stage]['projection']}.{_HIDDEN}.bias"
+                if bias not in tensors or len(tensors[bias].shape) != 1:
+                    raise InputError(f"{folder} lacks {bias!r}; it is incomplete, or not an inverter of vec2text.")
+                config = dataclasses.replace(config, embedding_width=tensors[bias].shape[0])
+            else:
+                config = dataclasses.replace(config, input_norm=f"{_NORM}.weight" in tensors)
+            try:
+                t5_params = t5_from_huggingface(part(tensors, _T5), t5)
+            except ShapeError as error:
+                raise InputError(
+                    f"{folder} wasn't trained from this T5 ({str(error).rstrip('.')}): give the right one, as --t5 or "
+                    "t5=."
+                ) from error
+            elsewhere = (_T5, _EMBEDDER) if stage == "inverter" else _T5
+            rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(elsewhere)}
+            abstract = {name: tree for name, tree in NETWORKS[stage](config).abstract_params().items() if name != "t5"}
+            filled = fill(abstract, _entries(stage, config, rest), rest, stage, lambda key: False)
+            params[stage] = filled | {"t5": t5_params}
     return Pair(config, params)
 
 
@@ -171,16 +182,10 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
             f"{folder}/config.json has architectures {kinds!r}, not {[KINDS[stage]]!r}: give a folder of vec2text's "
             f"{stage}."
         )
-    for name in _NEEDED:
-        if name not in settings:
-            raise InputError(f"{folder}/config.json lacks the field {name!r}; fetch the checkpoint again.")
-    for name in ("model_name_or_path", "embedder_model_name", "embedder_model_api"):
-        value = settings.get(name)
-        if not isinstance(value, str) and not (value is None and name == "embedder_model_api") or value == "":
-            raise InputError(f"{folder}/config.json has {name} {value!r}; it must be a name.")
-    for name in ("max_seq_length", "num_repeat_tokens"):
-        if type(settings[name]) is not int or settings[name] < 1:
-            raise InputError(f"{folder}/config.json has {name} {settings[name]!r}; it must be a whole number above 0.")
+    try:
+        msgspec.convert(settings, _Needed)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{folder}/config.json isn't usable ({error}); fetch the checkpoint again.") from error
     for name, supported in _SUPPORTED.items():
         if settings.get(name, supported) != supported:
             raise InputError(
@@ -189,54 +194,18 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
     return settings
 
 
-def _read_network(
-    stage: Stage, folder: Path, tensors: Mapping[str, Tensor], t5: T5Config, settings: Settings
-) -> tuple[Params, set[str]]:
-    """Parameters of one stage, and the keys that they come from."""
-    used = {name for name in tensors if name.startswith((_T5, _EMBEDDER) if stage == "inverter" else _T5)}
-
-    def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        if name not in tensors:
-            raise InputError(f"{folder} lacks {name!r}; it is incomplete, or not a {stage} of vec2text.")
-        found = tensors[name].shape
-        if len(found) != len(shape) or any(want not in (None, size) for want, size in zip(shape, found, strict=True)):
-            wanted = "x".join("any" if size is None else str(size) for size in shape)
-            raise InputError(f"{folder} has {name!r} of shape {found}; its config and the T5 imply {wanted}.")
-        used.add(name)
-        # A copy: a view would keep the whole file mapped.
-        return np.array(real_numbers(tensors[name][:], f"{folder}: {name!r}"), np.float32)
-
-    def linear(name: str, num_in: int | None, num_out: int | None) -> Params:
-        kernel = take(f"{name}.weight", (num_out, num_in))
-        return {"kernel": np.ascontiguousarray(kernel.T), "bias": take(f"{name}.bias", (kernel.shape[0],))}
-
-    def projection(name: str) -> Params:
-        old = f"{name}.{_OUTPUT}.weight" not in tensors and f"{name}.{_OLD_OUTPUT}.weight" in tensors
-        bias = f"{name}.{_HIDDEN}.bias"
-        width = tensors[bias].shape[0] if bias in tensors else None
-        return {
-            "hidden": linear(f"{name}.{_HIDDEN}", width, width),
-            "output": linear(
-                f"{name}.{_OLD_OUTPUT if old else _OUTPUT}", width, t5.d_model * settings["num_repeat_tokens"]
-            ),
-        }
-
-    state = part(tensors, _T5)
-    if not state:
-        raise InputError(f"{folder} lacks every key of {_T5[:-1]!r}; it is not a {stage} of vec2text.")
-    try:
-        params: Params = {"t5": t5_from_huggingface(state, t5)}
-    except ShapeError as error:
-        raise InputError(
-            f"{folder} wasn't trained from this T5 ({str(error).rstrip('.')}): give the right one, as --t5 or t5=."
-        ) from error
-    shared = stage == "corrector" and f"{_OLD_CORRECTOR}.{_HIDDEN}.weight" in tensors
+def _entries(stage: Stage, config: ModelConfig, keys: Collection[str] = ()) -> Iterator[Entry]:
+    """Every tensor of a stage, its T5's apart; `keys`, a checkpoint's, show which of them have old names."""
+    shared = stage == "corrector" and f"{_OLD_CORRECTOR}.{_HIDDEN}.weight" in keys
     for ours, theirs in _PROJECTIONS[stage].items():
-        params[ours] = projection(_OLD_CORRECTOR if shared else theirs)
-    if stage == "corrector" and f"{_NORM}.weight" in tensors:
-        shape = (t5.d_model,)
-        params["input_norm"] = {"scale": take(f"{_NORM}.weight", shape), "bias": take(f"{_NORM}.bias", shape)}
-    return params, used
+        theirs = _OLD_CORRECTOR if shared else theirs
+        output = _OLD_OUTPUT if f"{theirs}.{_OLD_OUTPUT}.weight" in keys else _OUTPUT
+        for layer, number in (("hidden", _HIDDEN), ("output", output)):
+            yield Entry(f"{theirs}.{number}.weight", (ours, layer, "kernel"), None, True)
+            yield Entry(f"{theirs}.{number}.bias", (ours, layer, "bias"), None, False)
+    if stage == "corrector" and config.input_norm:
+        yield Entry(f"{_NORM}.weight", ("input_norm", "scale"), None, False)
+        yield Entry(f"{_NORM}.bias", ("input_norm", "bias"), None, False)
 
 
 def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
@@ -244,26 +213,18 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
 
     Tensors are matched by the ends of their names, because the two are wrapped differently. An inverter for an API has
     none, and passes. Dense layers behind the pooling are in folders of their own and aren't compared.
-
-    Raises:
-        InputError: a tensor differs, or is in the inverter alone.
     """
     with progress.stage(f"comparing embedders with {name}"):
         inside, outside = part(open_checkpoint(inverter), _EMBEDDER), open_checkpoint(embedder)
-        pairs = [(end, key) for key in outside for end in _ends(key) if end in inside]
-        if inside and not pairs:
-            raise InputError(
-                f"The inverter was saved with another kind of embedder than {name}, which has no key like "
-                f"{min(inside)!r}; give the embedder that it was trained for."
-            )
-        for end, key in pairs:
-            if inside[end].shape != outside[key].shape or not _equal(inside[end][:], outside[key][:]):
-                raise InputError(
-                    f"The inverter was saved with another embedder than {name}: {end!r} differs from its {key!r}; "
-                    "give the embedder that it was trained for."
-                )
-        missing = set(inside) - {end for end, _ in pairs}
-        missing = {key for key in missing if not key.endswith(_BUFFERS) and not _BEHIND_ENCODER.match(key)}
+        missing = {key for key in inside if not key.endswith(_BUFFERS) and not _BEHIND_ENCODER.match(key)}
+        for key, tensor in outside.items():
+            for end in _ends(key) & inside.keys():
+                if inside[end].shape != tensor.shape or not _equal(inside[end][:], tensor[:]):
+                    raise InputError(
+                        f"The inverter was saved with another embedder than {name}: {end!r} differs from its {key!r}; "
+                        "give the embedder that it was trained for."
+                    )
+                missing.discard(end)
         if missing:
             raise InputError(
                 f"The inverter was saved with an embedder that has {min(missing)!r}, which {name} lacks; give the "
@@ -271,30 +232,26 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
             )
 
 
-def _ends(key: str) -> Iterator[str]:
+def _ends(key: str) -> set[str]:
     """Names that a key of an embedder's folder may have inside an inverter."""
-    key = re.sub(r"LayerNorm\.(gamma|beta)$", lambda found: f"LayerNorm.{_OLD_NORM[found[1]]}", key)
-    names = [key]
+    key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    names = {key}
     if not key.startswith("decoder."):  # of a whole T5: an inverter holds the encoder, whose blocks have the same names
-        names.append(key.partition(".")[2])  # without the folder's own prefix, such as "encoder."
+        names.add(key.partition(".")[2])  # without the folder's own prefix, such as "encoder."
     if key == "shared.weight":
-        names += ["embed_tokens.weight", "encoder.embed_tokens.weight"]
-    for name in names:
-        yield name
-        yield f"0.auto_model.{name}"  # wrapped by sentence-transformers
+        names |= {"embed_tokens.weight", "encoder.embed_tokens.weight"}
+    return names | {f"0.auto_model.{name}" for name in names}  # wrapped by sentence-transformers
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two tensors are equal after rounding to the coarser of their dtypes, which is guessed from the values."""
+    """Whether two tensors are equal, or one is the other rounded to half precision."""
     a, b = a.astype(np.float32), b.astype(np.float32)
-    if np.array_equal(a, b):
-        return True
-    for dtype in (np.float16, jnp.bfloat16):
-        with np.errstate(over="ignore"):
-            rounded_a, rounded_b = (values.astype(dtype).astype(np.float32) for values in (a, b))
-        if np.array_equal(rounded_a, rounded_b) and (np.array_equal(a, rounded_a) or np.array_equal(b, rounded_b)):
-            return True
-    return False
+    with np.errstate(over="ignore"):
+        return np.array_equal(a, b) or any(
+            np.array_equal(one.astype(half).astype(np.float32), other)
+            for half in (np.float16, jnp.bfloat16)
+            for one, other in ((a, b), (b, a))
+        )
 
 
 def write_vec2text(
@@ -306,12 +263,10 @@ def write_vec2text(
     by name. A tied head is written too, because the original would take a missing one from the base.
 
     Args:
-        settings: by stage; at least `model_name_or_path` and `embedder_model_name`.
-
-    Raises:
-        InputError: the original can't express the model, a setting is missing, or the folder can't be written.
+        settings: by stage, as `read_settings` returned them when the pair was converted.
     """
-    _check_expressible(config, params, settings)
+    if "corrector" in params and not config.input_norm:
+        raise InputError("The corrector doesn't normalize its input, and the original's always does.")
     with whole_folder(folder) as building:
         for stage, network in params.items():
             values = {**_SUPPORTED, **_WRITTEN, **settings[stage]}
@@ -325,35 +280,12 @@ def write_vec2text(
                 save_file(dict(_state(stage, network, config)), target / SAFETENSORS, metadata={"format": "pt"})
 
 
-def _check_expressible(config: ModelConfig, params: Mapping[Stage, Params], settings: Mapping[Stage, Settings]) -> None:
-    for option in ("standardize", "bag_of_words"):
-        if getattr(config, option):
-            raise InputError(f"The model was trained with model.{option}, which the original doesn't have.")
-    if "corrector" in params and not config.input_norm:
-        raise InputError("The corrector doesn't normalize its input, and the original's always does.")
-    for stage in params:
-        for name in ("model_name_or_path", "embedder_model_name"):
-            if not settings[stage].get(name):
-                option = "--t5" if name == "model_name_or_path" else "--embedder"
-                raise InputError(f"The model doesn't say what the original's {name} should be; give it with {option}.")
-    width = 1536 if settings["inverter"].get("embedder_model_api") else 768
-    if "corrector" in params and config.embedding_width != width:
-        raise InputError(
-            f"The model's embeddings are {config.embedding_width} wide; the original's corrector takes {width} only."
-        )
-
-
 def _state(stage: Stage, network: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a stage by the original's names."""
-    state = t5_to_huggingface(network["t5"])
-    for name, array in state.items():
-        yield _T5 + name, array
+    state = t5_to_huggingface(network["t5"], config.t5)
+    yield from ((_T5 + name, array) for name, array in state.items())
     if config.t5.tie_word_embeddings:
         yield f"{_T5}lm_head.weight", state["shared.weight"]
-    for ours, theirs in _PROJECTIONS[stage].items():
-        for layer, number in (("hidden", _HIDDEN), ("output", _OUTPUT)):
-            yield f"{theirs}.{number}.weight", np.ascontiguousarray(np.asarray(network[ours][layer]["kernel"]).T)
-            yield f"{theirs}.{number}.bias", np.asarray(network[ours][layer]["bias"])
-    if stage == "corrector":
-        yield f"{_NORM}.weight", np.asarray(network["input_norm"]["scale"])
-        yield f"{_NORM}.bias", np.asarray(network["input_norm"]["bias"])
+    for entry in _entries(stage, config):
+        array = np.asarray(functools.reduce(operator.getitem, entry.ours, network))
+        yield entry.theirs, np.ascontiguousarray(array.T if entry.transposed else array)

@@ -28,21 +28,16 @@ def build(
         t5: folder or hub name of the T5 that both were trained from; by default from the inverter's config.json.
         embedder: name or folder of the embedder that they invert, or the embedder; by default from the inverter's
             config.json.
-
-    Raises:
-        InputError: a checkpoint can't be read, the two are not a pair, or the embedder isn't the one they invert.
     """
-    folders: dict[Stage, Path] = {"inverter": folder_of(inverter)}
-    if corrector is not None:
-        folders["corrector"] = folder_of(corrector)
+    names: dict[Stage, str | None] = {"inverter": inverter, "corrector": corrector}
+    folders = {stage: folder_of(name) for stage, name in names.items() if name is not None}
     settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
     theirs, api = settings["inverter"]["embedder_model_name"], settings["inverter"].get("embedder_model_api")
     if embedder is None and api:
         raise InputError(
             f"The inverter was trained for {api}, which is behind an API: give embedder=HttpEmbedder(...)."
         )
-    if embedder is None:
-        embedder = default_name(theirs)
+    embedder = default_name(theirs) if embedder is None else embedder
     base = read_base(t5 or settings["inverter"]["model_name_or_path"])
     pair = read_vec2text(folders, settings, base.config)
     victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
@@ -61,39 +56,30 @@ def build(
         vocabulary=Vocabulary.full(base.tokenizer),
         shares_vocabulary=False,
     )
-    model.embedding_norm = _embedding_norm(model)
+    # For the warning about foreign vectors. The original's training texts aren't available; WordNet's replace them.
+    if isinstance(victim, JaxEmbedder) and not victim.normalized:  # else it is 1, or every text would cost a request
+        texts = read_texts("wordnet", "held_out", limit=NORM_TEXTS)
+        readable = [text for text in model.vocabulary.normalize(texts, model.config.max_length) if text.strip()]
+        model.embedding_norm = norm_statistics(victim.embed(readable)) if readable else None
     return model, settings
-
-
-def _embedding_norm(model: InversionPipeline) -> tuple[float, float] | None:
-    """Mean and deviation of the lengths of the embedder's vectors, for the warning about foreign vectors.
-
-    The original's training texts aren't available; WordNet's, cut to the same length, replace them.
-    """
-    if not isinstance(model.embedder, JaxEmbedder) or model.embedder.normalized:
-        return None  # it is 1, or every text would cost a request
-    texts = read_texts("wordnet", "held_out", limit=NORM_TEXTS)
-    readable = [text for text in model.vocabulary.normalize(texts, model.config.max_length) if text.strip()]
-    if not readable:
-        return None
-    return norm_statistics(model.embedder.embed(readable))
 
 
 def from_vec2text(
     folder: Path, inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
 ) -> None:
-    """Converts checkpoints of the original into a new model folder; arguments and errors as `build`."""
+    """Converts checkpoints of the original into a new model folder; arguments as `build`."""
     check_new(folder)
     model, settings = build(inverter, corrector, t5, embedder)
-    model.save(folder, record={RECORD: settings}, card=_card(model.name, model.embedder.name, model.has_corrector))
+    networks = "inverter and corrector" if model.has_corrector else "inverter, without a corrector,"
+    card = (
+        f"# {model.name}\n\nThe {networks} of vec2text (Morris et al. 2023, PyTorch) for vectors of "
+        f"{model.embedder.name}, converted by `v2t convert --from vec2text`. Not evaluated here.\n"
+    )
+    model.save(folder, record={RECORD: settings}, card=card)
 
 
 def to_vec2text(model: str, folder: Path) -> None:
-    """Converts a model folder that `from_vec2text` wrote back into checkpoints: folder/inverter and folder/corrector.
-
-    Raises:
-        InputError: the model didn't come from the original, or the folder can't be written.
-    """
+    """The way back, of a model that `from_vec2text` wrote: into folder/inverter and folder/corrector."""
     check_new(folder)
     stored = read_model(model)
     header, settings = stored.header, stored.header.record.get(RECORD)
@@ -103,11 +89,3 @@ def to_vec2text(model: str, folder: Path) -> None:
             "embedders; give a model made by 'v2t convert --from vec2text'."
         )
     write_vec2text(folder, stored.config, stored.params, settings)
-
-
-def _card(name: str, embedder: str, has_corrector: bool) -> str:
-    networks = "inverter and corrector" if has_corrector else "inverter, without a corrector,"
-    return (
-        f"# {name}\n\nThe {networks} of vec2text (Morris et al. 2023, PyTorch) for vectors of {embedder}, converted by "
-        "`v2t convert --from vec2text`. Not evaluated here.\n"
-    )

@@ -19,37 +19,32 @@ class Computed(NamedTuple):
     pooling: Pooling
     num_dense: int
     normalize: bool
-    name: str | None
+    name: str | None = None
 
     @property
     def advice(self) -> str:
-        if self.name is not None:
-            # Only our table's names, which have no owner, may be followed by a folder.
-            return self.name if "/" in self.name else f"{self.name}@DIR"
-        return f"{self.pooling}@DIR"
+        if self.name is not None and "/" in self.name:  # only our table's names may be followed by a folder
+            return self.name
+        return f"{self.name or self.pooling}@DIR"
 
 
-_MINILM_L6, _MINILM_L12 = (Computed("mean", 0, True, f"all-MiniLM-{layers}-v2") for layers in ("L6", "L12"))
-_GTR_PIPELINE = Computed("mean", 1, True, "gtr-base-st")
-_POOLER, _MEAN = Computed("pooler", 0, False, None), Computed("mean", 0, False, None)
+_MINILM = {
+    f"sentence-transformers/all-MiniLM-{layers}-v2": Computed("mean", 0, True, f"all-MiniLM-{layers}-v2")
+    for layers in ("L6", "L12")
+}
+_POOLED = ("bert__random_init", "contriever", "gte_base", "ance_tele", "paraphrase-distilroberta")
+_AVERAGED = ("gtr_base__random_init", "gtr_large")
 COMPUTED = {
+    **dict.fromkeys(_POOLED, Computed("pooler", 0, False)),
+    **dict.fromkeys(_AVERAGED, Computed("mean", 0, False)),
+    **dict.fromkeys(("gtr_base_st", "sentence-transformers/gtr-t5-base"), Computed("mean", 1, True, "gtr-base-st")),
+    **_MINILM,
     "bert": Computed("pooler", 0, False, "google-bert/bert-base-uncased"),
-    "bert__random_init": _POOLER,
-    "contriever": _POOLER,
     "dpr": Computed("cls", 0, False, "dpr-ctx-single-nq-base"),
     "dpr_st": Computed("cls", 0, False, "sentence-transformers/facebook-dpr-question_encoder-multiset-base"),
-    "gte_base": _POOLER,
     "gte_base_st": Computed("mean", 0, True, "gte-base"),
     "gtr_base": Computed("mean", 0, False, "gtr-base"),
-    "gtr_base__random_init": _MEAN,
-    "gtr_base_st": _GTR_PIPELINE,
-    "gtr_large": _MEAN,
-    "ance_tele": _POOLER,
-    "paraphrase-distilroberta": _POOLER,
     "medicalai/ClinicalBERT": Computed("mean", 0, False, "medicalai/ClinicalBERT"),
-    "sentence-transformers/gtr-t5-base": _GTR_PIPELINE,
-    "sentence-transformers/all-MiniLM-L6-v2": _MINILM_L6,
-    "sentence-transformers/all-MiniLM-L12-v2": _MINILM_L12,
     # Our table's name for it adds a prefix.
     "nomic-ai/nomic-embed-text-v1": Computed("mean", 0, True, "nomic-ai/nomic-embed-text-v1"),
 }
@@ -61,30 +56,27 @@ def check_computation(theirs: str, embedder: JaxEmbedder) -> None:
 
     Args:
         theirs: the checkpoint's `embedder_model_name`.
-
-    Raises:
-        InputError: pooling, dense layers, normalization or prefix differ.
     """
     config, expected = embedder.config, COMPUTED.get(theirs)
-    if expected is None:
-        if theirs.startswith(PIPELINES) and embedder.name.partition("@")[0] in get_args(Pooling):
-            raise InputError(
-                f"The inverter was trained for {theirs} with its modules.json, which {embedder.name} ignores: give the "
-                "folder alone."
-            )
-        progress.note(f"The inverter was trained for {theirs}; whether {embedder.name} pools the same way is unknown.")
-        return
-    if (config.pooling, len(config.dense), config.normalize, config.prefix) != (*expected[:3], ""):
+    found = Computed(config.pooling, len(config.dense), config.normalize)
+    if expected is not None and (found[:3] != expected[:3] or config.prefix):
+        prefix = f", prefix {config.prefix!r}" if config.prefix else ""
         raise InputError(
-            f"The inverter was trained for {theirs} ({_described(*expected[:3], '')}), but {embedder.name} is "
-            f"{_described(config.pooling, len(config.dense), config.normalize, config.prefix)}: "
-            f"give the embedder as {expected.advice}."
+            f"The inverter was trained for {theirs} ({_described(expected)}), but {embedder.name} is "
+            f"{_described(found)}{prefix}: give the embedder as {expected.advice}."
         )
+    if expected is None and theirs.startswith(PIPELINES) and embedder.name.partition("@")[0] in get_args(Pooling):
+        raise InputError(
+            f"The inverter was trained for {theirs} with its modules.json, which {embedder.name} ignores: give the "
+            "folder alone."
+        )
+    if expected is None:
+        progress.note(f"The inverter was trained for {theirs}; whether {embedder.name} pools the same way is unknown.")
 
 
-def _described(pooling: str, num_dense: int, normalize: bool, prefix: str) -> str:
-    parts = [f"pooling {pooling}", f"dense layers {num_dense}", "normalized" if normalize else "not normalized"]
-    return ", ".join([*parts, *([f"prefix {prefix!r}"] if prefix else [])])
+def _described(computed: Computed) -> str:
+    normalized = "normalized" if computed.normalize else "not normalized"
+    return f"pooling {computed.pooling}, dense layers {computed.num_dense}, {normalized}"
 
 
 def default_name(theirs: str) -> str:
