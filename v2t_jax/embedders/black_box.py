@@ -11,7 +11,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,11 +173,7 @@ class HttpEmbedder(BlackBox):
 
     Args:
         base_url: such as https://api.openai.com/v1
-        config: the model, limits and retries.
         width, normalized: as for `CallableEmbedder`.
-
-    Raises:
-        InputError: the URL, the key or the model's name is invalid.
     """
 
     metered = True
@@ -235,15 +231,15 @@ class HttpEmbedder(BlackBox):
         stop = threading.Event()
         failures: list[BaseException] = []
 
-        def request(batch: list[str]) -> tuple[list[str], np.ndarray]:
+        def request(batch: list[str]) -> np.ndarray:
             try:
                 rows = self._endpoint.request(batch, lambda answer: self._checked(answer, len(batch)), stop, show)
                 cache.write(batch, rows)  # immediately: it has been paid for
-                return batch, rows
+                return rows
             except BaseException as error:
-                failures.append(error)  # before the others are stopped, so that the cause comes first
+                failures.append(error)
                 stop.set()
-                raise
+                raise failures[0] from None  # the cause, not what stopping did to the others
 
         with progress.bar(len(vectors), f"embedding with {self.name}", unit="texts", start=done) as update:
 
@@ -252,10 +248,7 @@ class HttpEmbedder(BlackBox):
 
             pool = ThreadPoolExecutor(min(self.config.concurrency, len(batches)), "embed")
             try:
-                for future in as_completed([pool.submit(request, batch) for batch in batches]):
-                    if failures:
-                        raise failures[0]
-                    batch, rows = future.result()
+                for batch, rows in zip(batches, pool.map(request, batches), strict=True):
                     vectors.update(zip(batch, rows, strict=True))
                     done += len(batch)
                     show()

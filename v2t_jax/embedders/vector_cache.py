@@ -26,13 +26,9 @@ class VectorCache:
         with self._errors():
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._connection = sqlite3.connect(file, timeout=BUSY_SECONDS, check_same_thread=False)
-            try:
-                self._connection.execute(
-                    "CREATE TABLE IF NOT EXISTS vectors (sha256 BLOB PRIMARY KEY, float32 BLOB NOT NULL)"
-                )
-            except sqlite3.Error:
-                self._connection.close()
-                raise
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS vectors (sha256 BLOB PRIMARY KEY, float32 BLOB NOT NULL)"
+            )
 
     def read(self, texts: Sequence[str]) -> list[np.ndarray | None]:
         """The vector [E] of each text, or None."""
@@ -54,10 +50,11 @@ class VectorCache:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.OperationalError, OSError) as error:  # no space, no permission, locked
-            raise InputError(f"The cache {self._file} can't be used ({error}); free space or set api.cache.") from error
-        except (sqlite3.DatabaseError, ValueError, TypeError) as error:  # the last two: a blob that isn't a vector
-            raise InputError(f"The cache {self._file} is damaged ({error}); delete it.") from error
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:  # the last two: a blob that isn't a vector
+            raise InputError(
+                f"The cache {self._file} can't be used ({error}); free space, set api.cache, or, if it is damaged, "
+                "delete it."
+            ) from error
 
 
 def _key(text: str) -> bytes:
