@@ -72,10 +72,10 @@ def record_of(case: Case) -> Case:
 
 
 def read_pair(folder: Path) -> Pair:
-    base = read_base(str(folder / "t5-base"))
+    t5, _ = read_base(str(folder / "t5-base"))
     folders: dict[Stage, Path] = {"inverter": folder / "inverter", "corrector": folder / "corrector"}
     settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
-    return read_vec2text(folders, settings, base.config)
+    return read_vec2text(folders, settings, t5)
 
 
 def check_logits(pair: Pair, record: Case) -> float:

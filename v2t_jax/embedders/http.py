@@ -13,7 +13,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +32,8 @@ ADVICE = {
     403: "use a key (environment variable {variable}) that may use this model",
     404: "check the base URL (usually ending in /v1) and the model's name",
 }
+
+Check = Callable[[Any], np.ndarray]  # raises an `InputError` if the rows are unusable
 
 
 def dollars(cost: float) -> str:
@@ -128,21 +130,9 @@ class Endpoint:
         return paid | ({"retries": self._retries, "because of": self._last_failure} if self._retries else {})
 
     def request(
-        self,
-        texts: Sequence[str],
-        check: Callable[[Any], np.ndarray],
-        stop: threading.Event,
-        on_retry: Callable[[], None],
+        self, texts: list[str], check: Check, stop: threading.Event, on_retry: Callable[[], None]
     ) -> np.ndarray:
-        """Embeds one batch: [len(texts), E], in the order of the texts.
-
-        Args:
-            check: turns the endpoint's rows into vectors; raises `InputError` if they are unusable.
-            stop: once set, no further request is made.
-
-        Raises:
-            InputError: the endpoint refuses or keeps failing, or a limit is reached.
-        """
+        """Embeds one batch, [len(texts), E]: `check` makes vectors of the endpoint's rows; `stop` ends all requests."""
         attempts = unusable = 0
         while True:
             try:
@@ -162,10 +152,8 @@ class Endpoint:
                 # Jittered, so that requests that failed together don't return together.
                 stop.wait(max(backoff * random.uniform(0.5, 1.5), failure.retry_after))
 
-    def _embed_once(
-        self, texts: Sequence[str], check: Callable[[Any], np.ndarray], stop: threading.Event
-    ) -> np.ndarray:
-        body: dict[str, Any] = {"model": self._config.model, "input": list(texts)}
+    def _embed_once(self, texts: list[str], check: Check, stop: threading.Event) -> np.ndarray:
+        body: dict[str, Any] = {"model": self._config.model, "input": texts}
         if self._config.dimensions:
             body["dimensions"] = self._config.dimensions
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}

@@ -65,16 +65,6 @@ _SUPPORTED: Settings = {
     "embedding_transform_strategy": "repeat",
     "corrector_ignore_hypothesis_embedding": False,
 }
-# Other fields that the original requires of a config.json.
-_WRITTEN: Settings = {
-    "embedder_model_api": None,
-    "embedder_torch_dtype": "float32",
-    "embedder_no_grad": True,
-    "embedder_gaussian_noise_level": 0.0,
-    "use_frozen_embeddings_as_input": True,
-    "encoder_dropout_disabled": False,
-    "decoder_dropout_disabled": False,
-}
 # Hugging Face's clean-up of spaces before punctuation, which the original applies to every decoded text.
 _CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}
 _CLEAN_UP |= {f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}
@@ -92,13 +82,6 @@ class _Needed(msgspec.Struct):
     embedder_model_api: _Name | None = None
 
 
-class Base(NamedTuple):
-    """The T5 that a pair stands on."""
-
-    config: T5Config
-    tokenizer: Tokenizer
-
-
 class Pair(NamedTuple):
     """An inverter and, if there is one, its corrector; parameters are float32 on the host."""
 
@@ -106,8 +89,8 @@ class Pair(NamedTuple):
     params: dict[Stage, Params]
 
 
-def read_base(name: str) -> Base:
-    """Sizes and tokenizer of a T5, by folder or hub name. The tokenizer decodes as the original's does."""
+def read_base(name: str) -> tuple[T5Config, Tokenizer]:
+    """Sizes and tokenizer of the T5 that a pair stands on. The tokenizer decodes as the original's does."""
     folder = folder_of(name, ["config.json", "tokenizer*.json", "spiece.model"])
     config = t5_config_from_huggingface(read_json(folder / "config.json", "a T5 folder"))
     tokenizer = folder_tokenizer(folder)
@@ -121,7 +104,7 @@ def read_base(name: str) -> Base:
     if not settings.is_file() or read_json(settings, "a T5 folder").get("clean_up_tokenization_spaces", True):
         fixes = [decoders.Replace(wrong, right) for wrong, right in _CLEAN_UP.items()]
         tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Fuse(), *fixes])
-    return Base(config, tokenizer)
+    return config, tokenizer
 
 
 def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settings], t5: T5Config) -> Pair:
@@ -269,9 +252,7 @@ def write_vec2text(
         raise InputError("The corrector doesn't normalize its input, and the original's always does.")
     with whole_folder(folder) as building:
         for stage, network in params.items():
-            values = {**_SUPPORTED, **_WRITTEN, **settings[stage]}
-            values |= {"architectures": [KINDS[stage]], "max_seq_length": config.max_length}
-            values |= {"num_repeat_tokens": config.num_pseudo_tokens, "torch_dtype": "float32"}
+            values = {**settings[stage], "architectures": [KINDS[stage]], "torch_dtype": "float32"}
             target = building / stage
             target.mkdir()
             (target / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

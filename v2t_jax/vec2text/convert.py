@@ -38,8 +38,8 @@ def build(
             f"The inverter was trained for {api}, which is behind an API: give embedder=HttpEmbedder(...)."
         )
     embedder = default_name(theirs) if embedder is None else embedder
-    base = read_base(t5 or settings["inverter"]["model_name_or_path"])
-    pair = read_vec2text(folders, settings, base.config)
+    t5_config, tokenizer = read_base(t5 or settings["inverter"]["model_name_or_path"])
+    pair = read_vec2text(folders, settings, t5_config)
     victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
     if isinstance(victim, JaxEmbedder):
         if isinstance(embedder, str):
@@ -53,7 +53,7 @@ def build(
         config=pair.config,
         params=pair.params,
         embedder=victim,
-        vocabulary=Vocabulary.full(base.tokenizer),
+        vocabulary=Vocabulary.full(tokenizer),
         shares_vocabulary=False,
     )
     # For the warning about foreign vectors. The original's training texts aren't available; WordNet's replace them.
