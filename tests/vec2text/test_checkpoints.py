@@ -215,22 +215,6 @@ def test_copies_of_the_tied_embedding(pair: Path) -> None:
         read_pair(pair)
 
 
-def test_shards(pair: Path) -> None:
-    expected = read_pair(pair)
-    folder = pair / "inverter"
-    state = load_file(folder / "model.safetensors")
-    keys = sorted(state)
-    weight_map = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(keys)}
-    for name in set(weight_map.values()):
-        save_file({key: state[key] for key in keys if weight_map[key] == name}, folder / name)
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    jax.tree.map(np.testing.assert_array_equal, read_pair(pair).params, expected.params)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match="lacks model-00002-of-00002.safetensors, which its index names"):
-        read_pair(pair)
-
-
 def test_an_inverter_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     out, inverter, _, t5, embedder = convert_arguments(folders["vec2text_b"], tmp_path / "out")
     from_vec2text(out, inverter, None, t5, embedder)
@@ -338,7 +322,7 @@ def test_a_pair_of_other_sizes(folders: dict[str, Path], pair: Path) -> None:
         read_pair(pair)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"[1]"])
 def test_damaged_json(pair: Path, content: bytes) -> None:
     (pair / "corrector" / "config.json").write_bytes(content)
     with pytest.raises(InputError, match="corrector/config.json (is not readable JSON|holds no JSON object)"):
@@ -365,13 +349,6 @@ def test_a_tokenizer_of_another_model(pair: Path) -> None:
     shutil.copy(embedder_of(pair) / "tokenizer.json", pair / "t5-base" / "tokenizer.json")
     with pytest.raises(InputError, match="tokenizer is not that of its T5: <pad> and </s> must be"):
         read_base(str(pair / "t5-base"))
-
-
-def test_damaged_weights(pair: Path) -> None:
-    file = pair / "inverter" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(InputError, match="model.safetensors is damaged or no safetensors file"):
-        read_pair(pair)
 
 
 def test_pickles_are_read_without_torch(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,14 +502,6 @@ def test_the_embedder_is_by_default_the_one_that_the_inverter_names(
     monkeypatch.setattr(convert, "default_name", here.__getitem__)
     assert run_v2t(monkeypatch, *command) == 0
     assert load(str(tmp_path / "out")).embedder.name.startswith("gtr-base@")
-
-
-@pytest.mark.parametrize("stage", ["inverter", "corrector"])
-def test_quantized_projections_are_refused(stage: str, pair: Path) -> None:
-    key = {"inverter": "embedding_transform.0.bias", "corrector": "layernorm.weight"}[stage]
-    edit(pair / stage, lambda state: state.update({key: state[key].astype(np.int8)}))
-    with pytest.raises(InputError, match=f"'{key}' is of dtype int8; quantized weights aren't read"):
-        read_pair(pair)
 
 
 @pytest.mark.parametrize(
