@@ -5,9 +5,7 @@ their T5 and its tokenizer are in neither: they come from that T5's own folder, 
 """
 
 import dataclasses
-import functools
 import json
-import operator
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -24,12 +22,13 @@ from v2t_jax.config import Count, ModelConfig, Stage, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import (
     SAFETENSORS,
-    Entry,
     ShapeError,
     fill,
     folder_tokenizer,
+    named,
     open_checkpoint,
     part,
+    places,
     read_json,
     whole_folder,
 )
@@ -148,11 +147,10 @@ def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settin
                     f"{folder} wasn't trained from this T5 ({str(error).rstrip('.')}): give the right one, as --t5 or "
                     "t5=."
                 ) from error
-            elsewhere = (_T5, _EMBEDDER) if stage == "inverter" else _T5
-            rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(elsewhere)}
             abstract = {name: tree for name, tree in NETWORKS[stage](config).abstract_params().items() if name != "t5"}
-            filled = fill(abstract, _entries(stage, config, rest), rest, stage, lambda key: False)
-            params[stage] = filled | {"t5": t5_params}
+            elsewhere = r"(encoder_decoder|embedder)\..*" if stage == "inverter" else r"encoder_decoder\..*"
+            beside = fill(abstract, _table(stage, tensors), tensors, stage, ignored=elsewhere)
+            params[stage] = beside | {"t5": t5_params}
     return Pair(config, params)
 
 
@@ -177,18 +175,15 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
     return settings
 
 
-def _entries(stage: Stage, config: ModelConfig, keys: Collection[str] = ()) -> Iterator[Entry]:
-    """Every tensor of a stage, its T5's apart; `keys`, a checkpoint's, show which of them have old names."""
+def _table(stage: Stage, keys: Collection[str] = ()) -> dict[str, str]:
+    """Our modules beside the T5 -> their keys; `keys`, a checkpoint's, show which of them have old names."""
     shared = stage == "corrector" and f"{_OLD_CORRECTOR}.{_HIDDEN}.weight" in keys
+    table = {"input_norm": _NORM}
     for ours, theirs in _PROJECTIONS[stage].items():
         theirs = _OLD_CORRECTOR if shared else theirs
         output = _OLD_OUTPUT if f"{theirs}.{_OLD_OUTPUT}.weight" in keys else _OUTPUT
-        for layer, number in (("hidden", _HIDDEN), ("output", output)):
-            yield Entry(f"{theirs}.{number}.weight", (ours, layer, "kernel"), None, True)
-            yield Entry(f"{theirs}.{number}.bias", (ours, layer, "bias"), None, False)
-    if stage == "corrector" and config.input_norm:
-        yield Entry(f"{_NORM}.weight", ("input_norm", "scale"), None, False)
-        yield Entry(f"{_NORM}.bias", ("input_norm", "bias"), None, False)
+        table |= {f"{ours}/hidden": f"{theirs}.{_HIDDEN}", f"{ours}/output": f"{theirs}.{output}"}
+    return table
 
 
 def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
@@ -263,10 +258,10 @@ def write_vec2text(
 
 def _state(stage: Stage, network: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a stage by the original's names."""
-    state = t5_to_huggingface(network["t5"], config.t5)
+    state = t5_to_huggingface(network["t5"])
     yield from ((_T5 + name, array) for name, array in state.items())
     if config.t5.tie_word_embeddings:
         yield f"{_T5}lm_head.weight", state["shared.weight"]
-    for entry in _entries(stage, config):
-        array = np.asarray(functools.reduce(operator.getitem, entry.ours, network))
-        yield entry.theirs, np.ascontiguousarray(array.T if entry.transposed else array)
+    for name, array in named({module: tree for module, tree in network.items() if module != "t5"}).items():
+        for place in places(_table(stage), name, np.asarray(array)):
+            yield place.key, np.ascontiguousarray(place.target)
