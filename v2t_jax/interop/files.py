@@ -223,15 +223,15 @@ def fill(
         for name, array in empty.items()
         for place in places(table, name, array)
     }
-    for key, shape in meant.items():
-        if key not in tensors:
-            raise InputError(
-                f"The {what} weights lack {key!r}; the file is incomplete or its config describes another model."
-            )
-        if tensors[key].shape != shape:
-            raise ShapeError(f"{what} weight {key!r} has shape {tensors[key].shape}; its config implies {shape}.")
+    if missing := [key for key in meant if key not in tensors]:
+        raise InputError(
+            f"The {what} weights lack {missing[0]!r}; the file is incomplete or its config describes another model."
+        )
     if unknown := sorted(key for key in tensors if key not in meant and not re.fullmatch(ignored, key)):
         raise InputError(f"The {what} weights hold the unknown key {unknown[0]!r}; its config describes another model.")
+    for key, shape in meant.items():
+        if tensors[key].shape != shape:
+            raise ShapeError(f"{what} weight {key!r} has shape {tensors[key].shape}; its config implies {shape}.")
 
     def filled(name: str, shape: tuple[int, ...]) -> np.ndarray:
         layer = next(places(table, name, empty[name])).target
