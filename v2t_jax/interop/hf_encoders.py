@@ -300,5 +300,6 @@ def encoder_from_huggingface(
     tensors = {re.sub(r"(?<=LayerNorm)\.(gamma|beta)$", lambda m: old[m[0]], key): t for key, t in tensors.items()}
     if isinstance(config, ModernBertConfig):  # the one norm that isn't used isn't stored
         tensors = {"layers.0.attn_norm.weight": np.zeros(config.hidden_size, np.float32)} | tensors
-    abstract, options = encoder_network(config).abstract_params(), {"dtype": config.dtype, "put": put}
-    return fill(abstract, architecture.table, tensors, model_type, ignored=architecture.ignored, **options)
+    abstract = encoder_network(config).abstract_params()
+    options: Any = {"ignored": architecture.ignored, "dtype": config.dtype, "put": put}
+    return fill(abstract, architecture.table, tensors, model_type, **options)

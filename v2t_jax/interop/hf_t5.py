@@ -139,9 +139,9 @@ def t5_config(config: dict[str, Any]) -> T5Config:
     for name, least in zip(_RATES, (1e-30, 0.0), strict=True):
         if not least <= config[name] < 1:
             raise InputError(f"The T5 config has {name} = {config[name]!r}; it must be from {least} to 1.")
+    same: dict[str, Any] = {name: size(config, name) for name in _SIZES}
     return T5Config(
-        **{name: size(config, name) for name in _SIZES},
-        **{name: float(config[name]) for name in _RATES},
+        **same | {name: float(config[name]) for name in _RATES},
         num_encoder_layers=size(config, "num_layers"),
         feed_forward=config["feed_forward_proj"],
         tie_word_embeddings=config["scale_decoder_outputs"],  # since transformers 5 the older field is always true
