@@ -158,7 +158,7 @@ class _Recipe:
         return _placed(params, state_shardings(self.mesh, params, specs))
 
     def _frozen(self, with_inverter: bool) -> FrozenParams:
-        params = None
+        params: Any = None
         if self.embedder is not None:
             encoder, width = self.embedder.encoder, self.embedder.width
             params = {"encoder": encoder_network(encoder).abstract_params()}

@@ -177,8 +177,12 @@ def _embed_ids(embedder: TextEmbedder, vocabulary: Vocabulary, max_length: int, 
         return lambda ids: embed_texts(embedder, vocabulary.decode(ids), batch_size)
     check_length(max_length, embedder)
     config, token_map = embedder.config, embedder.token_map()
-    weights = embedder.params, vocabulary.vocab_map
-    return _on_all_devices(lambda w, ids: embed_model_ids(config, token_map, *w, ids), weights, batch_size)
+
+    def program(weights: Any, ids: jax.Array) -> jax.Array:
+        params, vocab_map = weights
+        return embed_model_ids(config, token_map, params, vocab_map, ids)
+
+    return _on_all_devices(program, (embedder.params, vocabulary.vocab_map), batch_size)
 
 
 def _on_all_devices(program: Callable[[Any, jax.Array], jax.Array], weights: Any, batch_size: int) -> OnRows:
