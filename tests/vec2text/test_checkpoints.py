@@ -259,7 +259,7 @@ HIDDEN = "embedding_transform.0.weight"
         (
             "corrector",
             lambda s: [s.pop(key) for key in list(s) if key != "layernorm.bias"],
-            "T5 weights lack 'shared.weight'",
+            r"The T5 weights lack 'decoder\.",
         ),
         ("inverter", lambda s: s.pop("embedding_transform.0.bias"), "inverter lacks 'embedding_transform.0.bias'"),
     ],
