@@ -1,12 +1,14 @@
 """Text embedders: the protocol, what identifies one, the one whose network runs here, and quantized vectors."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
+import msgspec
 import numpy as np
 from msgspec import Meta
 from tokenizers import Tokenizer
@@ -24,16 +26,11 @@ _embed = jax.jit(embed, static_argnums=0)
 
 
 def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
-    """Embeddings as vector stores keep them; any embedder's, and as sentence-transformers' `quantize_embeddings` does.
+    """Embeddings [n, E] as vector stores keep them, and as sentence-transformers' `quantize_embeddings` makes them.
 
-    Args:
-        vectors: [n, E] float32.
-        precision: int8 cuts each dimension's range into 256 steps; binary keeps the signs, eight dimensions a byte
-            less 128, the first dimension in the highest bit.
-        ranges: for int8, smallest and largest value of each dimension [2, E]; by default of `vectors` themselves. Give
-            those of a large sample where few vectors, or several batches, are to be comparable.
-    Returns:
-        [n, E] float32 or int8, or [n, ceil(E / 8)] int8.
+    int8 cuts each dimension's range into 256 steps: `ranges` [2, E], by default smallest and largest of `vectors`; give
+    those of a large sample to make batches comparable. binary keeps the signs, as [n, ceil(E / 8)] int8: eight
+    dimensions a byte less 128, the first in the highest bit.
     """
     if precision == "binary":
         return (np.packbits(vectors > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
@@ -65,29 +62,23 @@ class EmbedderIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """The known fields as JSON types."""
-        known = {name: value for name, value in vars(self).items() if value is not None}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+        return {name: value for name, value in json.loads(msgspec.json.encode(self)).items() if value is not None}
 
 
 def check_identity(
     recorded: Mapping[str, Any], given: EmbedderIdentity, whose: str, ignored: Collection[str] = ()
 ) -> None:
-    """Refuses an embedder that differs from the one on record, in the first of the fields that both know.
+    """Refuses an embedder that differs in a field from the one on record, an `EmbedderIdentity.to_dict()` of `whose`.
 
-    Args:
-        recorded: an `EmbedderIdentity.to_dict()`, of this version or an earlier one with fewer fields.
-        whose: what the record belongs to, as the subject of the error.
-        ignored: fields that may differ; names too, where the weights of both can be seen.
+    Fields that either lacks may differ; names too, where the weights of both can be seen.
     """
     both_seen = recorded.get("weights_sha256") and given.weights_sha256
     ignored = {*ignored, "name" if both_seen else "weights_sha256"}
     for name, value in given.to_dict().items():
         was = recorded.get(name)
         if name not in ignored and was not in (None, value):
-            raise InputError(
-                f"{whose} was made with an embedder whose {name} is {was!r}, but that of {given.name} is {value!r}: "
-                "give the embedder it was made with."
-            )
+            made = f"{whose} was made with an embedder whose {name} is {was!r}"
+            raise InputError(f"{made}, but that of {given.name} is {value!r}: give the embedder it was made with.")
 
 
 @runtime_checkable
@@ -95,12 +86,10 @@ class TextEmbedder(Protocol):
     """Texts in, vectors out: all that evaluation and a correction loop through the host ask of an embedder."""
 
     name: str
-    weights_sha256: str
-    """of the weights; empty where they can't be seen"""
+    weights_sha256: str  # empty where the weights can't be seen
 
     @property
-    def width(self) -> int:
-        """E"""
+    def width(self) -> int: ...
 
     @property
     def normalized(self) -> bool:
@@ -119,10 +108,8 @@ def named_or_embedder(embedder: Any) -> Any:
     if isinstance(embedder, os.PathLike):
         return os.fspath(embedder)
     if not isinstance(embedder, str) and not hasattr(embedder, "embed"):
-        raise InputError(
-            f"The embedder is of type {type(embedder).__name__}; give its name or folder, or the embedder itself: of "
-            "a function, v2t_jax.embedders.black_box.CallableEmbedder(function)."
-        )
+        given, advice = type(embedder).__name__, "v2t_jax.embedders.black_box.CallableEmbedder(function)"
+        raise InputError(f"The embedder is of type {given}; give a name, a folder, an embedder, or {advice}.")
     return embedder
 
 
@@ -159,9 +146,9 @@ class JaxEmbedder:
 
     @property
     def identity(self) -> EmbedderIdentity:
-        c = self.config
-        behind_encoder = (c.pooling, c.dense, c.normalize, c.prefix, c.width, c.max_length)
-        return EmbedderIdentity(self.name, self.weights_sha256, *behind_encoder, c.encoder.dtype)
+        names = ("pooling", "dense", "normalize", "prefix", "width", "max_length")
+        fields = {name: getattr(self.config, name) for name in names}
+        return EmbedderIdentity(self.name, self.weights_sha256, **fields, dtype=self.config.encoder.dtype)
 
     def shortened(self, max_length: int) -> "JaxEmbedder":
         """The same embedder, cutting texts to so many tokens."""
@@ -180,14 +167,11 @@ class JaxEmbedder:
         mask = np.array([encoding.attention_mask for encoding in encodings], np.int32)
         highest, vocab_size = ids.max(), self.config.encoder.vocab_size
         if highest >= vocab_size:  # JAX would read another piece's row
-            raise InputError(
-                f"The tokenizer of {self.name} gives the id {highest}, but its network's vocab_size is {vocab_size}: "
-                "they don't belong together; download the embedder again."
-            )
+            wrong = f"The tokenizer of {self.name} gives the id {highest}, but its network's vocab_size is {vocab_size}"
+            raise InputError(f"{wrong}: they don't belong together; download the embedder again.")
         return ids, mask
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Embeddings [len(texts), E] float32."""
         check_whole("batch_size", batch_size, 1)
         check_texts(texts)
         # Similar lengths share a batch; the batch size is fixed (the last one is padded), so few shapes compile.
@@ -202,10 +186,8 @@ class JaxEmbedder:
                 ids, mask = np.pad(ids, missing, mode="edge"), np.pad(mask, missing, mode="edge")
                 result[chosen] = np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
                 if not np.isfinite(result[chosen]).all():
-                    raise InputError(
-                        f"The embedder {self.name} gives NaN or infinite values; its weights are damaged: download it "
-                        "again."
-                    )
+                    wrong = f"The embedder {self.name} gives NaN or infinite values"
+                    raise InputError(f"{wrong}; its weights are damaged: download it again.")
                 update(start + len(chosen))
         return result
 
@@ -215,21 +197,16 @@ class JaxEmbedder:
         around = self.tokenizer.encode(self.config.prefix.rstrip()).ids
         behind = self.tokenizer.encode("a").special_tokens_mask[::-1]
         if behind[:2] != [1, 0]:
-            raise InputError(
-                f"The tokenizer of {self.name} doesn't end a text with one token of its own, so its pieces can't "
-                "be a model's; give the model another tokenizer."
-            )
+            wrong = f"The tokenizer of {self.name} doesn't end a text with one token of its own"
+            raise InputError(f"{wrong}, so its pieces can't be a model's; give the model another tokenizer.")
         return TokenMap(tuple(around[:-1]), around[-1])
 
 
 def shares_vocabulary(embedder: TextEmbedder, tokenizer: Tokenizer) -> bool:
     """Whether this tokenizer's ids are the embedder's own, so that they reach it without becoming text."""
-    return isinstance(embedder, JaxEmbedder) and _definition(embedder.tokenizer) == _definition(tokenizer)
-
-
-def _definition(tokenizer: Tokenizer) -> str:
-    """All that decides how texts are cut into pieces, as JSON."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
-    return plain.to_str()
+    if not isinstance(embedder, JaxEmbedder):
+        return False
+    ours, theirs = (
+        json.loads(one.to_str()) | {"truncation": None, "padding": None} for one in (embedder.tokenizer, tokenizer)
+    )
+    return ours == theirs
