@@ -22,7 +22,7 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.config import ApiConfig
 from v2t_jax.embedders.base import EmbedderIdentity, TextEmbedder
-from v2t_jax.embedders.http import Endpoint, dollars
+from v2t_jax.embedders.http import Endpoint, UnusableError, dollars
 from v2t_jax.embedders.vector_cache import VectorCache
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.parallel import processes
@@ -34,23 +34,16 @@ UNIT_TOLERANCE = 1e-2  # vectors of length 1 may be rounded to half precision
 
 
 class BlackBox(ABC):
-    """Checks texts, embeds each distinct one once, checks the answers.
+    """Checks texts, embeds each distinct one once, checks the answers."""
 
-    Attributes:
-        name: for messages and a model's record.
-        metered: calls are paid for and limited, so process 0 of a run makes them for all processes.
-    """
-
-    metered = False
+    metered = False  # calls are paid for and limited, so process 0 of a run makes them for all processes
     weights_sha256 = ""  # unknown
 
     def __init__(self, name: str, width: int | None, normalized: bool | None) -> None:
         if width is not None:
             check_whole(f"The width of {name}", width, 1)
-        self.name = name
         self.identity = EmbedderIdentity(name, width=width)  # without what is learned later: records would change
-        self._width, self._normalized = width, normalized
-        self._lock = threading.Lock()
+        self.name, self._width, self._normalized, self._lock = name, width, normalized, threading.Lock()
 
     @property
     def width(self) -> int:
@@ -65,11 +58,7 @@ class BlackBox(ABC):
         return bool(self._normalized)
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Embeds texts, [len(texts), E] float32, in batches of `batch_size` distinct texts.
-
-        Raises:
-            InputError: a text is blank or not valid Unicode, or an answer is not one usable vector per text.
-        """
+        """Embeds texts, [len(texts), E] float32, in batches of `batch_size` distinct texts."""
         distinct = _distinct(texts, batch_size)
         if not distinct:
             return np.zeros((0, self.width), np.float32)
@@ -88,26 +77,20 @@ class BlackBox(ABC):
             with np.errstate(over="ignore"):  # what float32 can't represent becomes infinite, and is refused below
                 vectors = array.astype(np.float32)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: torch's
-            raise InputError(f"{self.name} did not return rows of numbers of one length ({error}).") from None
-        if vectors.ndim != 2 or len(vectors) != rows or vectors.shape[1] == 0:
-            raise InputError(
-                f"{self.name} returned an array of shape {vectors.shape} for {rows} texts; expected [{rows}, width]."
-            )
+            raise UnusableError(f"{self.name} did not return rows of numbers of one length ({error}).") from None
+        if vectors.ndim != 2 or len(vectors) != rows or not vectors.size:
+            shape = f"an array of shape {vectors.shape} for {rows} texts; expected [{rows}, width]"
+            raise UnusableError(f"{self.name} returned {shape}.")
         lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
         if not (np.isfinite(lengths) & (lengths > 0)).all():
-            raise InputError(f"{self.name} returned a vector of zeros, or with NaN or infinite values; fix it.")
+            raise UnusableError(f"{self.name} returned a vector of zeros, or with NaN or infinite values; fix it.")
         width, unit = vectors.shape[1], bool((np.abs(lengths - 1) <= UNIT_TOLERANCE).all())
         with self._lock:
             if self._width not in (None, width):
-                raise InputError(
-                    f"{self.name} returned vectors of width {width} instead of {self._width}; use one embedder "
-                    "throughout."
-                )
+                widths = f"vectors of width {width} instead of {self._width}"
+                raise UnusableError(f"{self.name} returned {widths}; use one embedder throughout.")
             if self._normalized and not unit:
-                raise InputError(
-                    f"{self.name} is normalized, but returned a vector whose length isn't 1; use one setting of it, "
-                    "or pass normalized=False."
-                )
+                raise UnusableError(f"{self.name} returned a vector whose length isn't 1; pass normalized=False.")
             self._width, self._normalized = width, unit if self._normalized is None else self._normalized
         return vectors
 
@@ -118,17 +101,11 @@ class CallableEmbedder(BlackBox):
     Args:
         fn: list of texts -> array [texts, E] of numpy, JAX or torch, or nested lists. It must depend on the texts
             alone, and must not run JAX if it is used in the correction loop, where the device waits for it.
-        name: by default the function's own.
-        width: E; by default learned from the first answer.
-        normalized: whether its vectors have length 1; by default learned from the first answer.
+        width, normalized: E, and whether vectors have length 1; by default learned from the first answer.
     """
 
     def __init__(
-        self,
-        fn: Callable[[list[str]], Any],
-        name: str | None = None,
-        width: int | None = None,
-        normalized: bool | None = None,
+        self, fn: Callable[[list[str]], Any], name: str = "", width: int | None = None, normalized: bool | None = None
     ) -> None:
         if not callable(fn):
             raise InputError(f"An embedder must be a function of a list of texts, not {type(fn).__name__}.")
@@ -138,10 +115,9 @@ class CallableEmbedder(BlackBox):
     def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
         parts = []
         with progress.bar(len(texts), f"embedding with {self.name}", unit="texts") as update:
-            for start in range(0, len(texts), batch_size):
-                batch = texts[start : start + batch_size]
-                parts.append(self._checked(self._fn(list(batch)), len(batch)))
-                update(start + len(batch))
+            for batch in _batches(texts, batch_size):
+                parts.append(self._checked(self._fn(batch), len(batch)))
+                update(sum(map(len, parts)))
         return np.concatenate(parts)
 
 
@@ -157,10 +133,9 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         if not self.requests:
             return f"all {self.texts:,} distinct texts are cached, no request is needed"
-        cost = "" if self.cost is None else f", about {dollars(self.cost)}"
-        return (
-            f"{self.texts:,} distinct texts, {self.cached:,} cached, {self.requests:,} requests, "
-            f"about {self.tokens:,} tokens{cost}"
+        counts = f"{self.texts:,} distinct texts, {self.cached:,} cached, {self.requests:,} requests"
+        return f"{counts}, about {self.tokens:,} tokens" + (
+            "" if self.cost is None else f", about {dollars(self.cost)}"
         )
 
 
@@ -169,11 +144,7 @@ class HttpEmbedder(BlackBox):
 
     Answers are cached on disk as they arrive, by endpoint, model, dimensions and the sha256 of the text, so that an
     interrupted run pays for nothing twice; a killed one, at most for the requests in flight. Limits hold for the life
-    of the object.
-
-    Args:
-        base_url: such as https://api.openai.com/v1
-        width, normalized: as for `CallableEmbedder`.
+    of the object. `width` and `normalized` as for `CallableEmbedder`.
     """
 
     metered = True
@@ -207,11 +178,9 @@ class HttpEmbedder(BlackBox):
             try:
                 if cached := [vector for vector in vectors.values() if vector is not None]:
                     self._checked(cached, len(cached))
-            except InputError as error:
-                raise InputError(
-                    f"The vectors in {self.cache_file} don't fit ({str(error).rstrip('.')}); delete that file to "
-                    "request them again."
-                ) from None
+            except UnusableError as error:
+                wrong = f"The vectors in {self.cache_file} don't fit ({str(error).rstrip('.')})"
+                raise InputError(f"{wrong}; delete that file to request them again.") from None
             plan = self._plan(vectors, batch_size)
             if limit := self.budget.exceeded(plan.requests, plan.tokens):
                 raise InputError(f"{self.name} needs {plan}, beyond {limit}: raise the limit, or give fewer texts.")
@@ -226,10 +195,9 @@ class HttpEmbedder(BlackBox):
     def _request(self, vectors: dict[str, np.ndarray | None], batch_size: int, cache: VectorCache) -> None:
         """Requests the missing vectors concurrently and fills them in."""
         missing = [text for text, vector in vectors.items() if vector is None]
-        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-        done = len(vectors) - len(missing)
-        stop = threading.Event()
+        batches, done = _batches(missing, batch_size), len(vectors) - len(missing)
         failures: list[BaseException] = []
+        stop = threading.Event()
 
         def request(batch: list[str]) -> np.ndarray:
             try:
@@ -266,11 +234,7 @@ def is_metered(embedder: object) -> bool:
 
 
 def embed_once(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
-    """Embeds the same texts for all processes, [len(texts), E]; only process 0 asks a metered embedder.
-
-    Raises:
-        InputError: on all processes, if process 0's request failed.
-    """
+    """Embeds the same texts for all processes, [len(texts), E]; only process 0 asks a metered embedder."""
     if not is_metered(embedder) or jax.process_count() == 1:
         return embedder.embed(texts)
     found, failure = np.zeros((0, 0), np.float32), ""
@@ -282,6 +246,10 @@ def embed_once(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
     if failure:
         raise InputError(failure)
     return np.asarray(processes.broadcast(found if processes.is_main() else np.zeros((len(texts), width), np.float32)))
+
+
+def _batches(texts: list[str], size: int) -> list[list[str]]:
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
 def _distinct(texts: Sequence[str], batch_size: int) -> list[str]:

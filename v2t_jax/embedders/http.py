@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
+import msgspec
 import numpy as np
 
 from v2t_jax.config import ApiConfig
@@ -33,7 +34,11 @@ ADVICE = {
     404: "check the base URL (usually ending in /v1) and the model's name",
 }
 
-Check = Callable[[Any], np.ndarray]  # raises an `InputError` if the rows are unusable
+Check = Callable[[Any], np.ndarray]  # raises an `UnusableError`
+
+
+class UnusableError(InputError):
+    """An embedder's answer is no vectors, or none that fit its earlier ones."""
 
 
 def dollars(cost: float) -> str:
@@ -41,17 +46,11 @@ def dollars(cost: float) -> str:
 
 
 class Budget:
-    """Counts requests and tokens, and refuses what could exceed a limit. Thread-safe.
-
-    Attributes:
-        requests: made so far, retries included.
-        tokens: paid for so far, as the endpoint counts them; an upper bound where it reports none.
-    """
+    """Counts requests, retries included, and tokens, and refuses what could exceed a limit. Thread-safe."""
 
     def __init__(self, config: ApiConfig) -> None:
-        self.requests, self.tokens = 0, 0
-        self._config, self._reserved = config, 0
-        self._changed = threading.Condition()
+        self.requests = self.tokens = self._reserved = 0  # tokens as the endpoint counts them, else an upper bound
+        self._config, self._changed = config, threading.Condition()
 
     def cost_of(self, tokens: int) -> float | None:
         """Dollars; None without a price."""
@@ -73,10 +72,8 @@ class Budget:
             if stop.is_set():
                 raise InputError("The run was stopped before all texts were sent.")
             if limit := self.exceeded(1, tokens):
-                raise InputError(
-                    f"The next request could exceed {limit}: all answers so far are kept, so raise the limit and run "
-                    "again to continue."
-                )
+                kept = "all answers so far are kept, so raise the limit and run again to continue"
+                raise InputError(f"The next request could exceed {limit}: {kept}.")
             self.requests += 1
             self._reserved += tokens
 
@@ -104,8 +101,7 @@ class Endpoint:
         if not config.model.strip():
             raise InputError(f"No model is named for {self._base}: set api.model to the endpoint's name for it.")
         cut = f"[{config.dimensions}]" if config.dimensions else ""
-        self.name = f"{config.model}{cut} at {self._base}"
-        self.budget = Budget(config)
+        self.name, self.budget = f"{config.model}{cut} at {self._base}", Budget(config)
         self._key()
         # One client for all calls: the correction loop calls once per step, and a TLS handshake costs as much as that.
         self._client = httpx2.Client(timeout=config.timeout, limits=httpx2.Limits(max_connections=config.concurrency))
@@ -117,11 +113,10 @@ class Endpoint:
         config, parts = self._config, urlsplit(self._base)
         limits = [] if config.max_requests is None else [f"{config.max_requests:,} requests"]
         limits += [] if config.max_cost is None else [f"${config.max_cost:g}"]
-        limit = f" (limit: {', '.join(limits)})" if limits else ""
-        if not self._key():
-            return f"{limit}; no key is sent ({config.key_variable} is not set)"
         plain = parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
-        return f"{limit}; the key is read from {config.key_variable}" + (", sent UNENCRYPTED" if plain else "")
+        key = f"the key is read from {config.key_variable}" + (", sent UNENCRYPTED" if plain else "")
+        key = key if self._key() else f"no key is sent ({config.key_variable} is not set)"
+        return (f" (limit: {', '.join(limits)})" if limits else "") + f"; {key}"
 
     def status(self) -> dict[str, str | int]:
         """For a progress bar: what was paid so far, and what went wrong."""
@@ -143,9 +138,8 @@ class Endpoint:
                 if too_long or stop.is_set() or attempts > self._config.retries or unusable == MAX_UNUSABLE:
                     what = f"failed {attempts} times" if attempts > 1 else "failed"
                     what = f"asks to wait for {failure.retry_after:,.0f} s" if too_long else what
-                    raise InputError(
-                        f"{self.name} {what} ({failure}): all answers so far are kept, so run again later to continue."
-                    ) from None
+                    kept = "all answers so far are kept, so run again later to continue"
+                    raise InputError(f"{self.name} {what} ({failure}): {kept}.") from None
                 self._retries, self._last_failure = self._retries + 1, str(failure)[:60]
                 on_retry()
                 backoff = min(self._config.backoff * 2.0 ** min(attempts - 1, 99), MAX_BACKOFF)
@@ -153,17 +147,20 @@ class Endpoint:
                 stop.wait(max(backoff * random.uniform(0.5, 1.5), failure.retry_after))
 
     def _embed_once(self, texts: list[str], check: Check, stop: threading.Event) -> np.ndarray:
-        body: dict[str, Any] = {"model": self._config.model, "input": texts}
-        if self._config.dimensions:
-            body["dimensions"] = self._config.dimensions
+        shortened = {"dimensions": self._config.dimensions} if self._config.dimensions else {}
+        body = {"model": self._config.model, "input": texts, **shortened}
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}
         # An upper bound: no usual tokenizer makes more than a token per byte, plus two around the text.
         cost = most = sum(len(text.encode()) + 2 for text in texts)
         self.budget.reserve(most, stop)
         try:
             response = self._client.post(f"{self._base}/embeddings", json=body, headers=headers)
-            answer = response.json() if response.status_code == 200 else {}
-            cost = _reported_tokens(answer, most) if response.status_code == 200 else 0
+            if response.status_code != 200:
+                cost = 0
+                raise self._failure(response)
+            answer = msgspec.json.decode(response.content, type=_Answer)
+            cost = answer.tokens(most)
+            return check(answer.rows(len(texts)))
         except httpx2.TimeoutException:  # the server may still do the work and charge for it
             raise _Retryable(f"no answer within {self._config.timeout:g} s") from None
         except httpx2.ConnectError as error:
@@ -171,22 +168,19 @@ class Endpoint:
             raise _Retryable(self._quoted(f"no connection: {error}")) from None
         except httpx2.RequestError as error:
             raise _Retryable(self._quoted(f"the connection broke: {error}")) from None
-        except (ValueError, RecursionError) as error:  # truncated, nested too deeply, or no JSON at all
+        except msgspec.ValidationError:
+            raise _Retryable("an answer that isn't {data: [{index, embedding}, ...]}", unusable=True) from None
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:  # truncated, or no JSON at all
             kind = "HTML" if _is_page(response) else f"not JSON: {error}"
             raise _Retryable(f"an answer that is {kind}", unusable=True) from None
+        except UnusableError as error:
+            raise _Retryable(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
         finally:
             self.budget.settle(most, cost)
-        if response.status_code != 200:
-            raise self._failure(response)
-        try:
-            return check(_in_order(answer, len(texts)))
-        except InputError as error:
-            raise _Retryable(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
 
     def _failure(self, response: httpx2.Response) -> Exception:
         """The exception for a status other than 200."""
-        status = response.status_code
-        message, code = _server_message(response)
+        status, (message, code) = response.status_code, _server_message(response)
         quoted = self._quoted(f"status {status}" + (f": {message}" if message else ""))
         # Running out of credit is a 429 too, but waiting doesn't help.
         if (status in (408, 429) and code != "insufficient_quota") or status >= 500:
@@ -228,21 +222,26 @@ def _parse_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/').removesuffix('/embeddings')}"
 
 
-def _reported_tokens(answer: Any, otherwise: int) -> int:
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    tokens = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else None
-    return tokens if type(tokens) is int and 0 <= tokens < 2**53 else otherwise
+class _Item(msgspec.Struct):
+    index: int
+    embedding: Any
 
 
-def _in_order(answer: Any, count: int) -> list[Any]:
-    """The embeddings by their `index` field: an endpoint may return them in any order."""
-    try:
-        rows = {item["index"]: item["embedding"] for item in answer["data"]}
-    except (KeyError, TypeError):
-        raise InputError("an answer that isn't {data: [{index, embedding}, ...]}") from None
-    if len(answer["data"]) != count or set(rows) != set(range(count)):
-        raise InputError(f"an answer of {len(answer['data'])} embeddings to {count} texts, or with the wrong `index`")
-    return [rows[i] for i in range(count)]
+class _Answer(msgspec.Struct):
+    data: list[_Item]
+    usage: Any = None
+
+    def rows(self, count: int) -> list[Any]:
+        """The embeddings by their `index` field: an endpoint may return them in any order."""
+        items = sorted(self.data, key=lambda item: item.index)
+        if [item.index for item in items] != [*range(count)]:
+            raise UnusableError(f"an answer of {len(items)} embeddings to {count} texts, or with the wrong `index`")
+        return [item.embedding for item in items]
+
+    def tokens(self, otherwise: int) -> int:
+        usage = self.usage if isinstance(self.usage, dict) else {}
+        tokens = usage.get("total_tokens", usage.get("prompt_tokens"))
+        return tokens if type(tokens) is int and 0 <= tokens < 2**53 else otherwise
 
 
 def _is_page(response: httpx2.Response) -> bool:
@@ -269,4 +268,4 @@ def _retry_after(header: str) -> float:
         seconds = date.timestamp() - time.time() if date else float(header)
     except (ValueError, OverflowError):
         return 0.0
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+    return seconds if 0 < seconds < math.inf else 0.0
