@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -27,16 +27,7 @@ from v2t_jax.config import Dtype, T5Config
 from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.known import KNOWN, KnownEmbedder
 from v2t_jax.errors import InputError, check_whole
-from v2t_jax.interop.files import (
-    Tensor,
-    complete_config,
-    folder_tokenizer,
-    open_checkpoint,
-    open_weights,
-    read_json,
-    sha256_of,
-    weight_files,
-)
+from v2t_jax.interop.files import complete_config, folder_tokenizer, open_weights, read_json, sha256_of, weight_files
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface, longest_text
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.models.embedder import Activation, EmbedderConfig, Pooling
@@ -48,7 +39,6 @@ __all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "load_tokenizer", "locate"
 # Pooling modes as sentence-transformers names them since version 5.3, and before it as `pooling_mode_NAME`.
 _POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
 _POOLING |= {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
-_ENCODERS = ("Transformer", "CLIPModel")
 _DEFAULT_LENGTH = 512  # tokens, where neither the folder nor the network has a limit
 
 
@@ -78,10 +68,8 @@ def _parse(name: str) -> _Name:
         return _Name(KNOWN.get(what), pooling, folder=where if local else None, hub=where)
     if is_hub_name(name):
         return _Name(next((known for known in KNOWN.values() if known.hub == name and not known.raw), None), hub=name)
-    raise InputError(
-        f"There is no embedder {name[:200]!r}: give a folder (a model's, that moved, with --embedder), a hub name "
-        f"(ORG/NAME), NAME@FOLDER, or one of {', '.join(KNOWN)}."
-    )
+    ways = f"give a folder (a moved model's with --embedder), ORG/NAME, NAME@FOLDER, or one of {', '.join(KNOWN)}"
+    raise InputError(f"There is no embedder {name[:200]!r}: {ways}.")
 
 
 def locate(name: str) -> Path:
@@ -92,9 +80,9 @@ def locate(name: str) -> Path:
     packages = parsed.known.packages if parsed.known else ()
     for package, folder in packages:
         spec = importlib.util.find_spec(package)
-        for base in (spec.submodule_search_locations or []) if spec else []:
-            if (Path(base) / folder / "model.safetensors").is_file():
-                return Path(base) / folder
+        for base in (spec and spec.submodule_search_locations) or []:
+            if (weights := Path(base) / folder / "model.safetensors").is_file():
+                return weights.parent
     try:
         return download(str(parsed.hub))
     except InputError as error:
@@ -112,11 +100,7 @@ def load_embedder(
     Args:
         dtype: of the arithmetic; matrices are kept in it too.
         dimensions: E, if less than the network gives; the same as `:E` behind the name.
-        prefix: put before every text; by default that of the table for stored documents, else the folder's default
-            prompt.
-
-    Raises:
-        InputError: a missing, corrupt or altered file, or an architecture, module or setting that isn't supported.
+        prefix: put before every text; by default the table's for documents, else the folder's default prompt.
     """
     if dtype not in get_args(Dtype):
         raise InputError(f"dtype is {dtype!r}; choose {' or '.join(get_args(Dtype))}.")
@@ -158,46 +142,42 @@ def _errors_of(folder: Path) -> Iterator[None]:
             raise
         raise InputError(f"{folder}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder}'s JSON files are missing or malformed at {error}; download the embedder again."
-        ) from error
+        raise InputError(f"{folder}: its JSON files are missing or malformed at {error}; download it again.") from error
 
 
 def _encoder_folder(folder: Path) -> tuple[list[Any], Path]:
     """What an embedder's modules.json lists, if it has one, and the folder of its encoder."""
-    modules = _read_json(folder / "modules.json", [])
-    body = folder
+    modules, body = read_json(folder / "modules.json", otherwise=[]), folder
     for module in modules:
+        path = folder / module["path"]
         # By its letters: the hub's cache links its files elsewhere.
-        if not Path(os.path.abspath(folder / module["path"])).is_relative_to(os.path.abspath(folder)):
-            raise InputError(
-                f"{folder}/modules.json names {module['path']!r}, which lies outside the folder; download it again."
-            )
-        if _kind(module) in _ENCODERS:  # in some old folders it lies in one of its own
-            body = folder / module["path"]
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+            raise InputError(f"{folder}/modules.json names {path}, which lies outside the folder; download it again.")
+        if _kind(module) in ("Transformer", "CLIPModel"):  # in some old folders it lies in one of its own
+            body = path
     return modules, body
 
 
 def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderConfig, Params, Tokenizer, str]:
     known, (modules, body) = name.known, _encoder_folder(folder)
-    files, settings = weight_files(body), _read_json(body / "config.json")
+    files, settings = weight_files(body), read_json(body / "config.json")
     # A file of known content has every field: without transformers it is read a second sooner.
     settings = settings if known is not None and known.sha256 else complete_config(settings)
     tensors, encoder = open_weights(files), encoder_config(settings, dtype)
+    has_pooler = any(re.fullmatch(r"([a-z_]+\.)?pooler\.dense\.weight", key) for key in tensors)
     if known is not None and known.dense and not known.raw and not modules:
-        raise InputError(
-            f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder; download "
-            f"the whole {known.hub}, or pass mean@FOLDER for the encoder with mean pooling only."
-        )
+        lacks = f"{folder} lacks modules.json and the {known.dense} dense layer(s) that belong to this embedder"
+        raise InputError(f"{lacks}; download the whole {known.hub}, or pass mean@FOLDER for the encoder alone.")
     prompts: dict[str, Any] = {}
     if name.pooling is not None or (known is not None and known.raw) or not modules:
-        pooling = name.pooling or (known.pooling if known else _default_pooling(folder, settings, encoder, tensors))
+        given = name.pooling or (known.pooling if known else None)
+        pooling = given or _default_pooling(folder, settings["model_type"], encoder, has_pooler)
         behind = _BehindEncoder(pooling, normalize=known is not None and known.normalize)
     else:
         behind = _read_modules(folder, modules, encoder)
-        prompts = _read_json(folder / "config_sentence_transformers.json", {})
+        prompts = read_json(folder / "config_sentence_transformers.json", otherwise={})
     if behind.pooling == "pooler":
-        if not isinstance(encoder, BertConfig) or not _has_pooler(tensors):
+        if not isinstance(encoder, BertConfig) or not has_pooler:
             raise InputError(f"{body} has no pooler (pooler.dense.weight); choose another pooling.")
         encoder = dataclasses.replace(encoder, pooler=True)
     sha256 = sha256_of([*files, *behind.files])
@@ -226,26 +206,16 @@ def _read_embedder(name: _Name, folder: Path, dtype: Dtype) -> tuple[EmbedderCon
     return config, params, _read_tokenizer(body, folder), sha256
 
 
-def _has_pooler(tensors: Mapping[str, Tensor]) -> bool:
-    return any(re.fullmatch(r"([a-z_]+\.)?pooler\.dense\.weight", key) for key in tensors)
-
-
-def _default_pooling(folder: Path, config: dict, encoder: EncoderConfig, tensors: Mapping[str, Tensor]) -> Pooling:
+def _default_pooling(folder: Path, model_type: str, encoder: EncoderConfig, has_pooler: bool) -> Pooling:
     """Of a folder without modules.json, what the original vec2text takes: `pooler_output`, else the masked mean.
 
-    `pooler_output` is the pooler's where its weights are there, DPR's first token and CLIP's end token. A causal model
-    has no such convention: it is refused.
+    `pooler_output` is the pooler's where its weights are there, DPR's first token and CLIP's end token.
     """
-    if isinstance(encoder, LlamaConfig) and encoder.causal:
-        raise InputError(
-            f"{folder} is a causal model without modules.json, so nothing says how its tokens are pooled: "
-            f"give last@{folder} or mean@{folder}."
-        )
-    if config["model_type"] == "dpr":
-        return "cls"
-    if isinstance(encoder, ClipTextConfig):
-        return "last"
-    return "pooler" if isinstance(encoder, BertConfig) and _has_pooler(tensors) else "mean"
+    if isinstance(encoder, LlamaConfig) and encoder.causal:  # for which there is no such convention
+        raise InputError(f"{folder} is a causal model without modules.json: give last@{folder} or mean@{folder}.")
+    if model_type == "dpr" or isinstance(encoder, ClipTextConfig):
+        return "cls" if model_type == "dpr" else "last"
+    return "pooler" if isinstance(encoder, BertConfig) and has_pooler else "mean"
 
 
 @dataclasses.dataclass
@@ -254,8 +224,7 @@ class _BehindEncoder:
     normalize: bool = False
     prompt_excluded: bool = False
     dense: list[tuple[Activation, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)
-    files: list[Path] = dataclasses.field(default_factory=list)
-    """weights of the dense layers"""
+    files: list[Path] = dataclasses.field(default_factory=list)  # weights of the dense layers
 
 
 def _kind(module: dict[str, Any]) -> str:
@@ -268,30 +237,28 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderC
     # CLIP's module gives the pooled and projected text.
     expected = "(Transformer|CLIPModel)" if isinstance(encoder, ClipTextConfig) else "Transformer Pooling( Dense)*"
     if not re.fullmatch(rf"{expected}( Normalize)?", " ".join(kinds)):
-        raise InputError(
-            f"{folder}/modules.json holds {', '.join(kinds)}; supported are Transformer, Pooling, then any number of "
-            "Dense, then optionally Normalize."
-        )
+        supported = "Transformer, Pooling, then any number of Dense, then optionally Normalize"
+        raise InputError(f"{folder}/modules.json holds {', '.join(kinds)}; supported are {supported}.")
     behind = _BehindEncoder("last", normalize="Normalize" in kinds)
     for kind, module in zip(kinds[1:], modules[1:], strict=True):
         path = folder / module["path"]
-        settings = _read_json(path / "config.json", {} if kind == "Normalize" else None)
+        file = path / "config.json"
+        settings = read_json(file, otherwise={} if kind == "Normalize" else None)
         if kind == "Pooling":
-            behind.pooling = _read_pooling(path, settings)
-            behind.prompt_excluded = settings.get("include_prompt") is False
+            behind.pooling, behind.prompt_excluded = _pooling(file, settings), settings.get("include_prompt") is False
             continue
         for field in ("module_input_name", "module_output_name"):
             if settings.get(field) not in (None, "sentence_embedding"):
-                raise InputError(
-                    f"{path}/config.json has {field} {settings[field]!r}; only sentence_embedding is supported."
-                )
+                raise InputError(f"{file} has {field} {settings[field]!r}; only sentence_embedding is supported.")
         if kind == "Dense":
-            behind.dense.append(_read_dense(path, settings))
-            behind.files += weight_files(path)
+            files, names = weight_files(path), {"linear.weight": "kernel", "linear.bias": "bias"}
+            layer = {names[key]: np.asarray(tensor[:], np.float32).T for key, tensor in open_weights(files).items()}
+            behind.dense.append((_activation(file, settings), layer))
+            behind.files += files
     return behind
 
 
-def _read_pooling(path: Path, settings: dict[str, Any]) -> Pooling:
+def _pooling(file: Path, settings: dict[str, Any]) -> Pooling:
     old = "pooling_mode_"
     modes = settings.get("pooling_mode")
     if modes is None:
@@ -299,34 +266,28 @@ def _read_pooling(path: Path, settings: dict[str, Any]) -> Pooling:
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise InputError(
-            f"{path}/config.json asks for pooling {modes}; exactly one supported mode is needed: mean, cls, max or "
-            "lasttoken."
+            f"{file} asks for pooling {modes}; exactly one supported mode is needed: {', '.join(_POOLING)}."
         )
     return _POOLING[modes[0]]
 
 
-def _read_dense(path: Path, settings: dict[str, Any]) -> tuple[Activation, dict[str, np.ndarray]]:
+def _activation(file: Path, settings: dict[str, Any]) -> Activation:
     activation: Any = settings["activation_function"].rsplit(".", 1)[-1].lower()
     if activation not in get_args(Activation):
-        raise InputError(f"{path}/config.json has the activation {activation!r}; only identity and tanh are supported.")
+        raise InputError(f"{file} has the activation {activation!r}; only identity and tanh are supported.")
     if settings.get("use_residual"):
-        raise InputError(f"{path}/config.json asks for use_residual, which isn't supported.")
-    names = {"linear.weight": "kernel", "linear.bias": "bias"}
-    tensors = open_checkpoint(path).items()
-    return activation, {names[key]: np.asarray(tensor[:], np.float32).T for key, tensor in tensors}
+        raise InputError(f"{file} asks for use_residual, which isn't supported.")
+    return activation
 
 
 def _transformer_settings(body: Path) -> dict[str, Any]:
     """Of sentence-transformers' Transformer module; old files are named after the architecture."""
-    return next((_read_json(file) for file in sorted(body.glob("sentence_*_config.json"))), {})
+    return next((read_json(file) for file in sorted(body.glob("sentence_*_config.json"))), {})
 
 
 def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) -> int:
-    """Tokens of a text that are read: the limit of sentence-transformers, else the tokenizer's, else the table's.
-
-    Never more than the network has positions for.
-    """
-    settings, tokenizer = _transformer_settings(body), _read_json(body / "tokenizer_config.json", {})
+    """Tokens of a text that are read: the limit of sentence-transformers, else the tokenizer's, else the table's."""
+    settings, tokenizer = _transformer_settings(body), read_json(body / "tokenizer_config.json", otherwise={})
     limits = [settings.get("max_seq_length") or tokenizer.get("model_max_length"), settings.get("document_length")]
     given = [limit for limit in limits if limit is not None and limit < 10**9]  # transformers' "no limit" is 1e30
     given = given or [known.max_length if known else positions or _DEFAULT_LENGTH]
@@ -343,24 +304,15 @@ def _read_tokenizer(body: Path, folder: Path) -> Tokenizer:
     if _transformer_settings(body).get("do_lower_case"):
         before = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
-    settings = _read_json(where / "tokenizer_config.json", {})
+    settings = read_json(where / "tokenizer_config.json", otherwise={})
     if settings.get("add_eos_token"):  # Llama's way to say so: its tokenizer.json may not
         tokens = [settings.get(f"{end}_token") for end in ("bos", "eos") if settings.get(f"add_{end}_token")]
         tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
         ids = [None if token is None else tokenizer.token_to_id(token) for token in tokens]
         if None in ids:
-            raise InputError(
-                f"{where}/tokenizer_config.json asks for the end token {tokens[ids.index(None)]!r}, which the "
-                "tokenizer lacks; download the embedder again."
-            )
+            asks = f"{where}/tokenizer_config.json asks for the end token {tokens[ids.index(None)]!r}"
+            raise InputError(f"{asks}, which the tokenizer lacks; download the embedder again.")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*tokens[:-1], "$A", tokens[-1]], special_tokens=list(zip(tokens, ids, strict=True))
         )
     return tokenizer
-
-
-def _read_json(path: Path, otherwise: Any = None) -> Any:
-    """A JSON file's object or, like `otherwise`, list; `otherwise` if there is no file and this is given."""
-    if otherwise is not None and not path.is_file():
-        return otherwise
-    return read_json(path, "a complete embedder folder", dict if otherwise is None else type(otherwise))

@@ -39,9 +39,8 @@ class StoredTensor:
         try:
             return np.asarray(self._source[index])
         except (OSError, SafetensorError, TypeError) as error:
-            raise InputError(
-                f"{self._path} is unreadable or of an unknown dtype ({error}); download it again."
-            ) from error
+            wrong = f"{self._path} is unreadable or of an unknown dtype ({error})"
+            raise InputError(f"{wrong}; download it again.") from error
 
 
 Tensor = StoredTensor | np.ndarray
@@ -98,16 +97,20 @@ def sha256_of(files: Iterable[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def read_json(path: Path, what: str, kind: type = dict) -> Any:
-    """An object, or another `kind` of value, from a JSON file of `what`."""
+def read_json(path: Path, what: str = "a complete model folder", otherwise: dict | list | None = None) -> Any:
+    """The object (or, as `otherwise` is, list) in a JSON file of `what`; `otherwise` if there is no file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if otherwise is not None:
+            return otherwise
         raise InputError(f"{path} is missing: {path.parent} is not {what}.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); download it again.") from error
-    if not isinstance(values, kind):
-        raise InputError(f"{path} holds no JSON {'object' if kind is dict else kind.__name__}; download it again.")
+    if not isinstance(values, dict if otherwise is None else type(otherwise)):
+        raise InputError(
+            f"{path} holds no JSON {'list' if isinstance(otherwise, list) else 'object'}; download it again."
+        )
     return values
 
 
@@ -127,16 +130,13 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return read_tokenizer(folder / "tokenizer.json")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(
-            f"{folder} has no tokenizer: neither tokenizer.json nor {', '.join(TOKENIZER_FILES)}; download it again."
-        )
+        files = f"neither tokenizer.json nor {', '.join(TOKENIZER_FILES)}"
+        raise InputError(f"{folder} has no tokenizer: {files}; download it again.")
     try:
         return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     except Exception as error:  # of transformers, tokenizers, sentencepiece or protobuf
-        raise InputError(
-            f"The tokenizer in {folder} can't be converted: its files are damaged or of an unknown kind; save a "
-            "tokenizer.json there."
-        ) from error
+        wrong = f"The tokenizer in {folder} can't be converted: it is damaged or of an unknown kind"
+        raise InputError(f"{wrong}; save a tokenizer.json there.") from error
 
 
 def _transformers() -> Any:
@@ -171,10 +171,8 @@ def places(table: Mapping[str, str], name: str, array: np.ndarray) -> Iterator[P
     """The tensors that our array `name` ("layers/query/kernel") consists of.
 
     PyTorch's linear weights are [out, in], ours [in, out]; the layers of a stack are stacked on our leading axis.
-
-    Args:
-        table: our module ("layers/query"; or a parameter that is none of kernel, scale and bias) -> their key without
-            its ending: {} is the layer's number, and [i/n] the i-th of n matrices that they store as one.
+    `table` is our module ("layers/query"; or a parameter that is none of kernel, scale and bias) -> their key without
+    its ending: {} is the layer's number, and [i/n] the i-th of n matrices that they store as one.
     """
     module, _, kind = name.rpartition("/")
     module = module if kind in ("kernel", "scale", "bias") else name
@@ -192,11 +190,8 @@ def _is_matrix(name: str, array: np.ndarray) -> bool:
 
 def named(tree: Any) -> dict[str, Any]:
     """Leaves of a tree by their paths, joined by "/"."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def fill(
@@ -209,10 +204,9 @@ def fill(
     dtype: str = "float32",
     put: Callable[[np.ndarray], Any] = lambda array: array,
 ) -> Params:
-    """Parameters like `abstract` (a tree of shapes), filled from `tensors` by a table as `places` reads it.
+    """Parameters like `abstract` (a tree of shapes), filled from the `tensors` of `what` by a table of `places`.
 
     Args:
-        what: the architecture's name, for errors.
         ignored: pattern of keys that may be there and aren't read.
         dtype: of matrices; the rest is float32.
         put: takes each array when it is full, so that one at a time is in the host's memory.
@@ -224,34 +218,26 @@ def fill(
         for place in places(table, name, array)
     }
     if missing := [key for key in meant if key not in tensors]:
-        raise InputError(
-            f"The {what} weights lack {missing[0]!r}; the file is incomplete or its config describes another model."
-        )
+        wrong = "the file is incomplete or its config describes another model"
+        raise InputError(f"The {what} weights lack {missing[0]!r}; {wrong}.")
     if unknown := sorted(key for key in tensors if key not in meant and not re.fullmatch(ignored, key)):
         raise InputError(f"The {what} weights hold the unknown key {unknown[0]!r}; its config describes another model.")
     for key, shape in meant.items():
         if tensors[key].shape != shape:
             raise ShapeError(f"{what} weight {key!r} has shape {tensors[key].shape}; its config implies {shape}.")
 
-    def filled(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def filled(name: str) -> np.ndarray:
         layer = next(places(table, name, empty[name])).target
-        array = np.empty(shape, dtype if _is_matrix(name, layer) else np.float32)
+        array = np.empty(empty[name].shape, dtype if _is_matrix(name, layer) else np.float32)
         for key, target, index, _ in places(table, name, array):
             values = tensors[key][index * len(target) : (index + 1) * len(target)]
-            target[...] = real_numbers(values, f"{what} weight {key!r}")
+            if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
+                wrong = f"{what} weight {key!r} is of dtype {values.dtype}; quantized weights aren't read"
+                raise InputError(f"{wrong}: give those of float32, float16 or bfloat16.")
+            target[...] = values
         return array
 
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: put(filled(_name(path), leaf.shape)), abstract)
-
-
-def real_numbers(values: np.ndarray, where: str) -> np.ndarray:
-    """The values themselves; refuses quantized ones."""
-    if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
-        raise InputError(
-            f"{where} is of dtype {values.dtype}; quantized weights aren't read: give those of float32, float16 or "
-            "bfloat16."
-        )
-    return values
+    return jax.tree.unflatten(jax.tree.structure(abstract), [put(filled(name)) for name in empty])
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -274,25 +260,22 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A folder, filled elsewhere beside it and renamed at the end: it appears whole or not at all."""
     check_new(folder, replace)
-    around = None
+    parent, prefix = folder.parent, f".{folder.name}-"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        building = around / folder.name
-        building.mkdir()
-        yield building
-        mode = building.stat().st_mode & 0o666  # the umask's; what safetensors writes is its owner's alone
-        for path in building.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)
-        if folder.exists():
-            shutil.rmtree(folder)
-        building.rename(folder)
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as around:
+            building = Path(around) / folder.name
+            building.mkdir()
+            yield building
+            mode = building.stat().st_mode & 0o666  # the umask's; what safetensors writes is its owner's alone
+            for path in building.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+            if folder.exists():
+                shutil.rmtree(folder)
+            building.rename(folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} can't be written ({error}); free space or give another folder.") from error
-    finally:
-        if around is not None:
-            shutil.rmtree(around, ignore_errors=True)
 
 
 def check_new(folder: Path, replace: bool = False) -> None:
@@ -302,11 +285,10 @@ def check_new(folder: Path, replace: bool = False) -> None:
         if is_link or is_here or folder.is_mount():
             kind = "a link" if is_link else "the current folder" if is_here else "a mounted disk"
             raise InputError(f"{folder} is {kind}, which can't be replaced; give another folder, as one inside it.")
-        taken = not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists already; give a new or an empty folder.")
         above = next(parent for parent in folder.absolute().parents if parent.exists())
     except OSError as error:
         raise InputError(f"{folder} can't be written ({error}); give another folder.") from error
-    if taken:
-        raise InputError(f"{folder} exists already; give a new or an empty folder.")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{folder} can't be written: {above} is no folder or can't be written to; give another.")
