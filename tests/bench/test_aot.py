@@ -78,10 +78,10 @@ def test_what_is_recomputed_is_not_kept():
 
 def test_the_roofline_is_what_takes_longest():
     seconds = {"compute": 2.0, "memory": 4.0, "ici": 1.0, "dcn": 0.0}
-    report = Report("train", 4, 8, {}, 17, 16, {}, 1.5, 3.0, seconds, "It lacks 1 GB a chip.")
+    report = Report("train", 4, 8, {}, 17 * 10**9, 16 * 10**9, {}, 1.5, 3.0, seconds)
     assert (report.step_seconds, report.mfu, report.fits) == (4.0, 0.25, False)
-    assert "does not fit" in str(report) and "lacks 1 GB" in str(report)
-    json.dumps(report.to_dict())
+    assert "does not fit" in str(report) and "It lacks 1.00 GB a chip: shard the weights" in str(report)
+    json.dumps(dataclasses.asdict(report))
 
 
 @pytest.mark.parametrize(

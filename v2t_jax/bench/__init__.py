@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from v2t_jax.errors import check_whole
@@ -41,14 +41,16 @@ def report(name: str, rows: int, run: Callable[[], object], repeats: int, as_jso
 
     check_whole("repeats", repeats, 1)
     run_to_end()
-    turns = [turn(run_to_end) for _ in range(repeats)]
+    show(name, rows, [turn(run_to_end) for _ in range(repeats)], as_json)
+
+
+def show(name: str, rows: int, turns: Sequence[Turn], as_json: bool) -> None:
+    """Prints medians and rows per second: a line of text, or of JSON."""
+    import jax
+
     wall, cpu = (statistics.median(times) for times in zip(*turns, strict=True))
-    device = jax.devices()[0].device_kind
-    if as_json:
-        found: dict[str, Any] = {"name": name, "seconds": wall, "cpu_seconds": cpu, "rows_per_second": rows / wall}
-        print(json.dumps(found | {"device": device, "cores": num_cores(), "jax": jax.__version__, "turns": turns}))
-    else:
-        print(
-            f"{name}: {wall:.3f} s (median of {repeats}), {rows / wall:.1f} rows/s, processor time {cpu:.2f} s; "
-            f"{device}, {num_cores()} cores, jax {jax.__version__}"
-        )
+    device, cores = jax.devices()[0].device_kind, num_cores()
+    found: dict[str, Any] = {"name": name, "seconds": wall, "cpu_seconds": cpu, "rows_per_second": rows / wall}
+    found |= {"device": device, "cores": cores, "jax": jax.__version__, "turns": turns}
+    text = f"{name}: {wall:.3f} s (median of {len(turns)}), {rows / wall:.1f} rows/s, processor time {cpu:.2f} s; "
+    print(json.dumps(found) if as_json else f"{text}{device}, {cores} cores, jax {jax.__version__}")

@@ -23,21 +23,16 @@ T5_BASE = dataclasses.replace(T5_SIZES["t5-base"], dropout_rate=0.0)
 class Decode:
     """Times greedy decoding of a T5-base-sized model with random float32 weights."""
 
-    batch_size: tuple[int, ...] = (1, 32)
-    """batch sizes to time, one after the other"""
-    num_tokens: int = 32
-    """generated tokens per row"""
-    source_length: int = 16
-    """encoder tokens per row"""
+    batch_size: tuple[int, ...] = (1, 32)  # batch sizes to time, one after the other
+    num_tokens: int = 32  # generated tokens per row
+    source_length: int = 16  # encoder tokens per row
     repeats: int = 3
-    json: bool = False
-    """print one JSON document per batch size and nothing else"""
+    json: bool = False  # print one JSON document per batch size and nothing else
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "source_length"):
-            check_whole(name, getattr(self, name), 1)
-        for size in self.batch_size:
-            check_whole("batch_size", size, 1)
+        check_whole("num_tokens", self.num_tokens, 1)
+        check_whole("source_length", self.source_length, 1)
+        check_whole("batch_size", min(self.batch_size, default=0), 1)
 
     def run(self) -> None:
         params = unstack_decoder(T5(T5_BASE).init_params(jax.random.key(0)))

@@ -5,14 +5,13 @@ of a loop once, however often it runs, so of T5's layers, which are scanned, the
 `cost_analysis` agrees to 0.1% for T5-small's inverter.) What crosses the network is read from the HLO text.
 """
 
-import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,14 @@ import numpy as np
 from v2t_jax.errors import InputError, check_whole
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Peaks: bfloat16 FLOP/s, bytes of HBM, bytes/s from HBM, bytes/s to its slice (all links, one way), and bytes/s to
-    other slices (its share of the host's network)."""
+class Chip(NamedTuple):
+    """A chip's peaks."""
 
-    flops: float
-    memory: float
-    bandwidth: float
-    ici: float
-    dcn: float
+    flops: float  # bfloat16 FLOP/s
+    memory: int  # bytes of HBM
+    bandwidth: float  # bytes/s from HBM
+    ici: float  # bytes/s to its slice, all links, one way
+    dcn: float  # bytes/s to other slices, its share of the host's network
 
 
 GIB = 2**30
@@ -68,8 +65,7 @@ class Topology:
         for variable, value in QUIET.items():
             os.environ.setdefault(variable, value)
         options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
-        if kind == "v4":
-            options["chip_config_name"] = "megacore"  # users see a v4 chip's two cores as one device
+        options |= {"chip_config_name": "megacore"} if kind == "v4" else {}  # its two cores are one device
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
         except Exception as error:  # XlaRuntimeError, NotImplementedError: by version
@@ -81,14 +77,12 @@ class Topology:
 def work(jaxpr: Any, while_turns: int = 1) -> np.ndarray:
     """[FLOPs, bytes of operands and results] of a traced program's matrix products; the rest is assumed fused and free.
 
-    Args:
-        jaxpr: as of `jax.make_jaxpr(f)(...).jaxpr`.
-        while_turns: assumed turns of loops of unknown length, such as the one over the tokens of a text.
+    `while_turns` are assumed of loops of unknown length, such as the one over the tokens of a text.
     """
     total = np.zeros(2)
     for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        inner = [work(part, while_turns) for part in _jaxprs(equation.params.values())]
+        name, parts = equation.primitive.name, jax.tree.leaves(list(equation.params.values()))
+        inner = [work(getattr(x, "jaxpr", x), while_turns) for x in parts if hasattr(x, "jaxpr") or hasattr(x, "eqns")]
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, result = equation.invars[0].aval, prod(equation.outvars[0].aval.shape)
@@ -100,14 +94,6 @@ def work(jaxpr: Any, while_turns: int = 1) -> np.ndarray:
         elif inner:
             total += sum(inner) * {"scan": equation.params.get("length", 1), "while": while_turns}.get(name, 1)
     return total
-
-
-def _jaxprs(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _jaxprs(value)
-        elif hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-            yield getattr(value, "jaxpr", value)
 
 
 def nbytes(array: Any, shape: tuple[int, ...] | None = None) -> int:
@@ -125,7 +111,6 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|\w+_computation|called_computations)=\{?%?([\w.-]+)|branch_\w+=\{([^}]*)\}"
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")
-Computations = dict[str, list[re.Match[str]]]
 
 
 def collectives(hlo_text: str) -> list[tuple[str, int]]:
@@ -136,52 +121,52 @@ def collectives(hlo_text: str) -> list[tuple[str, int]]:
     Asynchronous start and done are one collective; so are the parts, of one channel, that TPU programs spread over
     fusions. (TPU programs write a reduce-scatter as an all-reduce in a fusion, and it is listed as that.)
     """
-    found: Computations = {}
-    entry, current = "", None
+    computations: dict[str, list[re.Match[str]]] = {"": []}
+    entry, current = "", ""
+    channels: set[str] = set()
     for line in hlo_text.splitlines():
         if head := _COMPUTATION.match(line):
-            current = found.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif current is not None and (instruction := _INSTRUCTION.match(line)):
-            current.append(instruction)
-    return list(_walk(entry, found, set()))
+            current = head[2]
+            computations[current] = []
+            entry = current if head[1] else entry
+        elif instruction := _INSTRUCTION.match(line):
+            computations[current].append(instruction)
+
+    def walk(computation: str) -> Iterator[tuple[str, int]]:
+        shapes: dict[str, str] = {}
+        for instruction in computations.get(computation, []):
+            name, shape, opcode, operands, attributes = instruction.groups()
+            shapes[name] = shape
+            if opcode.endswith("-done"):  # it names its start's computation again
+                continue
+            if collective := _COLLECTIVE.fullmatch(opcode):
+                kind, started = collective.groups()
+                given = sum(_shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", operands))
+                result = _shape_bytes(shape)
+                if started and kind != "all-reduce":  # the result of a start is (operands, result)
+                    result -= given
+                channel = re.search(r"channel_id=\d+", attributes)
+                if channel is None or channel[0] not in channels:
+                    yield kind, max(given, result)
+                channels.update([channel[0]] if channel else [])
+                continue  # the computation that an all-reduce applies is arithmetic
+            turns = _turns(attributes, computations) if opcode == "while" else 1
+            for one, several in _CALLED.findall(attributes):
+                for called in [one] if one else re.findall(r"[\w.-]+", several):
+                    yield from list(walk(called)) * turns
+
+    return list(walk(entry))
 
 
 def totals(hlo_text: str) -> dict[str, dict[str, int]]:
     """The collectives of a program by kind: {count, bytes}."""
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, list[int]] = {}
     for kind, size in sorted(collectives(hlo_text)):
-        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += size
-    return found
+        found.setdefault(kind, []).append(size)
+    return {kind: {"count": len(sizes), "bytes": sum(sizes)} for kind, sizes in found.items()}
 
 
-def _walk(computation: str, computations: Computations, channels: set[str]) -> Iterator[tuple[str, int]]:
-    shapes: dict[str, str] = {}
-    for instruction in computations.get(computation, []):
-        name, shape, opcode, operands, attributes = instruction.groups()
-        shapes[name] = shape
-        if opcode.endswith("-done"):  # it names its start's computation again
-            continue
-        if collective := _COLLECTIVE.fullmatch(opcode):
-            kind, started = collective.groups()
-            given = sum(_shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", operands))
-            result = _shape_bytes(shape)
-            if started and kind != "all-reduce":  # the result of a start is (operands, result)
-                result -= given
-            channel = re.search(r"channel_id=\d+", attributes)
-            if channel is None or channel[0] not in channels:
-                yield kind, max(given, result)
-            channels |= {channel[0]} if channel else set()
-            continue  # the computation that an all-reduce applies is arithmetic
-        turns = _turns(attributes, computations) if opcode == "while" else 1
-        for one, several in _CALLED.findall(attributes):
-            for called in [one] if one else re.findall(r"[\w.-]+", several):
-                yield from list(_walk(called, computations, channels)) * turns
-
-
-def _turns(attributes: str, computations: Computations) -> int:
+def _turns(attributes: str, computations: dict[str, list[re.Match[str]]]) -> int:
     """Turns of a loop: annotated, or (TPU) the constant that its condition compares a counter with; 1 if unknown."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
         return int(known[1])
@@ -194,73 +179,60 @@ def _turns(attributes: str, computations: Computations) -> int:
 
 def _shape_bytes(shape: str) -> int:
     """Bytes of an array or a tuple of arrays; 32-bit scalars beside them are a collective's bookkeeping."""
-    total = 0
-    for kind, bits, dimensions in _ARRAY.findall(shape):
-        if dimensions or kind != "u32":
-            sizes = [int(size.lstrip("<=")) for size in dimensions.split(",")] if dimensions else []
-            total += prod(sizes) * int(bits or 8) // 8
-    return total
+    return sum(
+        prod(int(size) for size in re.findall(r"\d+", dimensions)) * int(bits or 8) // 8
+        for kind, bits, dimensions in _ARRAY.findall(shape)
+        if dimensions or kind != "u32"
+    )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """A compiled program; bytes, operations and seconds of one chip in one run.
-
-    Attributes:
-        rows: texts, on all chips.
-        memory: params, optimizer, frozen weights, activations kept for the backward pass (estimated), and the
-            compiler's total of temporaries, activations among them.
-        collectives: kind -> {count, bytes} within a slice. What goes between slices is no part of a TPU program's text:
-            a training step's gradients are estimated, under seconds["dcn"].
-        flops: of the model's matrix products, without recomputation; flops_run: with it.
-        seconds: lower bounds for compute, memory, ici, dcn.
-    """
+    """A compiled program; bytes, operations and seconds of one chip in one run."""
 
     program: str
     chips: int
-    rows: int
-    memory: dict[str, int]
+    rows: int  # texts, on all chips
+    memory: dict[str, int]  # what it is given, and the compiler's totals of temporaries and of code
     needed: int
     capacity: int
+    # kind -> {count, bytes} within a slice. What goes between slices is no part of a TPU program's text: a training
+    # step's gradients are estimated, under seconds["dcn"].
     collectives: dict[str, dict[str, int]]
-    flops: float
-    flops_run: float
-    seconds: dict[str, float]
-    advice: str
+    flops: float  # of the model's matrix products, without recomputation
+    flops_run: float  # with it
+    seconds: dict[str, float]  # lower bounds for compute, memory, ici, dcn
+    advice: str = ""
+    fits: bool = field(init=False)
+    step_seconds: float = field(init=False)  # the roofline: the longest, if everything else happens meanwhile
+    mfu: float = field(init=False)  # the largest possible share of the chip's peak FLOP/s
+    texts_per_second: float = field(init=False)
 
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.capacity
-
-    @property
-    def step_seconds(self) -> float:
-        """The roofline: the longest, if everything else happens meanwhile."""
-        return max(self.seconds.values())
-
-    @property
-    def mfu(self) -> float:
-        """The largest possible share of the chip's peak FLOP/s."""
-        return self.flops / self.flops_run * self.seconds["compute"] / self.step_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        derived = {"fits": self.fits, "step_seconds": self.step_seconds, "mfu": self.mfu}
-        return dataclasses.asdict(self) | derived | {"texts_per_second": self.rows / self.step_seconds}
+    def __post_init__(self) -> None:
+        self.fits, self.step_seconds = self.needed <= self.capacity, max(self.seconds.values())
+        self.mfu = self.flops / self.flops_run * self.seconds["compute"] / self.step_seconds
+        self.texts_per_second = self.rows / self.step_seconds
+        if not self.fits:
+            self.advice = (
+                f"It lacks {(self.needed - self.capacity) / 1e9:.2f} GB a chip: shard the weights over more chips "
+                "(mesh.fsdp; for decoding mesh.model with mesh.decode=model), recompute in the backward pass "
+                "(model.t5.remat=full), or take smaller micro-batches (optimizer.accumulate_steps)."
+            )
 
     def __str__(self) -> str:
         memory = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.memory.items())
-        lines = [
-            f"{self.program}, {self.rows} texts on {self.chips} chips (compiled, not run)",
+        head = (
+            f"{self.program}, {self.rows} texts on {self.chips} chips (compiled, not run)\n"
             f"  GB a chip: {self.needed / 1e9:.2f} of {self.capacity / 1e9:.2f} ({memory}); "
-            f"it {'fits' if self.fits else 'does not fit'}",
-        ]
+            f"it {'fits' if self.fits else 'does not fit'}\n"
+        )
         if not self.fits:
-            return "\n".join([*lines, f"  {self.advice}"])
+            return f"{head}  {self.advice}"
         sent = ", ".join(f"{kind} {e['count']}x {e['bytes'] / 1e6:.1f} MB" for kind, e in self.collectives.items())
         seconds = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in self.seconds.items())
-        lines += [
-            f"  a chip sends: {sent or 'nothing'}",
-            f"  TFLOP a chip: {self.flops / 1e12:.3f}, with what is recomputed {self.flops_run / 1e12:.3f}",
+        return (
+            f"{head}  a chip sends: {sent or 'nothing'}\n"
+            f"  TFLOP a chip: {self.flops / 1e12:.3f}, with what is recomputed {self.flops_run / 1e12:.3f}\n"
             f"  at least {1e3 * self.step_seconds:.2f} ms a step (roofline, in ms: {seconds}), hence at most "
-            f"{self.mfu:.0%} MFU and {self.rows / self.step_seconds:,.0f} texts/s",
-        ]
-        return "\n".join(lines)
+            f"{self.mfu:.0%} MFU and {self.texts_per_second:,.0f} texts/s"
+        )

@@ -25,14 +25,11 @@ class Train:
     """Times the training step of a T5-small-sized inverter with random float32 weights, without dropout."""
 
     batch_size: int = 16
-    num_tokens: int = 32
-    """tokens of every text"""
-    num_pseudo_tokens: int = 16
-    """pseudo-tokens that an embedding becomes"""
+    num_tokens: int = 32  # tokens of every text
+    num_pseudo_tokens: int = 16  # pseudo-tokens that an embedding becomes
     embedding_width: int = 768
     repeats: int = 5
-    json: bool = False
-    """print one JSON document and nothing else"""
+    json: bool = False  # print one JSON document and nothing else
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_tokens", "num_pseudo_tokens", "embedding_width"):

@@ -1,5 +1,6 @@
 """The commands of `v2t bench`: speed on this machine, and what TPUs would do."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Aot:
                 print(report, flush=True)
         if self.json:
             shown: dict[str, Any] = {"topology": self.topology, "slices": self.slices, "config": self.config}
-            shown |= {"compiled, not run": True, "programs": [report.to_dict() for report in reports]}
+            shown |= {"compiled, not run": True, "programs": [dataclasses.asdict(report) for report in reports]}
             print(json.dumps(shown, indent=1))
 
 
