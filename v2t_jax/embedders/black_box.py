@@ -4,8 +4,6 @@ Both are `TextEmbedder`s (embedders/base.py). Embedding runs no JAX, so both may
 correction loop. Every answer is checked before it is used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import threading

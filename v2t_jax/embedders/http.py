@@ -4,8 +4,6 @@ The protocol is OpenAI's "Create embeddings": POST {model, input: [texts]} to BA
 {data: [{index, embedding}], usage: {total_tokens}}. The key is sent in one header and kept nowhere.
 """
 
-from __future__ import annotations
-
 import email.utils
 import math
 import os

@@ -12,27 +12,18 @@ from v2t_jax.models.embedder import Pooling
 
 @dataclass(frozen=True)
 class KnownEmbedder:
-    """An embedder by name: where its weights may lie, what they must be, and how it is used."""
-
     hub: str
     width: int
-    max_length: int
-    """tokens that are read of a text, where the folder doesn't say: its own limits go before this"""
+    max_length: int  # tokens that are read of a text, where the folder doesn't say
     pooling: Pooling
     normalize: bool
     licence: str
-    document_prefix: str = ""
-    """put before texts that are stored; this is what we embed with"""
-    query_prefix: str = ""
-    """put before searches; where a task is to be described, that of web search"""
-    raw: bool = False
-    """the folder's modules.json is not used: encoder, pooling and normalization of this table"""
-    dense: int = 0
-    """dense layers behind the pooling"""
-    sha256: str = ""
-    """of the weights; empty where we haven't seen them"""
-    packages: tuple[tuple[str, str], ...] = ()
-    """where it may be installed: (Python package, folder in it)"""
+    document_prefix: str = ""  # put before texts that are stored; this is what we embed with
+    query_prefix: str = ""  # put before searches; where a task is to be described, that of web search
+    raw: bool = False  # the folder's modules.json is not used: encoder, pooling and normalization of this table
+    dense: int = 0  # dense layers behind the pooling
+    sha256: str = ""  # of the weights; empty where we haven't seen them
+    packages: tuple[tuple[str, str], ...] = ()  # where it may be installed: (Python package, folder in it)
 
 
 _BGE_QUERY = "Represent this sentence for searching relevant passages: "

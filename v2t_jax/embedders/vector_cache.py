@@ -15,20 +15,15 @@ BUSY_SECONDS = 60.0  # another process may be writing
 
 
 class VectorCache:
-    """A SQLite file of one embedder's vectors, shared by threads and processes.
-
-    SQLite's defaults are kept: when `write` returns, its rows are on disk, even on network drives; an interrupted write
-    is rolled back when the file is next opened.
-    """
+    """A SQLite file of one embedder's vectors, shared by threads and processes; what `write` wrote is safe."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._lock = file, threading.Lock()
         with self._errors():
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._connection = sqlite3.connect(file, timeout=BUSY_SECONDS, check_same_thread=False)
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS vectors (sha256 BLOB PRIMARY KEY, float32 BLOB NOT NULL)"
-            )
+            columns = "sha256 BLOB PRIMARY KEY, float32 BLOB NOT NULL"
+            self._connection.execute(f"CREATE TABLE IF NOT EXISTS vectors ({columns})")
 
     def read(self, texts: Sequence[str]) -> list[np.ndarray | None]:
         """The vector [E] of each text, or None."""
@@ -51,10 +46,8 @@ class VectorCache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:  # the last two: a blob that isn't a vector
-            raise InputError(
-                f"The cache {self._file} can't be used ({error}); free space, set api.cache, or, if it is damaged, "
-                "delete it."
-            ) from error
+            ways = "free space, set api.cache, or, if it is damaged, delete it"
+            raise InputError(f"The cache {self._file} can't be used ({error}); {ways}.") from error
 
 
 def _key(text: str) -> bytes:

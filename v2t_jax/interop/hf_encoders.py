@@ -5,7 +5,6 @@ ignored.
 """
 
 import functools
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,20 +17,12 @@ from v2t_jax.config import Dtype, T5Config
 from v2t_jax.errors import InputError
 from v2t_jax.interop import hf_t5
 from v2t_jax.interop.files import Tensor, fill, part, size
-from v2t_jax.models.encoders import (
-    BertConfig,
-    ClipTextConfig,
-    EncoderConfig,
-    LlamaConfig,
-    ModernBertConfig,
-    NomicBertConfig,
-    TextEncoderConfig,
-    encoder_network,
-)
+from v2t_jax.models import encoders
+from v2t_jax.models.encoders import BertConfig, EncoderConfig, LlamaConfig
 from v2t_jax.models.layers import Params
 
 Json = dict[str, Any]
-Kind = TypeVar("Kind", bound=TextEncoderConfig)
+Kind = TypeVar("Kind", bound=encoders.TextEncoderConfig)
 
 # Our sizes under their names. Architectures with names of their own come first: transformers leaves Nomic's as they
 # are and fills in defaults under BERT's.
@@ -60,11 +51,8 @@ def _read(kind: type[Kind], config: Json, dtype: Dtype, *names: str, **settings:
     read = kind(**settings, dtype=dtype)
     if not read.head_width and read.hidden_size % read.num_heads:
         raise InputError(f"config.json has hidden size {read.hidden_size}, which {read.num_heads} heads don't divide.")
-    if read.num_heads % (read.num_key_value_heads or 1):
-        raise InputError(
-            f"config.json has num_key_value_heads = {read.num_key_value_heads}, which must divide the "
-            f"{read.num_heads} heads."
-        )
+    if read.num_heads % (groups := read.num_key_value_heads or 1):
+        raise InputError(f"config.json has num_key_value_heads = {groups}, which must divide num_attention_heads.")
     return read
 
 
@@ -82,10 +70,8 @@ def _rotary(config: Json) -> dict[str, float]:
     bases: dict[str, float] = {}
     for name, layers in (("rotary_theta", "full_attention"), ("local_theta", "sliding_attention")):
         rotary = config["rope_parameters"].get(layers, config["rope_parameters"])
-        if rotary["rope_type"] != "default":
-            raise InputError(
-                f"config.json has rotary positions of type {rotary['rope_type']!r}; only 'default' is supported."
-            )
+        if (kind := rotary["rope_type"]) != "default":
+            raise InputError(f"config.json has rotary positions of type {kind!r}; only 'default' is supported.")
         bases[name] = float(rotary["rope_theta"])
     return bases
 
@@ -94,9 +80,7 @@ def _local(config: Json, window: int) -> dict[str, Any]:
     """Which layers attend to tokens at most `window` away only."""
     kinds = config["layer_types"]
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
-        raise InputError(
-            f"config.json has layers of type {unknown[0]!r}; only full and sliding attention are supported."
-        )
+        raise InputError(f"config.json has layers of type {unknown[0]!r}; supported are full and sliding attention.")
     return {"local": tuple(kind == "sliding_attention" for kind in kinds), "window": window}
 
 
@@ -125,34 +109,28 @@ def _t5(config: Json, dtype: Dtype) -> T5Config:
     return replace(hf_t5.t5_config(config | {"num_decoder_layers": 1}), dtype=dtype)
 
 
-def _nomic(config: Json, dtype: Dtype) -> NomicBertConfig:
+def _nomic(config: Json, dtype: Dtype) -> encoders.NomicBertConfig:
     # Its files are spelled like GPT-2's or, since transformers 5, like BERT's.
     _only(config, hidden_act="silu", activation_function="swiglu", prenorm=False, use_rms_norm=False, causal=False)
     _only(config, qkv_proj_bias=False, mlp_fc1_bias=False, mlp_fc2_bias=False, parallel_block=False)
     _only(config, rotary_emb_fraction=1.0, rotary_emb_interleaved=False, rotary_scaling_factor=None, num_experts=(0, 1))
     theta = float(config.get("rotary_emb_base") or _rotary(config)["rotary_theta"])
-    read = _read(NomicBertConfig, config, dtype, "type_vocab_size", rotary_theta=theta)
+    read = _read(encoders.NomicBertConfig, config, dtype, "type_vocab_size", rotary_theta=theta)
     if "n_embd" not in config:
         _only(config, head_dim=read.hidden_size // read.num_heads)
     return read
 
 
-def _modernbert(config: Json, dtype: Dtype) -> ModernBertConfig:
+def _modernbert(config: Json, dtype: Dtype) -> encoders.ModernBertConfig:
     _only(config, hidden_activation="gelu", norm_bias=False, attention_bias=False, mlp_bias=False)
     local = _local(config, size(config, "local_attention") // 2)
-    return _read(ModernBertConfig, config, dtype, **local, **_rotary(config))
-
-
-def _decoder(config: Json, dtype: Dtype, **settings: Any) -> LlamaConfig:
-    """What the Llama-like share."""
-    _only(config, attention_bias=False, mlp_bias=False)
-    settings |= {"head_width": config.get("head_dim") or 0, **_rotary(config)}
-    return _read(LlamaConfig, config, dtype, "num_key_value_heads", **settings)
+    return _read(encoders.ModernBertConfig, config, dtype, **local, **_rotary(config))
 
 
 def _llama(config: Json, dtype: Dtype, **settings: Any) -> LlamaConfig:
-    _only(config, hidden_act="silu")
-    return _decoder(config, dtype, **settings)
+    _only(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    settings |= {"head_width": config.get("head_dim") or 0, **_rotary(config)}
+    return _read(LlamaConfig, config, dtype, "num_key_value_heads", **settings)
 
 
 def _mistral(config: Json, dtype: Dtype) -> LlamaConfig:
@@ -173,13 +151,13 @@ def _gemma3(config: Json, dtype: Dtype) -> LlamaConfig:
     settings: Json = {"activation": "gelu_tanh", "norm": "gemma", "head_norms": True}
     # When attention goes both ways, transformers halves the window.
     settings |= {"causal": not both_ways, **_local(config, window // 2 if both_ways else window - 1)}
-    return _decoder(config, dtype, **settings, attention_scale=size(config, "query_pre_attn_scalar") ** -0.5)
+    return _llama(config, dtype, **settings, attention_scale=size(config, "query_pre_attn_scalar") ** -0.5)
 
 
-def _clip(config: Json, dtype: Dtype) -> ClipTextConfig:
+def _clip(config: Json, dtype: Dtype) -> encoders.ClipTextConfig:
     config = config.get("text_config") or config
     _only(config, hidden_act=("quick_gelu", "gelu"))
-    return _read(ClipTextConfig, config, dtype, "max_positions", activation=config["hidden_act"])
+    return _read(encoders.ClipTextConfig, config, dtype, "max_positions", activation=config["hidden_act"])
 
 
 @dataclass(frozen=True)
@@ -187,12 +165,9 @@ class Architecture:
     """One `model_type`."""
 
     config: Callable[[Json, Dtype], EncoderConfig]
-    table: Mapping[str, str]
-    """see `files.places`"""
-    prefixes: tuple[str, ...] = ()
-    """with which all keys of the encoder may begin; keys without it are then another task's heads"""
-    ignored: str = r"pooler\..*|.*position_ids"
-    """keys that may be there and aren't read"""
+    table: Mapping[str, str]  # see `files.places`
+    prefixes: tuple[str, ...] = ()  # of all the encoder's keys; keys without it are then another task's heads
+    ignored: str = r"pooler\..*|.*position_ids"  # keys that may be there and aren't read
 
 
 def _table(alone: str, stack: str = "", layers: str = "") -> dict[str, str]:
@@ -295,11 +270,10 @@ def encoder_from_huggingface(
     architecture = ARCHITECTURES[model_type]
     for prefix in architecture.prefixes:
         tensors = part(tensors, prefix) or tensors
-    # As TensorFlow's BERT named them; the oldest files still do.
-    old = {".gamma": ".weight", ".beta": ".bias"}
-    tensors = {re.sub(r"(?<=LayerNorm)\.(gamma|beta)$", lambda m: old[m[0]], key): t for key, t in tensors.items()}
-    if isinstance(config, ModernBertConfig):  # the one norm that isn't used isn't stored
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):  # TensorFlow's
+        tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
+    if isinstance(config, encoders.ModernBertConfig):  # the one norm that isn't used isn't stored
         tensors = {"layers.0.attn_norm.weight": np.zeros(config.hidden_size, np.float32)} | tensors
-    abstract = encoder_network(config).abstract_params()
-    options: Any = {"ignored": architecture.ignored, "dtype": config.dtype, "put": put}
-    return fill(abstract, architecture.table, tensors, model_type, **options)
+    abstract = encoders.encoder_network(config).abstract_params()
+    ignored, dtype = architecture.ignored, config.dtype
+    return fill(abstract, architecture.table, tensors, model_type, ignored=ignored, dtype=dtype, put=put)

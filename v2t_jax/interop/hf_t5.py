@@ -58,14 +58,7 @@ TABLE |= _stack("encoder", _SELF, _FEED_FORWARD) | _stack("decoder", _SELF, _CRO
 
 
 def load_t5(name: str, put: Callable[[np.ndarray], Any] = lambda array: array) -> tuple[T5Config, Params]:
-    """Sizes and parameters (float32, on the host) of a T5 v1.0, v1.1 or Flan, by folder or hub name.
-
-    Args:
-        put: takes each array as it is read: see `fill`.
-
-    Raises:
-        InputError: the folder, its config or its weights are missing, damaged or not a T5's.
-    """
+    """Sizes and parameters (float32, on the host) of a T5, v1.1 or Flan, by folder or hub name; `put` as in `fill`."""
     folder = folder_of(name)
     with progress.stage(f"loading the T5 {name}"):
         values = read_json(folder / "config.json", "a T5 folder")
@@ -77,18 +70,13 @@ def load_t5(name: str, put: Callable[[np.ndarray], Any] = lambda array: array) -
 
 
 def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
-    """The inverse: config.json and model.safetensors as transformers reads them; whole or not at all.
-
-    Raises:
-        InputError: the parameters aren't those of `config`, there is something at `folder`, or it can't be written.
-    """
+    """The inverse: config.json and model.safetensors as transformers reads them; whole or not at all."""
     trees = params, T5(config).abstract_params()
     shapes, meant = ({name: leaf.shape for name, leaf in named(tree).items()} for tree in trees)
     if differing := sorted(path for path in shapes | meant if shapes.get(path) != meant.get(path)):
-        raise InputError(
-            f"The T5's parameter {differing[0]!r} has shape {shapes.get(differing[0])}, but its config implies "
-            f"{meant.get(differing[0])}; give the two that belong together."
-        )
+        path = differing[0]
+        wrong = f"The T5's parameter {path!r} has shape {shapes.get(path)}, but its config implies {meant.get(path)}"
+        raise InputError(f"{wrong}; give the two that belong together.")
     with whole_folder(Path(folder)) as building:
         values = t5_config_to_huggingface(config)
         (building / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -104,10 +92,8 @@ def t5_from_huggingface(
     params = fill(T5(config).abstract_params(), TABLE, state, "T5", ignored=ignored, put=put)
     for key in copies:
         if key in state and not np.array_equal(state[key][:], state["shared.weight"][:]):
-            raise InputError(
-                f"T5 weight {key!r} differs from 'shared.weight', of which it should be a copy; "
-                "for an untied head the config must say tie_word_embeddings = false."
-            )
+            wrong = f"T5 weight {key!r} differs from 'shared.weight', of which it should be a copy"
+            raise InputError(f"{wrong}; for an untied head the config must say tie_word_embeddings = false.")
     return params
 
 
@@ -132,10 +118,8 @@ def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
 def t5_config(config: dict[str, Any]) -> T5Config:
     """The same of a completed config (see `complete_config`)."""
     if config["feed_forward_proj"] not in FEED_FORWARD:
-        raise InputError(
-            f"The T5 config has the feed-forward {config['feed_forward_proj']!r}; supported are "
-            f"{', '.join(FEED_FORWARD)}."
-        )
+        given, supported = config["feed_forward_proj"], ", ".join(FEED_FORWARD)
+        raise InputError(f"The T5 config has the feed-forward {given!r}; supported are {supported}.")
     for name, least in zip(_RATES, (1e-30, 0.0), strict=True):
         if not least <= config[name] < 1:
             raise InputError(f"The T5 config has {name} = {config[name]!r}; it must be from {least} to 1.")

@@ -12,6 +12,7 @@ from v2t_jax.errors import InputError
 
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
+_WEIGHTLESS = ("Pooling", "Normalize")
 
 
 def is_hub_name(name: str) -> bool:
@@ -56,31 +57,20 @@ def folder_of(name: str, patterns: Sequence[str] | None = None) -> Path:
 
 
 def download(name: str, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a repository's files, from the local cache if it is up to date; `patterns` as in `glob`.
-
-    `name` is `owner/name`, or one of the old names without an owner, such as `t5-base`.
-    """
+    """The folder of a repository's files: `owner/name`, or an old name such as `t5-base`; `patterns` as in `glob`."""
     from huggingface_hub import snapshot_download
 
     def fetch(wanted: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=[*wanted], ignore_patterns=OTHER_RUNTIMES))
 
-    with (
-        progress.stage(f"fetching {name} from the Hugging Face hub"),
-        _errors(name, "can't be fetched from the hub", "give a local folder instead"),
-    ):
+    stage = progress.stage(f"fetching {name} from the Hugging Face hub")
+    with stage, _errors(name, "can't be fetched from the hub", "give a local folder instead"):
         folder = fetch(patterns or PATTERNS)
-        pickles = [] if patterns is not None else _pickles(folder)
+        inside = [] if patterns is not None else [config.parent for config in folder.rglob("config.json")]
+        # Pickled weights only for folders without safetensors.
+        bare = [one for one in inside if not (any(one.glob("*.safetensors")) or one.name.endswith(_WEIGHTLESS))]
+        pickles = [(one.relative_to(folder) / "pytorch_model*.bin*").as_posix() for one in bare]
         return fetch(pickles) if pickles else folder
-
-
-def _pickles(folder: Path) -> list[str]:
-    """Patterns of pickled weights, for the folders that have no safetensors."""
-    return [
-        (config.parent.relative_to(folder) / "pytorch_model*.bin*").as_posix()
-        for config in folder.rglob("config.json")
-        if not any(config.parent.glob("*.safetensors")) and not config.parent.name.endswith(("Pooling", "Normalize"))
-    ]
 
 
 class Upload(NamedTuple):
@@ -95,10 +85,7 @@ class Upload(NamedTuple):
 
 
 def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool = True) -> Upload:
-    """Sends a model folder, which the caller has checked, to the hub; creates the repository `owner/name` if needed.
-
-    With `dry_run` it only reports what would be sent.
-    """
+    """Sends a checked model folder to the hub, to a new or old repository; `dry_run` reports what it would send."""
     if not is_hub_name(repository):
         raise InputError(f"{repository!r} is not a repository's name: give it as owner/name.")
     # Nothing else in the folder: nobody means to publish a .env or a .git.
@@ -110,10 +97,8 @@ def push(folder: Path, repository: str, *, private: bool = True, dry_run: bool =
     from huggingface_hub import HfApi
 
     api, message = HfApi(library_name="v2t_jax"), f"{folder.name}, by v2t_jax"
-    with (
-        progress.stage(f"sending {upload.size / 1e6:.1f} MB to {repository}"),
-        _errors(repository, "can't be sent to the hub", "connect, then run the same command again"),
-    ):
+    stage = progress.stage(f"sending {upload.size / 1e6:.1f} MB to {repository}")
+    with stage, _errors(repository, "can't be sent to the hub", "connect, then run the same command again"):
         api.create_repo(repository, private=private, exist_ok=True)
         sent = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names, commit_message=message)
     return upload._replace(url=str(sent.repo_url))

@@ -28,10 +28,8 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         gist = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise InputError(
-            f"{path} is damaged or contains more than weights ({gist}); fetch it again, or save the weights as "
-            "model.safetensors."
-        ) from error
+        ways = "fetch it again, or save the weights as model.safetensors"
+        raise InputError(f"{path} is damaged or contains more than weights ({gist}); {ways}.") from error
     items = loaded.items() if isinstance(loaded, dict) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, np.ndarray) for key, value in items):
         raise InputError(f"{path} is not a dict of tensors by name; save a model's state_dict().")
@@ -84,10 +82,8 @@ def _read_legacy(path: Path) -> Any:
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
-        raise InputError(
-            f"{path} is damaged, or older than torch 1.6: fetch it again, run 'pip install torch', or save the weights "
-            "as model.safetensors."
-        ) from error
+        ways = "fetch it again, run 'pip install torch', or save the weights as model.safetensors"
+        raise InputError(f"{path} is damaged, or older than torch 1.6: {ways}.") from error
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
         return None
