@@ -22,22 +22,17 @@ from v2t_jax.vec2text.convert import build
 
 UPSTREAM_TOKENS = 128  # the original cuts a text to this length before it embeds it
 # Embedder -> inverter and corrector on the Hugging Face hub, and the embedder to load, None if it is behind an API.
+_ADA = "jxm/vec2text__openai_ada002__msmarco__msl128__"
 PUBLISHED = {
     "gtr-base": ("jxm/gtr__nq__32", "jxm/gtr__nq__32__correct", "gtr-base"),
-    "text-embedding-ada-002": (
-        "jxm/vec2text__openai_ada002__msmarco__msl128__hypothesizer",
-        "jxm/vec2text__openai_ada002__msmarco__msl128__corrector",
-        None,
-    ),
+    "text-embedding-ada-002": (f"{_ADA}hypothesizer", f"{_ADA}corrector", None),
 }
 
 
 def load_pretrained_corrector(embedder: str, victim: TextEmbedder | None = None) -> InversionPipeline:
-    """Fetches a published pair from the hub by the name of its embedder, and converts it.
+    """Fetches a published pair from the hub by the name of its embedder: gtr-base or text-embedding-ada-002.
 
-    Args:
-        embedder: gtr-base or text-embedding-ada-002.
-        victim: the embedder itself; required if it is behind an API, for example an `HttpEmbedder`.
+    `victim` is the embedder itself; required if it is behind an API, for example an `HttpEmbedder`.
     """
     if embedder not in PUBLISHED:
         raise InputError(f"There is no published corrector for {embedder!r}; choose {' or '.join(PUBLISHED)}.")
@@ -85,8 +80,7 @@ def invert_embeddings(
     """
     if isinstance(embeddings, InversionPipeline):  # the order of `v2t_jax.invert_embeddings`
         raise InputError("Here the embeddings come first, then the model: invert_embeddings(embeddings, corrector).")
-    options = _options(num_steps, sequence_beam_width, mode)
-    return [found.text for found in invert(corrector, embeddings, **options)]
+    return [one.text for one in invert(corrector, embeddings, **_options(num_steps, sequence_beam_width, mode))]
 
 
 def invert_strings(

@@ -4,10 +4,9 @@ A pair is two folders, of the inverter and of the corrector, each with a flat co
 their T5 and its tokenizer are in neither: they come from that T5's own folder, here called the base.
 """
 
-import dataclasses
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -52,8 +51,7 @@ _OLD_CORRECTOR = "embedding_transform"
 _HIDDEN, _OUTPUT, _OLD_OUTPUT = "0", "3", "2"
 _T5, _EMBEDDER, _NORM = "encoder_decoder.", "embedder.", "layernorm"
 # In an embedder inside an inverter: buffers, which are computed; and modules of sentence-transformers behind it.
-_BUFFERS = ("position_ids", "inv_freq")
-_BEHIND_ENCODER = re.compile(r"[1-9]\d*\.linear\.")
+_NOT_COMPARED = re.compile(r"(position_ids|inv_freq)$|^[1-9]\d*\.linear\.")
 # Settings that change the computation, with the only value supported here. Those of training alone (dropout, freezing,
 # noise) may have any.
 _SUPPORTED: Settings = {
@@ -95,10 +93,8 @@ def read_base(name: str) -> tuple[T5Config, Tokenizer]:
     tokenizer = folder_tokenizer(folder)
     special = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>")]
     if special != [0, 1] or tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(
-            f"{folder}'s tokenizer is not that of its T5: <pad> and </s> must be pieces 0 and 1, and no piece above "
-            f"{config.vocab_size - 1}."
-        )
+        pieces = f"<pad> and </s> must be pieces 0 and 1, and no piece above {config.vocab_size - 1}"
+        raise InputError(f"{folder}'s tokenizer is not that of its T5: {pieces}.")
     settings = folder / "tokenizer_config.json"
     if not settings.is_file() or read_json(settings, "a T5 folder").get("clean_up_tokenization_spaces", True):
         fixes = [decoders.Replace(wrong, right) for wrong, right in _CLEAN_UP.items()]
@@ -107,51 +103,48 @@ def read_base(name: str) -> tuple[T5Config, Tokenizer]:
 
 
 def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settings], t5: T5Config) -> Pair:
-    """Reads an inverter and, if there is one, its corrector.
-
-    Args:
-        folders: by stage; at least the inverter's.
-        settings: what `read_settings` returned for each.
-        t5: sizes of the base.
-    """
+    """Reads an inverter and, if there is one, its corrector; `t5` is the base's, `settings` are by `read_settings`."""
     first = settings["inverter"]
+    second = settings.get("corrector", first)
     for name in ("num_repeat_tokens", "max_seq_length", "embedder_model_name"):
-        other = settings.get("corrector", first)[name]
         placeholder = name == "embedder_model_name" and first.get("embedder_model_api")
-        if other != first[name] and not placeholder:
+        if second[name] != first[name] and not placeholder:
             raise InputError(
-                f"The corrector's {name} is {other!r} and the inverter's {first[name]!r}: give two checkpoints of one "
-                "pair."
+                f"The corrector's {name} is {second[name]!r} and the inverter's {first[name]!r}: give two checkpoints "
+                "of one pair."
             )
+    checkpoints = {stage: open_checkpoint(folder) for stage, folder in folders.items()}
+    key = f"{_PROJECTIONS['inverter']['projection']}.{_HIDDEN}.bias"
+    bias = checkpoints["inverter"].get(key)
+    if bias is None or len(bias.shape) != 1:
+        raise InputError(f"{folders['inverter']} lacks {key!r}; it is incomplete, or not an inverter of vec2text.")
     config = ModelConfig(
         t5=t5,
+        embedding_width=bias.shape[0],
         num_pseudo_tokens=first["num_repeat_tokens"],
         max_length=first["max_seq_length"],
         projection_dropout=t5.dropout_rate,
+        input_norm="corrector" not in checkpoints or f"{_NORM}.weight" in checkpoints["corrector"],
     )
     params: dict[Stage, Params] = {}
-    for stage, folder in folders.items():
-        with progress.stage(f"reading the {stage} from {folder}"):
-            tensors = open_checkpoint(folder)
-            if stage == "inverter":
-                bias = f"{_PROJECTIONS[stage]['projection']}.{_HIDDEN}.bias"
-                if bias not in tensors or len(tensors[bias].shape) != 1:
-                    raise InputError(f"{folder} lacks {bias!r}; it is incomplete, or not an inverter of vec2text.")
-                config = dataclasses.replace(config, embedding_width=tensors[bias].shape[0])
-            else:
-                config = dataclasses.replace(config, input_norm=f"{_NORM}.weight" in tensors)
+    for stage, tensors in checkpoints.items():
+        with progress.stage(f"reading the {stage} from {folders[stage]}"):
             try:
                 t5_params = t5_from_huggingface(part(tensors, _T5), t5)
             except ShapeError as error:
                 raise InputError(
-                    f"{folder} wasn't trained from this T5 ({str(error).rstrip('.')}): give the right one, as --t5 or "
-                    "t5=."
+                    f"{folders[stage]} wasn't trained from this T5 ({str(error).rstrip('.')}): give the right one, as "
+                    "--t5 or t5=."
                 ) from error
-            abstract = {name: tree for name, tree in NETWORKS[stage](config).abstract_params().items() if name != "t5"}
+            abstract = _without_t5(NETWORKS[stage](config).abstract_params())
             elsewhere = r"(encoder_decoder|embedder)\..*" if stage == "inverter" else r"encoder_decoder\..*"
-            beside = fill(abstract, _table(stage, tensors), tensors, stage, ignored=elsewhere)
-            params[stage] = beside | {"t5": t5_params}
+            params[stage] = fill(abstract, _table(stage, tensors), tensors, stage, ignored=elsewhere)
+            params[stage]["t5"] = t5_params
     return Pair(config, params)
+
+
+def _without_t5(params: Params) -> Params:
+    return {name: tree for name, tree in params.items() if name != "t5"}
 
 
 def read_settings(stage: Stage, folder: Path) -> Settings:
@@ -159,10 +152,8 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
     settings = read_json(folder / "config.json", f"a checkpoint of vec2text's {stage}")
     kinds = settings.get("architectures")
     if kinds not in (None, [], [KINDS[stage]]):
-        raise InputError(
-            f"{folder}/config.json has architectures {kinds!r}, not {[KINDS[stage]]!r}: give a folder of vec2text's "
-            f"{stage}."
-        )
+        wrong = f"{folder}/config.json has architectures {kinds!r}, not {[KINDS[stage]]!r}"
+        raise InputError(f"{wrong}: give a folder of vec2text's {stage}.")
     try:
         msgspec.convert(settings, _Needed)
     except msgspec.ValidationError as error:
@@ -192,21 +183,21 @@ def check_embedder(inverter: Path, embedder: Path, name: str) -> None:
     Tensors are matched by the ends of their names, because the two are wrapped differently. An inverter for an API has
     none, and passes. Dense layers behind the pooling are in folders of their own and aren't compared.
     """
+    advice = "give the embedder that it was trained for."
     with progress.stage(f"comparing embedders with {name}"):
         inside, outside = part(open_checkpoint(inverter), _EMBEDDER), open_checkpoint(embedder)
-        missing = {key for key in inside if not key.endswith(_BUFFERS) and not _BEHIND_ENCODER.match(key)}
+        missing = {key for key in inside if not _NOT_COMPARED.search(key)}
         for key, tensor in outside.items():
             for end in _ends(key) & inside.keys():
                 if inside[end].shape != tensor.shape or not _equal(inside[end][:], tensor[:]):
                     raise InputError(
                         f"The inverter was saved with another embedder than {name}: {end!r} differs from its {key!r}; "
-                        "give the embedder that it was trained for."
+                        f"{advice}"
                     )
                 missing.discard(end)
         if missing:
             raise InputError(
-                f"The inverter was saved with an embedder that has {min(missing)!r}, which {name} lacks; give the "
-                "embedder that it was trained for."
+                f"The inverter was saved with an embedder that has {min(missing)!r}, which {name} lacks; {advice}"
             )
 
 
@@ -239,9 +230,6 @@ def write_vec2text(
 
     The embedder's weights, which the original saves with its inverter, are left out: it then keeps those that it loads
     by name. A tied head is written too, because the original would take a missing one from the base.
-
-    Args:
-        settings: by stage, as `read_settings` returned them when the pair was converted.
     """
     if "corrector" in params and not config.input_norm:
         raise InputError("The corrector doesn't normalize its input, and the original's always does.")
@@ -252,16 +240,12 @@ def write_vec2text(
             target.mkdir()
             (target / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
             with progress.stage(f"writing the {stage} to {folder / stage}"):
+                state = {_T5 + name: array for name, array in t5_to_huggingface(network["t5"]).items()}
+                if config.t5.tie_word_embeddings:
+                    state[f"{_T5}lm_head.weight"] = state[f"{_T5}shared.weight"]
+                table = _table(stage)
+                for name, array in named(_without_t5(network)).items():
+                    found = places(table, name, np.asarray(array))
+                    state |= {place.key: np.ascontiguousarray(place.target) for place in found}
                 # Its loader requires this metadata.
-                save_file(dict(_state(stage, network, config)), target / SAFETENSORS, metadata={"format": "pt"})
-
-
-def _state(stage: Stage, network: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a stage by the original's names."""
-    state = t5_to_huggingface(network["t5"])
-    yield from ((_T5 + name, array) for name, array in state.items())
-    if config.t5.tie_word_embeddings:
-        yield f"{_T5}lm_head.weight", state["shared.weight"]
-    for name, array in named({module: tree for module, tree in network.items() if module != "t5"}).items():
-        for place in places(_table(stage), name, np.asarray(array)):
-            yield place.key, np.ascontiguousarray(place.target)
+                save_file(state, target / SAFETENSORS, metadata={"format": "pt"})

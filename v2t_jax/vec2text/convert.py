@@ -21,25 +21,19 @@ NORM_TEXTS = 128  # texts whose embeddings' lengths are recorded
 def build(
     inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
 ) -> tuple[InversionPipeline, dict]:
-    """A model from checkpoints of the original, and their config.json files by stage.
-
-    Args:
-        inverter, corrector: folders or hub names; the corrector is optional.
-        t5: folder or hub name of the T5 that both were trained from; by default from the inverter's config.json.
-        embedder: name or folder of the embedder that they invert, or the embedder; by default from the inverter's
-            config.json.
-    """
+    """A model from checkpoints of the original, as `v2t convert` takes them, and their config.json files by stage."""
     names: dict[Stage, str | None] = {"inverter": inverter, "corrector": corrector}
     folders = {stage: folder_of(name) for stage, name in names.items() if name is not None}
     settings = {stage: read_settings(stage, folder) for stage, folder in folders.items()}
-    theirs, api = settings["inverter"]["embedder_model_name"], settings["inverter"].get("embedder_model_api")
+    first = settings["inverter"]
+    theirs, api = first["embedder_model_name"], first.get("embedder_model_api")
     if embedder is None and api:
         raise InputError(
             f"The inverter was trained for {api}, which is behind an API: give embedder=HttpEmbedder(...)."
         )
     embedder = default_name(theirs) if embedder is None else embedder
-    t5_config, tokenizer = read_base(t5 or settings["inverter"]["model_name_or_path"])
-    pair = read_vec2text(folders, settings, t5_config)
+    t5_config, tokenizer = read_base(t5 or first["model_name_or_path"])
+    config, params = read_vec2text(folders, settings, t5_config)
     victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
     if isinstance(victim, JaxEmbedder):
         if isinstance(embedder, str):
@@ -47,19 +41,13 @@ def build(
         if not api:  # with an API the name is a placeholder
             check_computation(theirs, victim)
         # The original embeds hypotheses cut to the length of its training texts.
-        victim = victim.shortened(min(pair.config.max_length, victim.config.max_length))
-    model = InversionPipeline(
-        name=inverter if is_hub_name(inverter) else folders["inverter"].resolve().name,
-        config=pair.config,
-        params=pair.params,
-        embedder=victim,
-        vocabulary=Vocabulary.full(tokenizer),
-        shares_vocabulary=False,
-    )
+        victim = victim.shortened(min(config.max_length, victim.config.max_length))
+    name = inverter if is_hub_name(inverter) else folders["inverter"].resolve().name
+    model = InversionPipeline(name, config, params, victim, Vocabulary.full(tokenizer), shares_vocabulary=False)
     # For the warning about foreign vectors. The original's training texts aren't available; WordNet's replace them.
     if isinstance(victim, JaxEmbedder) and not victim.normalized:  # else it is 1, or every text would cost a request
         texts = read_texts("wordnet", "held_out", limit=NORM_TEXTS)
-        readable = [text for text in model.vocabulary.normalize(texts, model.config.max_length) if text.strip()]
+        readable = [text for text in model.vocabulary.normalize(texts, config.max_length) if text.strip()]
         model.embedding_norm = norm_statistics(victim.embed(readable)) if readable else None
     return model, settings
 
@@ -67,7 +55,7 @@ def build(
 def from_vec2text(
     folder: Path, inverter: str, corrector: str | None, t5: str | None, embedder: str | TextEmbedder | None
 ) -> None:
-    """Converts checkpoints of the original into a new model folder; arguments as `build`."""
+    """Converts checkpoints of the original into a new model folder."""
     check_new(folder)
     model, settings = build(inverter, corrector, t5, embedder)
     networks = "inverter and corrector" if model.has_corrector else "inverter, without a corrector,"
@@ -81,11 +69,11 @@ def from_vec2text(
 def to_vec2text(model: str, folder: Path) -> None:
     """The way back, of a model that `from_vec2text` wrote: into folder/inverter and folder/corrector."""
     check_new(folder)
-    stored = read_model(model)
-    header, settings = stored.header, stored.header.record.get(RECORD)
-    if not isinstance(settings, dict) or set(settings) != set(stored.params):
+    header, config, params, *_ = read_model(model)
+    settings = header.record.get(RECORD)
+    if not isinstance(settings, dict) or set(settings) != set(params):
         raise InputError(
             f"The model {header.name} was not converted from vec2text, which supports only T5's tokenizer and its own "
             "embedders; give a model made by 'v2t convert --from vec2text'."
         )
-    write_vec2text(folder, stored.config, stored.params, settings)
+    write_vec2text(folder, config, params, settings)

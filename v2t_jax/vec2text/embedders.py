@@ -23,22 +23,22 @@ class Computed(NamedTuple):
 
     @property
     def advice(self) -> str:
-        if self.name is not None and "/" in self.name:  # only our table's names may be followed by a folder
-            return self.name
-        return f"{self.name or self.pooling}@DIR"
+        # Only our table's names may be followed by a folder.
+        return self.name if self.name and "/" in self.name else f"{self.name or self.pooling}@DIR"
+
+    def __str__(self) -> str:
+        normalized = "normalized" if self.normalize else "not normalized"
+        return f"pooling {self.pooling}, dense layers {self.num_dense}, {normalized}"
 
 
-_MINILM = {
-    f"sentence-transformers/all-MiniLM-{layers}-v2": Computed("mean", 0, True, f"all-MiniLM-{layers}-v2")
-    for layers in ("L6", "L12")
-}
+_MINILM = ("all-MiniLM-L6-v2", "all-MiniLM-L12-v2")
 _POOLED = ("bert__random_init", "contriever", "gte_base", "ance_tele", "paraphrase-distilroberta")
 _AVERAGED = ("gtr_base__random_init", "gtr_large")
 COMPUTED = {
     **dict.fromkeys(_POOLED, Computed("pooler", 0, False)),
     **dict.fromkeys(_AVERAGED, Computed("mean", 0, False)),
     **dict.fromkeys(("gtr_base_st", "sentence-transformers/gtr-t5-base"), Computed("mean", 1, True, "gtr-base-st")),
-    **_MINILM,
+    **{f"sentence-transformers/{name}": Computed("mean", 0, True, name) for name in _MINILM},
     "bert": Computed("pooler", 0, False, "google-bert/bert-base-uncased"),
     "dpr": Computed("cls", 0, False, "dpr-ctx-single-nq-base"),
     "dpr_st": Computed("cls", 0, False, "sentence-transformers/facebook-dpr-question_encoder-multiset-base"),
@@ -54,16 +54,15 @@ PIPELINES = "sentence-transformers/"  # other names with this owner follow their
 def check_computation(theirs: str, embedder: JaxEmbedder) -> None:
     """Compares what follows the embedder's encoder with what the original has there, which weights can't show.
 
-    Args:
-        theirs: the checkpoint's `embedder_model_name`.
+    `theirs` is the checkpoint's `embedder_model_name`.
     """
     config, expected = embedder.config, COMPUTED.get(theirs)
     found = Computed(config.pooling, len(config.dense), config.normalize)
     if expected is not None and (found[:3] != expected[:3] or config.prefix):
         prefix = f", prefix {config.prefix!r}" if config.prefix else ""
         raise InputError(
-            f"The inverter was trained for {theirs} ({_described(expected)}), but {embedder.name} is "
-            f"{_described(found)}{prefix}: give the embedder as {expected.advice}."
+            f"The inverter was trained for {theirs} ({expected}), but {embedder.name} is {found}{prefix}: give the "
+            f"embedder as {expected.advice}."
         )
     if expected is None and theirs.startswith(PIPELINES) and embedder.name.partition("@")[0] in get_args(Pooling):
         raise InputError(
@@ -74,17 +73,10 @@ def check_computation(theirs: str, embedder: JaxEmbedder) -> None:
         progress.note(f"The inverter was trained for {theirs}; whether {embedder.name} pools the same way is unknown.")
 
 
-def _described(computed: Computed) -> str:
-    normalized = "normalized" if computed.normalize else "not normalized"
-    return f"pooling {computed.pooling}, dense layers {computed.num_dense}, {normalized}"
-
-
 def default_name(theirs: str) -> str:
     """The embedder to load for a checkpoint's `embedder_model_name`."""
     known = COMPUTED.get(theirs)
-    if known is not None and known.name is not None:
-        return known.name
-    if known is None and theirs.startswith(PIPELINES):
-        return theirs
+    if name := known.name if known else theirs if theirs.startswith(PIPELINES) else None:
+        return name
     advice = f"embedder={known.advice!r}" if known else "embedder=..."
     raise InputError(f"The inverter was trained for the embedder {theirs!r}, which is unknown here: give {advice}.")
