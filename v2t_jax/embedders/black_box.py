@@ -132,9 +132,8 @@ class Plan(NamedTuple):
         if not self.requests:
             return f"all {self.texts:,} distinct texts are cached, no request is needed"
         counts = f"{self.texts:,} distinct texts, {self.cached:,} cached, {self.requests:,} requests"
-        return f"{counts}, about {self.tokens:,} tokens" + (
-            "" if self.cost is None else f", about {dollars(self.cost)}"
-        )
+        cost = "" if self.cost is None else f", about {dollars(self.cost)}"
+        return f"{counts}, about {self.tokens:,} tokens{cost}"
 
 
 class HttpEmbedder(BlackBox):
@@ -162,38 +161,39 @@ class HttpEmbedder(BlackBox):
         """What `embed` with the same arguments would request and cost; requests nothing."""
         distinct = _distinct(texts, batch_size)
         with closing(VectorCache(self.cache_file)) as cache:
-            return self._plan(dict(zip(distinct, cache.read(distinct), strict=True)), batch_size)
+            cached = cache.read(distinct)
+        return self._plan(len(cached), [text for text in distinct if text not in cached], batch_size)
 
-    def _plan(self, vectors: dict[str, np.ndarray | None], batch_size: int) -> Plan:
-        missing = [text for text, vector in vectors.items() if vector is None]
+    def _plan(self, cached: int, missing: list[str], batch_size: int) -> Plan:
         tokens = sum(-(-len(text.encode()) // BYTES_PER_TOKEN) for text in missing)
         requests = -(-len(missing) // batch_size)
-        return Plan(len(vectors), len(vectors) - len(missing), requests, tokens, self.budget.cost_of(tokens))
+        return Plan(cached + len(missing), cached, requests, tokens, self.budget.cost_of(tokens))
 
     def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
         with closing(VectorCache(self.cache_file)) as cache:
-            vectors = dict(zip(texts, cache.read(texts), strict=True))
+            vectors = cache.read(texts)
             try:
-                if cached := [vector for vector in vectors.values() if vector is not None]:
-                    self._checked(cached, len(cached))
+                if vectors:
+                    self._checked([*vectors.values()], len(vectors))
             except UnusableError as error:
                 wrong = f"The vectors in {self.cache_file} don't fit ({str(error).rstrip('.')})"
                 raise InputError(f"{wrong}; delete that file to request them again.") from None
-            plan = self._plan(vectors, batch_size)
+            missing = [text for text in texts if text not in vectors]
+            plan = self._plan(len(vectors), missing, batch_size)
             if limit := self.budget.exceeded(plan.requests, plan.tokens):
                 raise InputError(f"{self.name} needs {plan}, beyond {limit}: raise the limit, or give fewer texts.")
             # The correction loop calls once per step: announce only what doubles the number of requests.
             if self.budget.requests + plan.requests > 2 * self._announced:
                 self._announced = self.budget.requests + plan.requests
                 progress.note(f"{self.name}: {plan}{self._endpoint.terms() if plan.requests else ''}")
-            if plan.requests:
-                self._request(vectors, batch_size, cache)
-        return np.stack([vector for vector in vectors.values() if vector is not None])
+            if missing:
+                self._request(_batches(missing, batch_size), vectors, len(texts), cache)
+        return np.stack([vectors[text] for text in texts])
 
-    def _request(self, vectors: dict[str, np.ndarray | None], batch_size: int, cache: VectorCache) -> None:
-        """Requests the missing vectors concurrently and fills them in."""
-        missing = [text for text, vector in vectors.items() if vector is None]
-        batches, done = _batches(missing, batch_size), len(vectors) - len(missing)
+    def _request(
+        self, batches: list[list[str]], vectors: dict[str, np.ndarray], total: int, cache: VectorCache
+    ) -> None:
+        """Requests the missing vectors concurrently and adds them to `vectors`."""
         failures: list[BaseException] = []
         stop = threading.Event()
 
@@ -207,16 +207,15 @@ class HttpEmbedder(BlackBox):
                 stop.set()
                 raise failures[0] from None  # the cause, not what stopping did to the others
 
-        with progress.bar(len(vectors), f"embedding with {self.name}", unit="texts", start=done) as update:
+        with progress.bar(total, f"embedding with {self.name}", unit="texts", start=len(vectors)) as update:
 
             def show() -> None:
-                update(done, **self._endpoint.status())
+                update(len(vectors), **self._endpoint.status())
 
             pool = ThreadPoolExecutor(min(self.config.concurrency, len(batches)), "embed")
             try:
                 for batch, rows in zip(batches, pool.map(request, batches), strict=True):
                     vectors.update(zip(batch, rows, strict=True))
-                    done += len(batch)
                     show()
             except KeyboardInterrupt:
                 progress.note(f"stopping after the requests in flight; all answers are kept in {self.cache_file}")

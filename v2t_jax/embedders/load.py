@@ -251,9 +251,14 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderC
             if settings.get(field) not in (None, "sentence_embedding"):
                 raise InputError(f"{file} has {field} {settings[field]!r}; only sentence_embedding is supported.")
         if kind == "Dense":
+            activation: Any = settings["activation_function"].rsplit(".", 1)[-1].lower()
+            if activation not in get_args(Activation):
+                raise InputError(f"{file} has the activation {activation!r}; only identity and tanh are supported.")
+            if settings.get("use_residual"):
+                raise InputError(f"{file} asks for use_residual, which isn't supported.")
             files, names = weight_files(path), {"linear.weight": "kernel", "linear.bias": "bias"}
             layer = {names[key]: np.asarray(tensor[:], np.float32).T for key, tensor in open_weights(files).items()}
-            behind.dense.append((_activation(file, settings), layer))
+            behind.dense.append((activation, layer))
             behind.files += files
     return behind
 
@@ -265,19 +270,8 @@ def _pooling(file: Path, settings: dict[str, Any]) -> Pooling:
         modes = [name.removeprefix(old) for name, value in settings.items() if name.startswith(old) and value]
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in _POOLING:
-        raise InputError(
-            f"{file} asks for pooling {modes}; exactly one supported mode is needed: {', '.join(_POOLING)}."
-        )
+        raise InputError(f"{file} asks for pooling {modes}; give exactly one supported mode: {', '.join(_POOLING)}.")
     return _POOLING[modes[0]]
-
-
-def _activation(file: Path, settings: dict[str, Any]) -> Activation:
-    activation: Any = settings["activation_function"].rsplit(".", 1)[-1].lower()
-    if activation not in get_args(Activation):
-        raise InputError(f"{file} has the activation {activation!r}; only identity and tanh are supported.")
-    if settings.get("use_residual"):
-        raise InputError(f"{file} asks for use_residual, which isn't supported.")
-    return activation
 
 
 def _transformer_settings(body: Path) -> dict[str, Any]:

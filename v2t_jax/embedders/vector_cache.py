@@ -25,12 +25,12 @@ class VectorCache:
             columns = "sha256 BLOB PRIMARY KEY, float32 BLOB NOT NULL"
             self._connection.execute(f"CREATE TABLE IF NOT EXISTS vectors ({columns})")
 
-    def read(self, texts: Sequence[str]) -> list[np.ndarray | None]:
-        """The vector [E] of each text, or None."""
+    def read(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The vectors [E] of those texts that are known."""
         query = "SELECT float32 FROM vectors WHERE sha256 = ?"
         with self._lock, self._errors():
-            rows = [self._connection.execute(query, [_key(text)]).fetchone() for text in texts]
-            return [None if row is None else np.frombuffer(row[0], "<f4").astype(np.float32) for row in rows]
+            rows = {text: self._connection.execute(query, [_key(text)]).fetchone() for text in texts}
+            return {text: np.frombuffer(row[0], "<f4").astype(np.float32) for text, row in rows.items() if row}
 
     def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
         """Stores vectors [len(texts), E], all or none."""
