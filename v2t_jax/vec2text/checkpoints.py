@@ -38,17 +38,14 @@ from v2t_jax.models.layers import Params
 
 Settings = dict[str, Any]  # a checkpoint's config.json
 KINDS: dict[Stage, str] = {"inverter": "InversionModel", "corrector": "CorrectorEncoderModel"}
-# Our projection -> theirs. The oldest correctors have one, `embedding_transform`, in place of the three.
+# Our projection -> theirs. The oldest correctors have one, named like the inverter's, in place of the three.
+_TRANSFORM = "embedding_transform"
 _PROJECTIONS: dict[Stage, dict[str, str]] = {
-    "inverter": {"projection": "embedding_transform"},
+    "inverter": {"projection": _TRANSFORM},
     "corrector": {
-        f"projection_{ours}": f"embedding_transform_{i}"
-        for i, ours in enumerate(("target", "difference", "hypothesis"), 1)
+        f"projection_{x}": f"{_TRANSFORM}_{i}" for i, x in enumerate(("target", "difference", "hypothesis"), 1)
     },
 }
-_OLD_CORRECTOR = "embedding_transform"
-# The linear layers of a projection. Before a dropout was put between them, the second was number 2.
-_HIDDEN, _OUTPUT, _OLD_OUTPUT = "0", "3", "2"
 _T5, _EMBEDDER, _NORM = "encoder_decoder.", "embedder.", "layernorm"
 # In an embedder inside an inverter: buffers, which are computed; and modules of sentence-transformers behind it.
 _NOT_COMPARED = re.compile(r"(position_ids|inv_freq)$|^[1-9]\d*\.linear\.")
@@ -114,7 +111,7 @@ def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settin
                 "of one pair."
             )
     checkpoints = {stage: open_checkpoint(folder) for stage, folder in folders.items()}
-    key = f"{_PROJECTIONS['inverter']['projection']}.{_HIDDEN}.bias"
+    key = f"{_TRANSFORM}.0.bias"
     bias = checkpoints["inverter"].get(key)
     if bias is None or len(bias.shape) != 1:
         raise InputError(f"{folders['inverter']} lacks {key!r}; it is incomplete, or not an inverter of vec2text.")
@@ -137,9 +134,8 @@ def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settin
                     "--t5 or t5=."
                 ) from error
             abstract = _without_t5(NETWORKS[stage](config).abstract_params())
-            elsewhere = r"(encoder_decoder|embedder)\..*" if stage == "inverter" else r"encoder_decoder\..*"
-            params[stage] = fill(abstract, _table(stage, tensors), tensors, stage, ignored=elsewhere)
-            params[stage]["t5"] = t5_params
+            beside = fill(abstract, _table(stage, tensors), tensors, stage, ignored=r"(encoder_decoder|embedder)\..*")
+            params[stage] = beside | {"t5": t5_params}
     return Pair(config, params)
 
 
@@ -168,12 +164,11 @@ def read_settings(stage: Stage, folder: Path) -> Settings:
 
 def _table(stage: Stage, keys: Collection[str] = ()) -> dict[str, str]:
     """Our modules beside the T5 -> their keys; `keys`, a checkpoint's, show which of them have old names."""
-    shared = stage == "corrector" and f"{_OLD_CORRECTOR}.{_HIDDEN}.weight" in keys
-    table = {"input_norm": _NORM}
+    table, shared = {"input_norm": _NORM}, f"{_TRANSFORM}.0.weight" in keys
     for ours, theirs in _PROJECTIONS[stage].items():
-        theirs = _OLD_CORRECTOR if shared else theirs
-        output = _OLD_OUTPUT if f"{theirs}.{_OLD_OUTPUT}.weight" in keys else _OUTPUT
-        table |= {f"{ours}/hidden": f"{theirs}.{_HIDDEN}", f"{ours}/output": f"{theirs}.{output}"}
+        theirs = _TRANSFORM if shared else theirs
+        output = "2" if f"{theirs}.2.weight" in keys else "3"  # 2, before a dropout was put between the two layers
+        table |= {f"{ours}/hidden": f"{theirs}.0", f"{ours}/output": f"{theirs}.{output}"}
     return table
 
 
