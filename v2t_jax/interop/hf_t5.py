@@ -12,18 +12,7 @@ from v2t_jax import progress
 from v2t_jax.config import T5Config
 from v2t_jax.decode.state import EOS, PAD, START
 from v2t_jax.errors import InputError
-from v2t_jax.interop.files import (
-    SAFETENSORS,
-    Tensor,
-    complete_config,
-    fill,
-    named,
-    open_checkpoint,
-    places,
-    read_json,
-    size,
-    whole_folder,
-)
+from v2t_jax.interop import files
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.models.layers import Params
 from v2t_jax.models.t5 import FEED_FORWARD, T5
@@ -61,8 +50,8 @@ def load_t5(name: str, put: Callable[[np.ndarray], Any] = lambda array: array) -
     """Sizes and parameters (float32, on the host) of a T5, v1.1 or Flan, by folder or hub name; `put` as in `fill`."""
     folder = folder_of(name)
     with progress.stage(f"loading the T5 {name}"):
-        values = read_json(folder / "config.json", "a T5 folder")
-        config, state = t5_config_from_huggingface(values), open_checkpoint(folder)
+        values = files.read_json(folder / "config.json", "a T5 folder")
+        config, state = t5_config_from_huggingface(values), files.open_checkpoint(folder)
         # Since transformers 5, whose configs have this field, an untied head that equals the embedding isn't written.
         if "scale_decoder_outputs" in values and not config.tie_word_embeddings and "shared.weight" in state:
             state.setdefault("lm_head.weight", state["shared.weight"])
@@ -72,24 +61,24 @@ def load_t5(name: str, put: Callable[[np.ndarray], Any] = lambda array: array) -
 def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
     """The inverse: config.json and model.safetensors as transformers reads them; whole or not at all."""
     trees = params, T5(config).abstract_params()
-    shapes, meant = ({name: leaf.shape for name, leaf in named(tree).items()} for tree in trees)
+    shapes, meant = ({name: leaf.shape for name, leaf in files.named(tree).items()} for tree in trees)
     if differing := sorted(path for path in shapes | meant if shapes.get(path) != meant.get(path)):
         path = differing[0]
         wrong = f"The T5's parameter {path!r} has shape {shapes.get(path)}, but its config implies {meant.get(path)}"
         raise InputError(f"{wrong}; give the two that belong together.")
-    with whole_folder(Path(folder)) as building:
+    with files.whole_folder(Path(folder)) as building:
         values = t5_config_to_huggingface(config)
         (building / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        save_file(t5_to_huggingface(params), building / SAFETENSORS, metadata={"format": "pt"})
+        save_file(t5_to_huggingface(params), building / files.SAFETENSORS, metadata={"format": "pt"})
 
 
 def t5_from_huggingface(
-    state: Mapping[str, Tensor], config: T5Config, put: Callable[[np.ndarray], Any] = lambda array: array
+    state: Mapping[str, files.Tensor], config: T5Config, put: Callable[[np.ndarray], Any] = lambda array: array
 ) -> Params:
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`; `put` as in `fill`."""
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = "|".join([_IGNORED, *copies])
-    params = fill(T5(config).abstract_params(), TABLE, state, "T5", ignored=ignored, put=put)
+    params = files.fill(T5(config).abstract_params(), TABLE, state, "T5", ignored=ignored, put=put)
     for key in copies:
         if key in state and not np.array_equal(state[key][:], state["shared.weight"][:]):
             wrong = f"T5 weight {key!r} differs from 'shared.weight', of which it should be a copy"
@@ -102,8 +91,8 @@ def t5_to_huggingface(params: Params) -> dict[str, np.ndarray]:
     return {
         # Contiguous, because safetensors writes a transposed view's memory as it lies.
         place.key: np.ascontiguousarray(place.target)
-        for name, array in named(params).items()
-        for place in places(TABLE, name, np.asarray(array, np.float32))
+        for name, array in files.named(params).items()
+        for place in files.places(TABLE, name, np.asarray(array, np.float32))
     }
 
 
@@ -112,7 +101,7 @@ def t5_config_from_huggingface(config: dict[str, Any]) -> T5Config:
     if config.get("model_type", "t5") != "t5":
         raise InputError(f"The config has model_type {config['model_type']!r}, not 't5'.")
     given = {name: value for name, value in config.items() if value is not None}
-    return t5_config(complete_config({"model_type": "t5"} | given))
+    return t5_config(files.complete_config({"model_type": "t5"} | given))
 
 
 def t5_config(config: dict[str, Any]) -> T5Config:
@@ -123,10 +112,10 @@ def t5_config(config: dict[str, Any]) -> T5Config:
     for name, least in zip(_RATES, (1e-30, 0.0), strict=True):
         if not least <= config[name] < 1:
             raise InputError(f"The T5 config has {name} = {config[name]!r}; it must be from {least} to 1.")
-    same: dict[str, Any] = {name: size(config, name) for name in _SIZES}
+    same: dict[str, Any] = {name: files.size(config, name) for name in _SIZES}
     return T5Config(
         **same | {name: float(config[name]) for name in _RATES},
-        num_encoder_layers=size(config, "num_layers"),
+        num_encoder_layers=files.size(config, "num_layers"),
         feed_forward=config["feed_forward_proj"],
         tie_word_embeddings=config["scale_decoder_outputs"],  # since transformers 5 the older field is always true
     )
