@@ -41,7 +41,8 @@ COMMANDS: dict[str, Any] = {command.__name__.lower(): command for command in LIS
 
 def parse(arguments: list[str]) -> Any:
     """The command that the arguments describe. Without --help, what loads JAX is left to its `run`."""
-    commands, prog, about = COMMANDS, "v2t", __doc__
+    commands, prog = COMMANDS, "v2t"
+    about: str | None = __doc__
     match arguments:
         case ["train", *options]:
             return train.parse(options)

@@ -163,8 +163,8 @@ class Place(NamedTuple):
 
     key: str
     target: np.ndarray  # part of our array, its axes in their order
-    index: int  # ours is this one of `count` equal parts of theirs, cut over its first axis
-    count: int
+    part: int  # ours is this one of `parts` equal parts of theirs, cut over its first axis
+    parts: int
 
 
 def places(table: Mapping[str, str], name: str, array: np.ndarray) -> Iterator[Place]:
@@ -213,7 +213,7 @@ def fill(
     """
     empty = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in named(abstract).items()}
     meant = {
-        place.key: (place.count * len(place.target), *place.target.shape[1:])
+        place.key: (place.parts * len(place.target), *place.target.shape[1:])
         for name, array in empty.items()
         for place in places(table, name, array)
     }
@@ -229,8 +229,8 @@ def fill(
     def filled(name: str) -> np.ndarray:
         layer = next(places(table, name, empty[name])).target
         array = np.empty(empty[name].shape, dtype if _is_matrix(name, layer) else np.float32)
-        for key, target, index, _ in places(table, name, array):
-            values = tensors[key][index * len(target) : (index + 1) * len(target)]
+        for key, target, i, _ in places(table, name, array):
+            values = tensors[key][i * len(target) : (i + 1) * len(target)]
             if not jnp.issubdtype(values.dtype, jnp.floating):  # numpy's own doesn't know bfloat16
                 wrong = f"{what} weight {key!r} is of dtype {values.dtype}; quantized weights aren't read"
                 raise InputError(f"{wrong}: give those of float32, float16 or bfloat16.")

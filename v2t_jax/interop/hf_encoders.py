@@ -273,7 +273,7 @@ def encoder_from_huggingface(
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):  # TensorFlow's
         tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
     if isinstance(config, encoders.ModernBertConfig):  # the one norm that isn't used isn't stored
-        tensors = {"layers.0.attn_norm.weight": np.zeros(config.hidden_size, np.float32)} | tensors
+        tensors = {"layers.0.attn_norm.weight": np.zeros(config.hidden_size, np.float32), **tensors}
     abstract = encoders.encoder_network(config).abstract_params()
     ignored, dtype = architecture.ignored, config.dtype
     return fill(abstract, architecture.table, tensors, model_type, ignored=ignored, dtype=dtype, put=put)

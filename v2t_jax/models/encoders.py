@@ -188,9 +188,8 @@ class EncoderLayer(nn.Module):
         """
         c, norm, width = self.config, _norm_of(self.config), _head_width(self.config)
         options: Any = {"use_bias": c.use_bias, "dtype": jnp.dtype(c.dtype)}
-        heads: Any = {"scale": c.attention_scale or width**-0.5, "head_norm": norm if c.head_norms else None}
-        sizes = (c.hidden_size, c.num_heads, width, c.num_key_value_heads)
-        attend = inline(self, Attention(*sizes, **heads, **options))
+        heads: Any = {"scale": c.attention_scale or width**-0.5, "head_norm": norm if c.head_norms else None} | options
+        attend = inline(self, Attention(c.hidden_size, c.num_heads, width, c.num_key_value_heads, **heads))
         names = ("gate", "up", "down") if c.gated else ("intermediate", "output")
         activation = ACTIVATIONS[c.activation]
         feed_forward = inline(self, FeedForward(c.hidden_size, c.intermediate_size, activation, names, **options))

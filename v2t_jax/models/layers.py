@@ -77,9 +77,11 @@ def _matmul_backward(dtype: Any, transposed: bool, kept: Any, g: jax.Array) -> t
     dx = _contract("...o,oi->...i" if transposed else "...o,io->...i", g, kernel)
     # Summed over all leading axes at once: merging them by a reshape first takes twice as long on CPUs.
     axes = tuple(range(x.ndim - 1))
-    operands, dimensions = (g, x) if transposed else (x, g), ((axes, axes), ((), ()))
+    left, right = (g, x) if transposed else (x, g)
     exact = precision(g.dtype)
-    dkernel = jax.lax.dot_general(*operands, dimensions, preferred_element_type=jnp.float32, precision=exact)
+    dkernel = jax.lax.dot_general(
+        left, right, ((axes, axes), ((), ())), preferred_element_type=jnp.float32, precision=exact
+    )
     return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
 
 
