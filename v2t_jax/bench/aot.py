@@ -165,7 +165,7 @@ class _Recipe:
     def train(self, stage: Stage) -> Report:
         """The training step of a stage, at the recipe's batch size and the longest texts."""
         settings: StageConfig = getattr(self.config, stage)
-        rows, cut, num_slices = settings.batch_size, self.mesh.shape["model"], self.topology.num_slices
+        rows, cut, n = settings.batch_size, self.mesh.shape["model"], self.topology.num_slices
         optimizer, params = make_optimizer(settings.optimizer, settings.num_steps), self._network(stage)
         frozen = self._frozen(stage == "corrector" and not self.config.data.hypotheses)
 
@@ -177,33 +177,28 @@ class _Recipe:
         state = training.TrainState(_array((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
         program, shardings = training.shard_step(step_of(self.model), self.mesh, state, stage)
         state = _placed(state, shardings)
-        named = {"params": state.params, "optimizer": state.optimizer, "frozen": frozen}
-        memory = {name: _bytes_a_chip(tree) for name, tree in named.items()}
         local = state, frozen, self._batch(stage, rows * cut // self.mesh.size)
         once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
         # Everything of the state is read and written, once, beside what the matrix products read.
-        run = self._work(step_of(self.model), *local) / cut + (0, 2 * _bytes_a_chip(state) + memory["frozen"])
+        run = self._work(step_of(self.model), *local) / cut + (0, _bytes_a_chip((state, state, frozen)))
         flops = self._work(step_of(once), *local)[0] / cut
         # Between n slices, a ring over each chip's share of the gradients; the chips that hold the same share split it.
-        data = self.mesh.shape["data"] // num_slices
-        between = 2 * (num_slices - 1) / num_slices * memory["params"] / data
+        between = 2 * (n - 1) / n * _bytes_a_chip(params) / (self.mesh.shape["data"] // n)
         arguments = state, frozen, _placed(self._batch(stage, rows), layouts.batch_sharding(self.mesh))
-        return self._report(f"train {stage}", program, arguments, rows, memory, run, flops, between)
+        parts = {"params": params, "optimizer": state.optimizer, "frozen": frozen}
+        return self._report(f"train {stage}", program, arguments, rows, parts, run, flops, between)
 
     def hypotheses(self) -> Report:
         """The inverter's greedy guesses for a batch of the corrector's, as training makes them."""
         layout, rows, width = self.config.mesh.decode, self.config.corrector.batch_size, self.model.embedding_width
-        parts = self.mesh.size // self.sharing
-        if rows % parts:  # as `spread_rows` does
-            parts = self.mesh.size // self.mesh.shape["model"]
+        local = _array((-(-rows * self.sharing // self.mesh.size), width), jnp.float32)
 
         def run(params: Any, e: Any) -> jax.Array:
             return training.greedy_hypotheses(self.model, params, e, layout)
 
         params, e = self._network("inverter"), _array((rows, width), jnp.float32, layouts.batch_sharding(self.mesh))
-        counted = self._work(run, params, _array((rows // parts, width), jnp.float32)) / self.sharing
-        memory = {"params": _bytes_a_chip(params)}
-        return self._report("hypotheses", OnMesh(jax.jit(run), self.mesh), (params, e), rows, memory, counted)
+        counted, program = self._work(run, params, local) / self.sharing, OnMesh(jax.jit(run), self.mesh)
+        return self._report("hypotheses", program, (params, e), rows, {"params": params}, counted)
 
     def correct(self, beam: int) -> Report:
         """One step of the correction loop, laid out as a training run's evaluation has it."""
@@ -226,10 +221,9 @@ class _Recipe:
         counted = self._work(loop.step, params, *rows_of(ROWS_A_CHIP), one, one) / self.sharing
         rows = ROWS_A_CHIP * self.mesh.size // self.sharing
         e, hypotheses = _placed(rows_of(rows), layouts.decoding_rows(self.mesh, layout))
-        memory = {"params": _bytes_a_chip(params), "beam": _bytes_a_chip(hypotheses)}
         program = OnMesh(jax.jit(loop.step, donate_argnames="beam"), self.mesh, DECODING_RULES[layout])
-        arguments = params, e, hypotheses, one, one
-        return self._report(f"correct, beam {beam}", program, arguments, rows, memory, counted)
+        arguments, parts = (params, e, hypotheses, one, one), {"params": params, "beam": hypotheses}
+        return self._report(f"correct, beam {beam}", program, arguments, rows, parts, counted)
 
     def _report(
         self,
@@ -237,13 +231,14 @@ class _Recipe:
         program: OnMesh,
         arguments: tuple[Any, ...],
         rows: int,
-        memory: dict[str, int],
+        parts: dict[str, Any],
         run: np.ndarray,
         flops: float | None = None,
         between: float = 0.0,
     ) -> Report:
-        """Compiles; `run` is a chip's work, `flops` what of it isn't recomputed, `between` bytes to other slices."""
-        chip = self.topology.chip
+        """Compiles; `parts` are shown by their bytes, `run` is a chip's work, `flops` what of it isn't recomputed, and
+        `between` the bytes to other slices."""
+        chip, memory = self.topology.chip, {part: _bytes_a_chip(tree) for part, tree in parts.items()}
         sent: dict[str, dict[str, int]] = {}
         seconds = {"compute": run[0] / chip.flops, "memory": run[1] / chip.bandwidth}
         with progress.stage(f"compiling {name} for {self.topology.name}"):
@@ -254,9 +249,9 @@ class _Recipe:
                 needed = _needed(error, _bytes_a_chip(arguments))
             else:
                 found = compiled.memory_analysis()
-                memory |= {"temporaries": found.temp_size_in_bytes, "program": found.generated_code_size_in_bytes}
-                outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-                needed = found.argument_size_in_bytes + outputs + memory["temporaries"] + memory["program"]
+                made = {"temporaries": found.temp_size_in_bytes, "program": found.generated_code_size_in_bytes}
+                given = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+                memory, needed = memory | made, given + sum(made.values())
                 try:
                     sent = totals(compiled.as_text())
                 except jax.errors.JaxRuntimeError:

@@ -64,7 +64,7 @@ class Data:
         """From disk to the device over an epoch or `steps`, the first batch's wait included."""
         lengths = tuple(sorted(range(self.max_length, 3, -self.bucket_width)))
         batches = Batches([dataset], Batching(self.batch_size, self.max_length, lengths), columns=columns)
-        sizes = []
+        sizes: list[tuple[int, int, int]] = []
 
         def run() -> None:
             for step in range(self.steps or batches.steps_per_epoch):
