@@ -48,10 +48,8 @@ def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
 class EmbedderIdentity:
     """Everything that decides an embedder's vectors; None where it isn't known, as behind an API."""
 
-    name: str
-    """where the embedder was found; it identifies the embedder only where the weights can't be seen"""
-    weights_sha256: str = ""
-    """empty where the weights can't be seen"""
+    name: str  # where the embedder was found; it identifies the embedder only where the weights can't be seen
+    weights_sha256: str = ""  # empty where the weights can't be seen
     pooling: Pooling | None = None
     dense: tuple[Activation, ...] | None = None
     normalize: bool | None = None
@@ -181,10 +179,9 @@ class JaxEmbedder:
         with progress.bar(len(texts), "embedding", unit="texts") as update:
             for start in range(0, len(texts), batch_size):
                 chosen = order[start : start + batch_size]
-                ids, mask = self.tokenize([texts[i] for i in chosen])
                 missing = ((0, batch_size - len(chosen)), (0, 0))
-                ids, mask = np.pad(ids, missing, mode="edge"), np.pad(mask, missing, mode="edge")
-                result[chosen] = np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
+                rows = (np.pad(part, missing, mode="edge") for part in self.tokenize([texts[i] for i in chosen]))
+                result[chosen] = np.asarray(_embed(self.config, self.params, *rows))[: len(chosen)]
                 if not np.isfinite(result[chosen]).all():
                     wrong = f"The embedder {self.name} gives NaN or infinite values"
                     raise InputError(f"{wrong}; its weights are damaged: download it again.")

@@ -41,8 +41,7 @@ _EPSILONS = ("norm_eps", "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 
 def _read(kind: type[Kind], config: Json, dtype: Dtype, *names: str, **settings: Any) -> Kind:
     """The sizes that every encoder has and those of `names`; `settings` come before what the file says."""
-    for name in (*list(_SIZES)[:5], *names):
-        settings.setdefault(name, size(config, *_SIZES[name]))
+    settings |= {n: size(config, *_SIZES[n]) for n in (*list(_SIZES)[:5], *names) if n not in settings}
     epsilon = next((name for name in _EPSILONS if name in config), None)  # DistilBERT's isn't written down
     if epsilon is not None:
         if not 0 < config[epsilon] <= sys.float_info.max:
@@ -85,10 +84,9 @@ def _local(config: Json, window: int) -> dict[str, Any]:
 
 
 def _bert(config: Json, dtype: Dtype, **settings: Any) -> BertConfig:
-    _only(config, hidden_act="gelu", activation="gelu", position_embedding_type="absolute", is_decoder=False)
-    _only(config, projection_dim=0)
-    types = () if "type_vocab_size" in settings else ("type_vocab_size",)
-    return _read(BertConfig, config, dtype, "max_positions", *types, **settings)
+    _only(config, hidden_act="gelu", activation="gelu", is_decoder=False, projection_dim=0)
+    _only(config, position_embedding_type="absolute")
+    return _read(BertConfig, config, dtype, "max_positions", "type_vocab_size", **settings)
 
 
 def _roberta(config: Json, dtype: Dtype) -> BertConfig:
