@@ -10,7 +10,6 @@ import jax
 
 MAX_BYTES = 4 * 1024**3  # beyond this, the least recently used programs are dropped
 MIN_COMPILE_SECONDS = 0.3  # faster compilations cost less than reading the cache
-_OPTION = "jax_compilation_cache_dir"
 
 
 def user_cache_dir() -> Path:
@@ -21,14 +20,11 @@ def user_cache_dir() -> Path:
 
 
 def enable_compilation_cache(folder: Path | None = None) -> Path | None:
-    """Makes JAX keep its compiled programs in a folder, by default the user's; call it before the first compilation.
+    """Makes JAX keep its compiled programs in a folder, by default the user's, and returns the one in use, if any.
 
-    A folder already set (JAX_COMPILATION_CACHE_DIR) stays in use. Without a writable folder there is no cache.
-
-    Returns:
-        The folder in use, or None.
+    JAX_COMPILATION_CACHE_DIR goes first. Call it before the first compilation.
     """
-    if configured := getattr(jax.config, _OPTION):
+    if configured := jax.config.jax_compilation_cache_dir:
         return Path(configured)
     features = ""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # Linux only
@@ -42,7 +38,7 @@ def enable_compilation_cache(folder: Path | None = None) -> Path | None:
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
-    jax.config.update(_OPTION, str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)  # also locks it between processes
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return folder

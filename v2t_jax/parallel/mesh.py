@@ -1,7 +1,6 @@
 """Sharding: one mesh with the axes (data, fsdp, model), and strict tables from parameters to its axes.
 
-A model's `PARAM_AXES` maps parameter paths (regular expressions) to logical axes; `RULES` maps those to mesh axes. A
-parameter that matches no rule is an error, and so is a rule that matches no parameter.
+A model's `PARAM_AXES` maps parameter paths (regular expressions) to logical axes; `RULES` maps those to mesh axes.
 """
 
 import contextlib
@@ -50,20 +49,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         shape = f"data={config.data}, fsdp={config.fsdp}, model={config.model}"
         raise InputError(f"A mesh of {shape} doesn't fit {len(devices)} devices; at most one axis may be -1.")
     slices = _slices(devices, config.slices)
-    data, *others = sizes
-    if data % len(slices):
+    if sizes[0] % len(slices):
         raise InputError(
-            f"mesh.data={data} can't be split over {len(slices)} slices; make it a multiple, and fsdp x model at most "
-            f"the {len(slices[0])} devices of a slice."
+            f"mesh.data={sizes[0]} can't be split over {len(slices)} slices; make it a multiple, and fsdp x model at "
+            f"most the {len(slices[0])} devices of a slice."
         )
-    sizes = [data // len(slices), *others]
+    sizes[0] //= len(slices)
     layout = [create_device_mesh(sizes, part, allow_split_physical_axes=True) for part in slices]
     # Explicit axis types, the default of jax.make_mesh, fail with linen's logical constraints.
     return Mesh(np.concatenate(layout), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
-    """The devices of each slice, by slice number; devices that know no slice are split into groups of neighbors."""
+    """The devices of each slice; those that know no slice are split into groups of neighbors."""
     known = {device.slice_index for device in devices if getattr(device, "slice_index", None) is not None}
     if known:
         if count not in (0, len(known)):
@@ -93,16 +91,14 @@ class OnMesh:
             return self.program(*args)
 
     def lower(self, *args: Any) -> Any:
-        """The lowered program for arrays or shapes like these."""
         with _inside(self.mesh, self.rules):
             return self.program.lower(*args)
 
 
 def param_specs(params: Any, table: Table, rules: Rules = RULES) -> Any:
-    """A tree of PartitionSpec like `params`; `table` is the model's PARAM_AXES.
+    """A tree of PartitionSpec like `params`. An unmatched parameter and an unused rule are errors.
 
-    A rule may name fewer axes than an array has; the rest are not sharded. An unmatched parameter and an unused rule
-    are errors.
+    A rule may name fewer axes than an array has; the rest are not sharded.
     """
     places = dict(rules)
     used: set[str] = set()
@@ -126,11 +122,8 @@ def param_specs(params: Any, table: Table, rules: Rules = RULES) -> Any:
 
 
 def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
-    """Shardings of a training state: what mirrors a parameter is sharded like it, the rest is replicated.
-
-    Optimizers hold trees with the parameters' own paths (Adam's moments), so a leaf is recognized by the end of its
-    path and its number of axes.
-    """
+    """Shardings of a training state: what ends in a parameter's path and has its axes (Adam's moments) is sharded like
+    it, the rest is replicated."""
     by_path = {
         tuple(str(key.key) for key in path): spec
         for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -138,17 +131,15 @@ def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         keys = tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        for start in range(len(keys)):
-            spec = by_path.get(keys[start:])
-            if spec is not None and leaf.ndim >= len(spec):
-                for size, axis in zip(leaf.shape, spec, strict=False):
-                    if axis and size % mesh.shape[axis]:
-                        raise InputError(
-                            f"{'/'.join(keys[start:])} has an axis of {size}, which mesh.{axis}={mesh.shape[axis]} "
-                            "doesn't divide; change that size (for a vocabulary: data.vocabulary_size) or the mesh."
-                        )
-                return NamedSharding(mesh, spec)
-        return replicated(mesh)
+        found = (by_path.get(keys[start:]) for start in range(len(keys)))
+        spec = next((spec for spec in found if spec is not None and leaf.ndim >= len(spec)), PartitionSpec())
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis and size % mesh.shape[axis]:
+                raise InputError(
+                    f"{'/'.join(keys)} has an axis of {size}, which mesh.{axis}={mesh.shape[axis]} doesn't divide; "
+                    "change that size (for a vocabulary: data.vocabulary_size) or the mesh."
+                )
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -162,7 +153,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def decoding_rows(mesh: Mesh, layout: DecodeLayout) -> NamedSharding:
-    """Sharding of the rows of a batch during decoding."""
     return NamedSharding(mesh, PartitionSpec(dict(DECODING_RULES[layout])["batch"]))
 
 
@@ -180,18 +170,14 @@ def decoding_params(params: Any, table: Table, layout: DecodeLayout) -> Any:
 
 
 def spread_rows(run: Callable[..., jax.Array], layout: DecodeLayout, *rows: jax.Array) -> jax.Array:
-    """`run(*rows)`; inside a program on a mesh, with the rows laid out for decoding.
-
-    Rows that can't be split evenly over the devices stay as in training, over (data, fsdp).
-    """
+    """`run(*rows)`; inside a program on a mesh, with the rows laid out for decoding, if they can be split so."""
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(DECODING_RULES[layout])
     if mesh.empty:
         return run(*rows)
-    training = dict(RULES)["batch"]
+    constrain, training = jax.lax.with_sharding_constraint, dict(RULES)["batch"]
     if len(rows[0]) % math.prod(mesh.shape[axis] for axis in rules["batch"]):
         rules["batch"] = training
     spec = PartitionSpec(rules["batch"])
     with nn.logical_axis_rules(tuple(rules.items())):
-        result = run(*(jax.lax.with_sharding_constraint(x, spec) for x in rows))
-    result = jax.lax.with_sharding_constraint(result, spec)
-    return jax.lax.with_sharding_constraint(result, PartitionSpec(training))
+        result = run(*(constrain(x, spec) for x in rows))
+    return constrain(constrain(result, spec), PartitionSpec(training))

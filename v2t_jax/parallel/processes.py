@@ -1,7 +1,6 @@
 """Multi-process helpers: start-up, barrier, broadcast, gather, global arrays.
 
-Every process of a run executes the same program with the same arguments. It sees the devices of its own host as local
-and all devices as one mesh. With one process, everything here returns at once.
+Every process of a run executes the same program with the same arguments, and sees all devices as one mesh.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a list of files that host `index` of `count` writes; the result is the same for any count."""
+    """The part of a list of files that host `index` of `count` writes."""
 
     index: int = 0
     count: int = 1
@@ -110,15 +109,14 @@ def _numbers(options: DistributedConfig, environ: Mapping[str, str]) -> tuple[in
 
 def _in_cluster(environ: Mapping[str, str]) -> bool:
     """Whether this is one of several processes started together. JAX finds out which, but fails outside a cluster."""
-    several = {
-        name
-        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-        if environ.get(name, "1") not in ("", "1")
-    }
+
+    def several(count: str) -> bool:
+        return environ.get(count, "1") not in ("", "1")
+
     return (
-        ("SLURM_NTASKS" in several and "SLURM_STEP_NODELIST" in environ)
-        or ("OMPI_COMM_WORLD_SIZE" in several and "OMPI_COMM_WORLD_RANK" in environ)
-        or "MEGASCALE_NUM_SLICES" in several
+        (several("SLURM_NTASKS") and "SLURM_STEP_NODELIST" in environ)
+        or (several("OMPI_COMM_WORLD_SIZE") and "OMPI_COMM_WORLD_RANK" in environ)
+        or several("MEGASCALE_NUM_SLICES")
         or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
         or _on_tpu_vm(environ)
         or ("JOB_COMPLETION_INDEX" in environ and find_spec("kubernetes") is not None)
@@ -170,12 +168,8 @@ def start(options: DistributedConfig) -> None:
 
 
 def _give_up(seconds: float, where: str) -> NoReturn:
-    print(
-        f"v2t: Not all processes connected{where} within {seconds:g} s; check that all are started and can reach "
-        "process 0, then start all of them again.",
-        file=sys.stderr,
-        flush=True,
-    )
+    advice = "check that all are started and can reach process 0, then start all of them again."
+    print(f"v2t: Not all processes connected{where} within {seconds:g} s; {advice}", file=sys.stderr, flush=True)
     os._exit(2)  # not `leave`, which asks the devices
 
 
@@ -200,10 +194,7 @@ def main_first(what: str) -> Iterator[bool]:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Lays out arrays (whole on every process, or global) as `shardings`: a tree like it, or one for all.
-
-    Each process copies only what its own devices need.
-    """
+    """Lays out arrays (whole on every process, or global) as `shardings`: a tree like it, or one for all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     if jax.process_count() == 1:
@@ -221,23 +212,13 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.jit(lambda tree: tree, out_shardings=shardings)(placed)
 
 
-def fetch(tree: Any) -> Any:
-    """The same tree of whole numpy arrays on every process; all must call it."""
-
-    def whole(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-        return np.asarray(leaf)
-
-    return jax.tree.map(whole, tree)
-
-
-def fetch_to_main(tree: Any) -> Any:
-    """`fetch` on process 0, a tree of None elsewhere, where only one array at a time is held whole."""
+def fetch(tree: Any, main_only: bool = False) -> Any:
+    """The same tree of whole numpy arrays on every process, or of None on all but process 0; all must call it."""
 
     def whole(leaf: Any) -> np.ndarray | None:
-        fetched = fetch(leaf)
-        return fetched if is_main() else None
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf) if is_main() or not main_only else None
 
     return jax.tree.map(whole, tree)
 
@@ -260,11 +241,9 @@ def local_rows(sharding: NamedSharding, rows: int) -> slice:
 
 
 def global_batch(sharding: NamedSharding, local: np.ndarray, rows: slice, batch_size: int) -> jax.Array:
-    """One array [batch_size, ...] over all devices from each process's own `local_rows`.
+    """One array [batch_size, ...] over all devices from each process's own `local_rows`."""
 
-    Not by `make_array_from_process_local_data`: on a TPU slice, a host's devices need not hold neighboring rows.
-    """
-
+    # Not by `make_array_from_process_local_data`: on a TPU slice, a host's devices need not hold neighboring rows.
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index
         start, stop, _ = index[0].indices(batch_size)
@@ -291,10 +270,9 @@ def gather(value: Any) -> list[Any]:
 
 
 class Vote:
-    """The largest number that any process cast one step earlier, the same on all.
+    """The largest number that any process cast one step earlier: read a step later, it keeps no device waiting.
 
-    Read a step later, it never keeps the devices waiting. JAX's own `reached_preemption_sync_point` knows SIGTERM but
-    not Ctrl-C, and takes the signal away from Python for the rest of the process.
+    JAX's `reached_preemption_sync_point` knows no Ctrl-C, and takes SIGTERM away from Python for good.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -303,7 +281,7 @@ class Vote:
         self._cast: jax.Array | None = None
 
     def __call__(self, value: int) -> int:
-        """Casts `value`; returns the result of the previous call, or `value` where there is one process."""
+        """Casts `value`; returns the previous call's result, or `value` where there is one process."""
         if jax.process_count() == 1:
             return value
         before = 0 if self._cast is None else int(self._cast)
@@ -313,7 +291,7 @@ class Vote:
 
 
 def explained(error: Exception) -> InputError | None:
-    """What a user can do about an error of JAX's runtime; None where nothing is known about it."""
+    """What a user can do about an error of JAX's runtime, if that is known."""
     first = gist(error)
     if "RESOURCE_EXHAUSTED" in first:
         return InputError(
@@ -334,12 +312,9 @@ def gist(error: Exception) -> str:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends one of several processes at once: an ordinary exit would wait for the others.
-
-    Process 0 first gives the others time for their own message, because JAX aborts them once it is gone.
-    """
+    """Ends one of several processes at once: an ordinary exit would wait for the others."""
     if is_several() and is_main():
-        time.sleep(LAST_WORDS_SECONDS)
+        time.sleep(LAST_WORDS_SECONDS)  # for the others' own messages: JAX aborts them once process 0 is gone
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

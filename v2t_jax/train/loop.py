@@ -107,7 +107,7 @@ def _train(config: Config, workdir: Path) -> Path:
             params[stage] = train_stage(context, stage, workdir / stage, params, stop_signal)
     inverter, folder = context.inverter(params), workdir / "model"
     inverter.embedding_norm = norm_statistics(embed_once(context.embedder, context.held_out[:NORM_TEXTS]))
-    whole = dataclasses.replace(inverter, params=processes.fetch_to_main(params))
+    whole = dataclasses.replace(inverter, params=processes.fetch(params, main_only=True))
     with processes.main_first("written the model") as here:
         if here:
             whole.save(folder, record={"recipe": to_dict(config)})
