@@ -7,7 +7,7 @@ and from the chip's published peaks; real programs take two to three times as lo
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -45,11 +45,10 @@ ENCODERS: dict[str, EncoderConfig] = {
     ),
 }
 ROWS_A_CHIP = 32  # texts that a chip, or those that share a network, correct at a time
+_array: Any = jax.ShapeDtypeStruct
 
 
-def compile_recipe(
-    config: Config, topology: Topology, programs: tuple[Program, ...], beam: int = 4
-) -> Iterator[Report]:
+def compile_recipe(config: Config, topology: Topology, programs: Sequence[Program], beam: int = 4) -> Iterator[Report]:
     """Compiles what the recipe runs, one program after the other."""
     recipe = _Recipe(config, topology)
     if "train" in programs:
@@ -85,13 +84,9 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, TokenMap]:
     return sizes, TokenMap(() if isinstance(encoder, T5Config) else (0,), 1)
 
 
-def _array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
 def _placed(tree: Any, shardings: Any) -> Any:
     """Shapes of arrays that lie as `shardings` say: a tree like them, or one for all."""
-    return jax.tree.map(lambda x, s: _array(x.shape, x.dtype, s), tree, jax.tree.broadcast(shardings, tree))
+    return jax.tree.map(lambda x, s: _array(x.shape, x.dtype, sharding=s), tree, jax.tree.broadcast(shardings, tree))
 
 
 def _bytes_a_chip(tree: Any) -> int:
@@ -133,10 +128,10 @@ class _Recipe:
         if not decoding:
             return params
         decoder = params["t5"]["decoder"]
-        shapes = jax.tree.map(lambda x: _array(x.shape[1:], x.dtype), decoder["layers"])
+        layer = jax.tree.map(lambda x: _array(x.shape[1:], x.dtype), decoder["layers"])
         cut = jax.tree.map(lambda x: NamedSharding(self.mesh, PartitionSpec(*x.sharding.spec[1:])), decoder["layers"])
-        layers = [_placed(shapes, cut)] * t5.num_decoder_layers
-        return params | {"t5": params["t5"] | {"decoder": decoder | {"layers": layers}}}
+        decoder["layers"] = [_placed(layer, cut)] * t5.num_decoder_layers
+        return params
 
     def _frozen(self, with_inverter: bool) -> training.FrozenParams:
         params: Any = None
@@ -196,7 +191,8 @@ class _Recipe:
         def run(params: Any, e: Any) -> jax.Array:
             return training.greedy_hypotheses(self.model, params, e, layout)
 
-        params, e = self._network("inverter"), _array((rows, width), jnp.float32, layouts.batch_sharding(self.mesh))
+        params = self._network("inverter")
+        e = _array((rows, width), jnp.float32, sharding=layouts.batch_sharding(self.mesh))
         counted, program = self._work(run, params, local) / self.sharing, OnMesh(jax.jit(run), self.mesh)
         return self._report("hypotheses", program, (params, e), rows, {"params": params}, counted)
 

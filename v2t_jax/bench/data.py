@@ -5,14 +5,13 @@ put on the device and waited for. The files may be in the operating system's cac
 """
 
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from v2t_jax.bench import Turn, num_cores, show, turn
+from v2t_jax.bench import num_cores, show, turn
 from v2t_jax.config import BuildSettings
 from v2t_jax.data.batches import Batches, Batching
 from v2t_jax.data.build import build
@@ -54,11 +53,11 @@ class Data:
         if not source.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_texts(source, self.num_texts)
-        began = time.perf_counter(), time.process_time()
-        dataset = build([str(source)], folder / "built", tokenizer, BuildSettings(), processes=num_cores())
-        took = Turn(time.perf_counter() - began[0], time.process_time() - began[1])
-        show(f"building {len(dataset)} texts", self.num_texts, [took], self.json)
-        return dataset
+        found: list[TokenDataset] = []
+        target, cores = folder / "built", num_cores()
+        took = turn(lambda: found.append(build([str(source)], target, tokenizer, BuildSettings(), cores)))
+        show(f"building {len(found[0])} texts", self.num_texts, [took], self.json)
+        return found[0]
 
     def read(self, dataset: TokenDataset, *columns: Column) -> None:
         """From disk to the device over an epoch or `steps`, the first batch's wait included."""

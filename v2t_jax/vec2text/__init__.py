@@ -38,10 +38,8 @@ def load_pretrained_corrector(embedder: str, victim: TextEmbedder | None = None)
         raise InputError(f"There is no published corrector for {embedder!r}; choose {' or '.join(PUBLISHED)}.")
     inverter, corrector, known = PUBLISHED[embedder]
     if not (victim or known):
-        raise InputError(
-            f"{embedder} is behind an API: give the embedder too, as "
-            f"load_pretrained_corrector({embedder!r}, victim=HttpEmbedder(...))."
-        )
+        call = f"load_pretrained_corrector({embedder!r}, victim=HttpEmbedder(...))"
+        raise InputError(f"{embedder} is behind an API: give the embedder too, as {call}.")
     return load_corrector(inverter, corrector, embedder=victim or known)
 
 
