@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -63,9 +63,7 @@ class EmbedderIdentity:
         return {name: value for name, value in json.loads(msgspec.json.encode(self)).items() if value is not None}
 
 
-def check_identity(
-    recorded: Mapping[str, Any], given: EmbedderIdentity, whose: str, ignored: Collection[str] = ()
-) -> None:
+def check_identity(recorded: dict[str, Any], given: EmbedderIdentity, whose: str, ignored: Sequence[str] = ()) -> None:
     """Refuses an embedder that differs in a field from the one on record, an `EmbedderIdentity.to_dict()` of `whose`.
 
     Fields that either lacks may differ; names too, where the weights of both can be seen.

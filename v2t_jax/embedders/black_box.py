@@ -187,14 +187,13 @@ class HttpEmbedder(BlackBox):
                 self._announced = self.budget.requests + plan.requests
                 progress.note(f"{self.name}: {plan}{self._endpoint.terms() if plan.requests else ''}")
             if missing:
-                self._request(_batches(missing, batch_size), vectors, len(texts), cache)
+                self._request(_batches(missing, batch_size), vectors, cache)
         return np.stack([vectors[text] for text in texts])
 
-    def _request(
-        self, batches: list[list[str]], vectors: dict[str, np.ndarray], total: int, cache: VectorCache
-    ) -> None:
+    def _request(self, batches: list[list[str]], vectors: dict[str, np.ndarray], cache: VectorCache) -> None:
         """Requests the missing vectors concurrently and adds them to `vectors`."""
         failures: list[BaseException] = []
+        total = len(vectors) + sum(map(len, batches))
         stop = threading.Event()
 
         def request(batch: list[str]) -> np.ndarray:

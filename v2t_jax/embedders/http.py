@@ -8,10 +8,10 @@ import email.utils
 import math
 import os
 import random
-import threading
 import time
 import weakref
 from collections.abc import Callable
+from threading import Condition, Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,7 +48,7 @@ class Budget:
 
     def __init__(self, config: ApiConfig) -> None:
         self.requests = self.tokens = self._reserved = 0  # tokens as the endpoint counts them, else an upper bound
-        self._config, self._changed = config, threading.Condition()
+        self._config, self._changed = config, Condition()
 
     def cost_of(self, tokens: int) -> float | None:
         """Dollars; None without a price."""
@@ -63,7 +63,7 @@ class Budget:
             return f"api.max_cost ${limits.max_cost:g} ({dollars(self.cost_of(self.tokens) or 0)} paid so far)"
         return ""
 
-    def reserve(self, tokens: int, stop: threading.Event) -> None:
+    def reserve(self, tokens: int, stop: Event) -> None:
         """Counts a request of at most `tokens` tokens, waiting while those in flight may leave enough for it."""
         with self._changed:
             self._changed.wait_for(lambda: not self.exceeded(0, tokens) or not self._reserved)
@@ -122,9 +122,7 @@ class Endpoint:
         paid: dict[str, str | int] = {} if cost is None else {"paid": dollars(cost)}
         return paid | ({"retries": self._retries, "because of": self._last_failure} if self._retries else {})
 
-    def request(
-        self, texts: list[str], check: Check, stop: threading.Event, on_retry: Callable[[], None]
-    ) -> np.ndarray:
+    def request(self, texts: list[str], check: Check, stop: Event, on_retry: Callable[[], None]) -> np.ndarray:
         """Embeds one batch, [len(texts), E]: `check` makes vectors of the endpoint's rows; `stop` ends all requests."""
         attempts = unusable = 0
         while True:
@@ -144,7 +142,7 @@ class Endpoint:
                 # Jittered, so that requests that failed together don't return together.
                 stop.wait(max(backoff * random.uniform(0.5, 1.5), failure.retry_after))
 
-    def _embed_once(self, texts: list[str], check: Check, stop: threading.Event) -> np.ndarray:
+    def _embed_once(self, texts: list[str], check: Check, stop: Event) -> np.ndarray:
         shortened = {"dimensions": self._config.dimensions} if self._config.dimensions else {}
         body = {"model": self._config.model, "input": texts, **shortened}
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}

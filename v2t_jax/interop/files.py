@@ -108,9 +108,7 @@ def read_json(path: Path, what: str = "a complete model folder", otherwise: dict
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); download it again.") from error
     if not isinstance(values, dict if otherwise is None else type(otherwise)):
-        raise InputError(
-            f"{path} holds no JSON {'list' if isinstance(otherwise, list) else 'object'}; download it again."
-        )
+        raise InputError(f"{path} holds no JSON {'object' if otherwise != [] else 'list'}; download it again.")
     return values
 
 

@@ -46,7 +46,7 @@ TABLE = {"token_embedding": "shared", "word_embedding": "shared", "lm_head": "lm
 TABLE |= _stack("encoder", _SELF, _FEED_FORWARD) | _stack("decoder", _SELF, _CROSS, _FEED_FORWARD)
 
 
-def load_t5(name: str, put: Callable[[np.ndarray], Any] = lambda array: array) -> tuple[T5Config, Params]:
+def load_t5(name: str, put: Callable = np.asarray) -> tuple[T5Config, Params]:
     """Sizes and parameters (float32, on the host) of a T5, v1.1 or Flan, by folder or hub name; `put` as in `fill`."""
     folder = folder_of(name)
     with progress.stage(f"loading the T5 {name}"):
@@ -72,9 +72,7 @@ def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
         save_file(t5_to_huggingface(params), building / files.SAFETENSORS, metadata={"format": "pt"})
 
 
-def t5_from_huggingface(
-    state: Mapping[str, files.Tensor], config: T5Config, put: Callable[[np.ndarray], Any] = lambda array: array
-) -> Params:
+def t5_from_huggingface(state: Mapping[str, files.Tensor], config: T5Config, put: Callable = np.asarray) -> Params:
     """Parameters (float32, on the host) from a state dict of `T5ForConditionalGeneration`; `put` as in `fill`."""
     copies = (*_COPIES, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     ignored = "|".join([_IGNORED, *copies])
