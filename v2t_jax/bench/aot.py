@@ -258,7 +258,7 @@ class _Recipe:
                 # At most: in rings, around which an all-reduce goes twice.
                 ring = sum(entry["bytes"] * (2 if kind == "all-reduce" else 1) for kind, entry in sent.items())
                 seconds |= {"ici": ring / chip.ici, "dcn": between / chip.dcn}
-        flops = run[0] if flops is None else flops
+        flops = float(run[0]) if flops is None else flops
         return Report(name, self.mesh.size, rows, memory, needed, chip.memory, sent, flops, run[0], seconds)
 
 
