@@ -310,7 +310,7 @@ def test_bad_settings_are_refused(changed):
 
 
 def test_no_processes_are_refused(source, tmp_path, tokenizer):
-    with pytest.raises(InputError, match="processes must be at least 1"):
+    with pytest.raises(InputError, match="processes is 0; give at least 1"):
         build_here(source, tmp_path / "x", tokenizer, processes=0)
 
 

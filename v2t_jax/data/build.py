@@ -1,15 +1,13 @@
 """Builds a data set (`dataset`) from sources of any size: tokenized once, shuffled, without duplicates and leaks.
 
-Texts are placed by the hash that also decides the split (`split.split_hash`): a random number that depends on nothing
-but the text. The range of hashes is cut into as many parts as memory asks for.
-
-1. *Chunks*: the sources are read from beginning to end; every few megabytes go to a worker process, which tokenizes
-   them and writes DIR/work/chunk-N.arrow, sorted into parts: part 0 is held out, part 1 + p is for training.
-2. *Parts*: a worker collects a part from all chunks and sorts it by hash. That shuffles it and puts equal texts side by
-   side, of which the first stays; those that leak a held-out text are dropped. It writes DIR/work/part-N.npz.
+Texts are placed by the hash that also decides the split (`split.split_hash`), whose range is cut into parts.
+1. *Chunks*: every few megabytes of the sources go to a worker process, which tokenizes them and writes
+   DIR/work/chunk-N.arrow, sorted into parts: part 0 is held out, part 1 + p is for training.
+2. *Parts*: a worker collects a part from all chunks, sorts it by hash, which shuffles it and puts equal texts side by
+   side, drops duplicates and texts that leak a held-out one, and writes DIR/work/part-N.npz.
 3. The parts one after the other are the data set; the manifest, written last, makes the folder one.
 
-The files depend on the sources and the settings alone and appear whole or not at all. So the bytes are the same for any
+The files depend on the sources and the settings alone and appear whole or not at all: the bytes are the same for any
 number of processes, and a build that was killed goes on where it was.
 """
 
@@ -38,11 +36,11 @@ from tokenizers import Tokenizer
 
 from v2t_jax import progress
 from v2t_jax.config import BuildSettings
-from v2t_jax.data.dataset import FORMAT, TokenDataset, claim, npy_header, tokenizer_sha256, write_json
+from v2t_jax.data.dataset import FORMAT, TokenDataset, claim, npy_header, resumable, tokenizer_sha256, write_json
 from v2t_jax.data.readers import Source, open_source
 from v2t_jax.data.split import HeldOutFilter, normalize_for_split, split_hash
 from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
-from v2t_jax.errors import InputError
+from v2t_jax.errors import InputError, check_whole
 from v2t_jax.interop.files import sha256_of, write_file
 
 CHUNK_BYTES = 8 << 20  # of text that are tokenized at once
@@ -69,23 +67,14 @@ class _Job:
 def build(
     sources: Sequence[str], folder: Path, tokenizer: Tokenizer, settings: BuildSettings, processes: int = 1
 ) -> TokenDataset:
-    """Builds a data set, or goes on where an earlier call was cut off; of one that is finished, checks every byte.
-
-    Raises:
-        InputError: a source can't be read, the folder holds something else or the disk is full; what is done stays.
-    """
+    """Builds a data set, or goes on where an earlier call was cut off; of one that is finished, checks every byte."""
     if not sources:
         raise InputError("There is nothing to build from: name at least one source of text.")
-    if processes < 1:
-        raise InputError(f"processes must be at least 1, not {processes}.")
+    check_whole("processes", processes, 1)
     opened = [open_source(name) for name in sources]
-    try:
-        return _build(opened, folder, tokenizer, settings, processes)
-    except OSError as error:
-        raise InputError(
-            f"The build stopped at {error.filename or folder} ({error.strerror or error}); fix that or free space, "
-            "then run the same command to go on."
-        ) from error
+    with resumable("The build", folder):
+        built = _build(opened, folder, tokenizer, settings, processes)
+    return built
 
 
 def _build(
@@ -136,9 +125,9 @@ def _fingerprints(sources: Sequence[Source]) -> list[list[dict[str, Any]]]:
     paths = {path for source in sources for path in source.files}
     known: dict[Path, dict[str, Any]] = {}
     with progress.bar(len(paths), "hashing the sources", unit="files") as update:
-        for path in paths:
+        for done, path in enumerate(paths, 1):
             known[path] = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of([path])}
-            update(len(known))
+            update(done)
     return [[known[path] for path in source.files] for source in sources]
 
 
@@ -151,7 +140,7 @@ Run = Callable[[Callable[..., None], Iterable[tuple[Any, ...]]], Iterator[None]]
 
 @contextmanager
 def _pool(processes: int) -> Iterator[Run]:
-    """Gives `run(function, tasks)`: it calls the function with each task's arguments and yields when one is done."""
+    """Gives `run(function, tasks)`, which calls the function with each task's arguments and yields after each."""
     if processes == 1:
         yield lambda function, tasks: (function(*task) for task in tasks)  # type: ignore[func-returns-value]
         return
@@ -190,7 +179,7 @@ def _start_worker() -> None:
 
 
 def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
-    """Makes the chunks that aren't there, and says how many there are."""
+    """Makes the chunks that aren't there; returns the number of all."""
     total, count, texts = sum(source.size for source in sources), 0, 0
 
     def every() -> Iterator[list[str]]:
@@ -285,10 +274,10 @@ def _read_chunks(job: _Job, chunks: int) -> tuple[dict[str, int], Vocabulary, li
 
 
 def _make_parts(job: _Job, chunks: int, run: Run) -> None:
-    missing = [i for i in range(job.num_parts) if not job.part(i).is_file()]
+    missing = [(job, i, chunks) for i in range(job.num_parts) if not job.part(i).is_file()]
     before = job.num_parts - len(missing)
     with progress.bar(job.num_parts, "sorting and filtering", unit="parts", start=before) as update:
-        for done, _ in enumerate(run(_write_part, ((job, i, chunks) for i in missing)), before + 1):
+        for done, _ in enumerate(run(_write_part, missing), before + 1):
             update(done)
 
 
@@ -305,11 +294,8 @@ def _write_part(job: _Job, index: int, chunks: int) -> None:
     vocab_map = np.load(job.work.parent / "vocabulary.npy", allow_pickle=False)
     model_id = Vocabulary(_full(job).tokenizer, vocab_map).model_ids(_full(job).vocab_map)
     lists = table["ids"].combine_chunks()
-    offsets = lists.offsets.to_numpy()
-    tokens = np.append(model_id, -1)[lists.values.to_numpy()]  # -1, no token, stays that
-    lengths = np.diff(offsets)
-    # A running count of missing tokens tells which texts have one.
-    missing = np.concatenate([[0], np.cumsum(tokens < 0)])
+    offsets, tokens = lists.offsets.to_numpy(), np.append(model_id, -1)[lists.values.to_numpy()]  # -1, no token, stays
+    lengths, missing = np.diff(offsets), np.concatenate([[0], np.cumsum(tokens < 0)])  # a running count
     unknown = (np.diff(missing[offsets]) > 0) | (lengths == 0)
     kept = ~leaks & ~unknown
     counts = {"duplicates": duplicates, "given_away": leaks.sum(), "unknown": (unknown & ~leaks).sum()}

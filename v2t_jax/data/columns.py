@@ -56,16 +56,10 @@ def open_column(dataset: TokenDataset, name: str) -> Column:
 class ColumnWriter:
     """Writes a column piece by piece, in any order and from any number of processes.
 
-    A piece on disk stays there whatever happens later; a process that is killed loses the piece in hand. `made_by`
-    must hold everything that determines the values: another one is refused.
-
-    Raises (all methods):
-        OSError: the disk is full, or the like.
+    `made_by` must hold everything that determines the values: another one is refused.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, name: str, dtype: str, shape: tuple[int, ...], made_by: dict[str, Any]
-    ) -> None:
+    def __init__(self, dataset: TokenDataset, name: str, dtype: str, shape: tuple[int, ...], made_by: dict[str, Any]):
         folder = dataset.folder / "columns" / name
         self._values, self._manifest, self._done = (folder / part for part in ("values.npy", "manifest.json", "done"))
         self._rows, self._dtype, self._shape = len(dataset), np.dtype(dtype).newbyteorder("<"), shape
@@ -80,7 +74,6 @@ class ColumnWriter:
             file.truncate(self._start + self._rows * self._row_bytes)
 
     def rows(self, piece: int) -> slice:
-        """The rows of a piece."""
         return slice(piece * PIECE_ROWS, min((piece + 1) * PIECE_ROWS, self._rows))
 
     def missing(self) -> list[int]:

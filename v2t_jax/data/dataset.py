@@ -11,11 +11,12 @@ DIR/columns/NAME/    an array for each text, such as its embedding (`columns`)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,7 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: Path, whole: bool = False) -> TokenDataset:
-        """Opens a built data set; compares sizes, and the sha256 of all files but the tokens', with its manifest.
-
-        Args:
-            whole: the tokens' sha256 too.
-        """
+        """Opens a built data set; compares sizes and sha256 with its manifest, of the tokens only if `whole`."""
         manifest, sha256 = read_manifest(folder / "manifest.json", "v2t data build")
         try:
             for name in FILES:
@@ -118,7 +115,6 @@ def is_built(source: str) -> bool:
 
 
 def open_array(path: Path) -> np.ndarray:
-    """A memory-mapped .npy file."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     except (ValueError, OSError) as error:
@@ -126,10 +122,8 @@ def open_array(path: Path) -> np.ndarray:
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The beginning of an .npy file of this array."""
     header = io.BytesIO()
-    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
@@ -138,8 +132,7 @@ def check_file(path: Path, entry: dict[str, Any], whole: bool) -> None:
     advice = "download it again, or delete the folder and make it again"
     if not path.is_file():
         raise InputError(f"{path} is missing: {advice}.")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
+    if (size := path.stat().st_size) != entry["bytes"]:
         raise InputError(f"{path} has {size} bytes instead of {entry['bytes']} (is it truncated?): {advice}.")
     if whole and sha256_of([path]) != entry["sha256"]:
         raise InputError(f"{path} is damaged (its sha256 differs from the manifest's): {advice}.")
@@ -161,8 +154,7 @@ def read_manifest(path: Path, maker: str) -> tuple[dict[str, Any], str]:
 def claim(file: Path, described: dict[str, Any], folder: Path) -> None:
     """Records in `file` what a folder is being made of, or compares that with the record that is there."""
     if not file.is_file():
-        write_json(file, described)
-        return
+        return write_json(file, described)
     try:
         before = json.loads(file.read_bytes())
         _check_format(folder, before["format"])
@@ -178,8 +170,19 @@ def claim(file: Path, described: dict[str, Any], folder: Path) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a manifest or a record."""
     write_file(file, [(json.dumps(value, indent=1) + "\n").encode()])
+
+
+@contextlib.contextmanager
+def resumable(work: str, where: Path) -> Iterator[None]:
+    """A full disk and the like end in one sentence; what is done stays, and the same command goes on from there."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{work} stopped at {error.filename or where} ({error.strerror or error}); fix that or free space, then "
+            "run the same command to go on."
+        ) from error
 
 
 def _check_format(folder: Path, found: Any) -> None:

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from v2t_jax import progress
 from v2t_jax.config import Config, Stage, StageConfig, to_dict
 from v2t_jax.data.batches import Batches
+from v2t_jax.data.dataset import resumable
 from v2t_jax.data.recipe import make_batches
 from v2t_jax.embedders.black_box import embed_once
 from v2t_jax.embedders.load import load_embedder
@@ -75,21 +76,14 @@ class TrainingStopped(Exception):
 
 
 def train(config: Config, workdir: Path) -> Path:
-    """Runs the recipe's stages, each from its newest checkpoint if there is one.
+    """Runs the recipe's stages, each from its newest checkpoint if there is one, and returns the model's folder.
 
-    Returns:
-        The folder of the finished model.
     Raises:
-        InputError: a setting or a source is wrong, `workdir` holds another recipe's run, or the disk is full.
         TrainingStopped: SIGINT or SIGTERM arrived; everything is saved.
     """
-    try:
-        return _train(config, workdir)
-    except OSError as error:
-        raise InputError(
-            f"The run stopped at {error.filename or workdir} ({error.strerror or error}); fix that, or free space, "
-            "then run the same command to resume from the newest checkpoint."
-        ) from error
+    with resumable("The run", workdir):
+        folder = _train(config, workdir)
+    return folder
 
 
 def _train(config: Config, workdir: Path) -> Path:
@@ -120,8 +114,7 @@ def _train(config: Config, workdir: Path) -> Path:
     if processes.is_main():
         (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
         plot(report, workdir / "evaluation.png")
-        where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        card = model_card(to_dict(config), report, where)
+        card = model_card(to_dict(config), report, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
         (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
     return folder
 
@@ -230,8 +223,8 @@ def _start(
 class Feed:
     """Batches on their devices, made a step ahead: ids, columns, and tokens for an embedder with its own vocabulary.
 
-    Where embedder and model share a vocabulary, a batch is ids alone. Otherwise the host retokenizes: texts, and the
-    corrector's hypotheses, which a program of their own makes while the step before is still running.
+    For these the host retokenizes texts, and the corrector's hypotheses, which a program of their own makes while the
+    step before is still running.
     """
 
     def __init__(self, context: TrainContext, stage: Stage, batches: Batches, frozen: FrozenParams, mesh: Mesh) -> None:
@@ -268,13 +261,11 @@ class Feed:
 
 
 class _Watch:
-    """Looks at past steps' metrics: the host runs one step ahead of the device, NaN stops the run, rates are logged.
-
-    `allowed` updates may have a loss or gradient that isn't finite, which the step then skips.
-    """
+    """Looks at past steps' metrics: the host runs one step ahead of the device, NaN stops the run, rates are logged."""
 
     def __init__(self, stage: Stage, allowed: int, checkpoints: Checkpoints) -> None:
-        self._stage, self._allowed, self._checkpoints = stage, allowed, checkpoints
+        self._stage, self._checkpoints = stage, checkpoints
+        self._allowed = allowed  # updates with a loss or gradient that isn't finite, which the step skips
         self._unchecked: list[tuple[int, Metrics, int]] = []
         self._last: tuple[int, Metrics]
         self._since, self._timed = time.perf_counter(), list[tuple[float, int]]()
@@ -327,10 +318,10 @@ def evaluate_stage(context: TrainContext, inverter: InversionPipeline, samples: 
     """Scores on held-out texts with the current parameters: greedy, with one correction step for the corrector."""
     references = context.held_out[: context.config.evaluation.num_examples]
     options: dict[str, Any] = {"num_steps": int(inverter.has_corrector), "sequence_beam_width": 1}
-    if inverter.shares_vocabulary:  # scores the corrected text even where the first guess was better
-        options["mode"] = (
-            "upstream"  # (with a vocabulary of its own, a model would write up to 127 tokens in this mode)
-        )
+    # This mode scores the corrected text even where the first guess was better; with a vocabulary of its own, a model
+    # would write up to 127 tokens in it.
+    if inverter.shares_vocabulary:
+        options["mode"] = "upstream"
     predictions = [one.text for one in invert_on_all_hosts(invert_strings, inverter, references, **options)]
     scores = text_scores(predictions, references)
     for prediction, reference in list(zip(predictions, references, strict=True))[:10]:

@@ -1,13 +1,10 @@
-"""Columns that training can read instead of computing them: embeddings, and inverters' hypotheses with theirs.
-
-Both are columns of a built data set (`data/columns.py`), for embedders behind an API and to repeat a run exactly. By
-default, training computes them in the step and needs neither.
+"""Columns that training can read instead of computing them in its step: embeddings, and inverters' hypotheses.
 
     DIR/columns/NAME                    embeddings: float16 [N, E]
     DIR/columns/NAME, NAME.embedding    hypotheses: ids [N, L], ended and padded; and float16 [N, E]
 
-The work is done piece by piece: a piece on disk is not computed again, so a kill at any moment loses the piece in hand.
-Several hosts share a folder and the work: host i of n makes every n-th piece, without talking to the others.
+A piece on disk (`data/columns.py`) is not computed again, so a kill at any moment loses the piece in hand. Several
+hosts share a folder and the work: host i of n makes every n-th piece, without talking to the others.
 
 An inverter's hypotheses of its own training texts are better than those that the corrector will meet. *Out of fold*, K
 inverters are each trained without one K-th of the texts (`data.folds`), and each makes the hypotheses of those.
@@ -24,7 +21,7 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.config import MeshConfig
 from v2t_jax.data.columns import Column, ColumnWriter, open_column
-from v2t_jax.data.dataset import TokenDataset, fold_of
+from v2t_jax.data.dataset import TokenDataset, fold_of, resumable
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, embed_texts, shares_vocabulary
 from v2t_jax.errors import InputError, check_whole
@@ -51,10 +48,6 @@ def embed_column(
     share: Share = Share(),
 ) -> bool:
     """Writes the embeddings of texts as a model reads them: of their first max_length - 1 ids.
-
-    Args:
-        embedder: one that runs here and has the data set's own tokenizer gets ids, as in training; any other gets the
-            texts that they stand for.
 
     Returns:
         Whether the column is finished: with several hosts, the last one to end finishes it.
@@ -135,7 +128,6 @@ def hypothesis_columns(
 
 
 def _check_folds(models: Sequence[str]) -> None:
-    """Compares the fold in each model's recipe with its place among the models."""
     if not models:
         raise InputError("Give a model, or as many as there are folds.")
     for i, model in enumerate(models):
@@ -176,13 +168,10 @@ def _embed_ids(embedder: TextEmbedder, vocabulary: Vocabulary, max_length: int, 
     if not (isinstance(embedder, JaxEmbedder) and shares_vocabulary(embedder, vocabulary.tokenizer)):
         return lambda ids: embed_texts(embedder, vocabulary.decode(ids), batch_size)
     check_length(max_length, embedder)
-    config, token_map = embedder.config, embedder.token_map()
-
-    def program(weights: Any, ids: jax.Array) -> jax.Array:
-        params, vocab_map = weights
-        return embed_model_ids(config, token_map, params, vocab_map, ids)
-
-    return _on_all_devices(program, (embedder.params, vocabulary.vocab_map), batch_size)
+    embed = functools.partial(embed_model_ids, embedder.config, embedder.token_map())
+    return _on_all_devices(
+        lambda weights, ids: embed(*weights, ids), (embedder.params, vocabulary.vocab_map), batch_size
+    )
 
 
 def _on_all_devices(program: Callable[[Any, jax.Array], jax.Array], weights: Any, batch_size: int) -> OnRows:
@@ -211,7 +200,7 @@ def _fill(
     share: Share,
 ) -> bool:
     """Writes columns of (dtype, width), those of one text always together; True if no host has anything left to do."""
-    try:
+    with resumable("The work", dataset.folder):
         writers = {name: ColumnWriter(dataset, name, dtype, (n,), made_by) for name, (dtype, n) in specs.items()}
         missing = sorted({piece for writer in writers.values() for piece in writer.missing()})
         some, done = next(iter(writers.values())), 0
@@ -229,9 +218,4 @@ def _fill(
             return False
         for writer in writers.values():
             writer.finish()
-    except OSError as error:
-        raise InputError(
-            f"The work stopped at {error.filename or dataset.folder} ({error.strerror or error}); fix that or free "
-            "space, then run the same command to go on."
-        ) from error
     return True
