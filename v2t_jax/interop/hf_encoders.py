@@ -168,63 +168,53 @@ class Architecture:
     ignored: str = r"pooler\..*|.*position_ids"  # keys that may be there and aren't read
 
 
-def _table(alone: str, stack: str = "", layers: str = "") -> dict[str, str]:
-    """`ours=theirs`, separated by blanks: modules on their own, then those of the layers, which lie under `stack`."""
-    outside, inside = ([pair.split("=") for pair in text.split()] for text in (alone, layers))
-    return dict(outside) | {f"layers/{ours}": stack + theirs for ours, theirs in inside}
+def _table(text: str) -> dict[str, str]:
+    """`ours=theirs`, separated by blanks: modules on their own, then, behind `stack:`, those of its layers."""
+    table, ours, theirs = {}, "", ""
+    for word in text.split():
+        if word.endswith(":"):
+            ours, theirs = "layers/", word[:-1]
+        else:
+            module, _, key = word.partition("=")
+            table[ours + module] = theirs + key
+    return table
 
 
-_BERT = _table(
-    """word_embedding=embeddings.word_embeddings position_embedding=embeddings.position_embeddings
-    type_embedding=embeddings.token_type_embeddings embedding_norm=embeddings.LayerNorm pooler=pooler.dense""",
-    "encoder.layer.{}.",
-    """query=attention.self.query key=attention.self.key value=attention.self.value
+_BERT = _table("""
+    word_embedding=embeddings.word_embeddings position_embedding=embeddings.position_embeddings
+    type_embedding=embeddings.token_type_embeddings embedding_norm=embeddings.LayerNorm pooler=pooler.dense
+    encoder.layer.{}.: query=attention.self.query key=attention.self.key value=attention.self.value
     attention_out=attention.output.dense attention_norm=attention.output.LayerNorm
-    intermediate=intermediate.dense output=output.dense output_norm=output.LayerNorm""",
-)
-_DISTILBERT = _BERT | _table(
-    "",
-    "transformer.layer.{}.",
-    """query=attention.q_lin key=attention.k_lin value=attention.v_lin attention_out=attention.out_lin
-    attention_norm=sa_layer_norm intermediate=ffn.lin1 output=ffn.lin2 output_norm=output_layer_norm""",
-)
-_MPNET = _BERT | _table(
-    "relative_bias=encoder.relative_attention_bias",
-    "encoder.layer.{}.attention.",
-    "query=attn.q key=attn.k value=attn.v attention_out=attn.o attention_norm=LayerNorm",
-)
-_NOMIC = _BERT | _table(
-    "embedding_norm=emb_ln",
-    "encoder.layers.{}.",
-    """query=attn.Wqkv[0/3] key=attn.Wqkv[1/3] value=attn.Wqkv[2/3] attention_out=attn.out_proj
-    attention_norm=norm1 up=mlp.fc11 gate=mlp.fc12 down=mlp.fc2 output_norm=norm2""",
-)
-_MODERNBERT = _table(
-    "word_embedding=embeddings.tok_embeddings embedding_norm=embeddings.norm final_norm=final_norm",
-    "layers.{}.",
-    """query=attn.Wqkv[0/3] key=attn.Wqkv[1/3] value=attn.Wqkv[2/3] attention_out=attn.Wo attention_norm=attn_norm
-    gate=mlp.Wi[0/2] up=mlp.Wi[1/2] down=mlp.Wo feed_forward_norm=mlp_norm""",
-)
-_LLAMA = _table(
-    "word_embedding=embed_tokens final_norm=norm",
-    "layers.{}.",
-    """query=self_attn.q_proj key=self_attn.k_proj value=self_attn.v_proj attention_out=self_attn.o_proj
+    intermediate=intermediate.dense output=output.dense output_norm=output.LayerNorm""")
+_DISTILBERT = _BERT | _table("""
+    transformer.layer.{}.: query=attention.q_lin key=attention.k_lin value=attention.v_lin
+    attention_out=attention.out_lin attention_norm=sa_layer_norm
+    intermediate=ffn.lin1 output=ffn.lin2 output_norm=output_layer_norm""")
+_MPNET = _BERT | _table("""
+    relative_bias=encoder.relative_attention_bias
+    encoder.layer.{}.attention.: query=attn.q key=attn.k value=attn.v attention_out=attn.o attention_norm=LayerNorm""")
+_NOMIC = _BERT | _table("""
+    embedding_norm=emb_ln
+    encoder.layers.{}.: query=attn.Wqkv[0/3] key=attn.Wqkv[1/3] value=attn.Wqkv[2/3] attention_out=attn.out_proj
+    attention_norm=norm1 up=mlp.fc11 gate=mlp.fc12 down=mlp.fc2 output_norm=norm2""")
+_MODERNBERT = _table("""
+    word_embedding=embeddings.tok_embeddings embedding_norm=embeddings.norm final_norm=final_norm
+    layers.{}.: query=attn.Wqkv[0/3] key=attn.Wqkv[1/3] value=attn.Wqkv[2/3] attention_out=attn.Wo
+    attention_norm=attn_norm gate=mlp.Wi[0/2] up=mlp.Wi[1/2] down=mlp.Wo feed_forward_norm=mlp_norm""")
+_LLAMA = _table("""
+    word_embedding=embed_tokens final_norm=norm
+    layers.{}.: query=self_attn.q_proj key=self_attn.k_proj value=self_attn.v_proj attention_out=self_attn.o_proj
     query_norm=self_attn.q_norm key_norm=self_attn.k_norm attention_norm=input_layernorm
-    gate=mlp.gate_proj up=mlp.up_proj down=mlp.down_proj feed_forward_norm=post_attention_layernorm""",
-)
-_GEMMA3 = _LLAMA | _table(
-    "",
-    "layers.{}.",
-    """attention_out_norm=post_attention_layernorm feed_forward_norm=pre_feedforward_layernorm
-    feed_forward_out_norm=post_feedforward_layernorm""",
-)
-_CLIP = _table(
-    """word_embedding=embeddings.token_embedding position_embedding=embeddings.position_embedding
-    final_norm=final_layer_norm""",
-    "encoder.layers.{}.",
-    """query=self_attn.q_proj key=self_attn.k_proj value=self_attn.v_proj attention_out=self_attn.out_proj
-    attention_norm=layer_norm1 intermediate=mlp.fc1 output=mlp.fc2 feed_forward_norm=layer_norm2""",
-)
+    gate=mlp.gate_proj up=mlp.up_proj down=mlp.down_proj feed_forward_norm=post_attention_layernorm""")
+_GEMMA3 = _LLAMA | _table("""
+    layers.{}.: attention_out_norm=post_attention_layernorm feed_forward_norm=pre_feedforward_layernorm
+    feed_forward_out_norm=post_feedforward_layernorm""")
+_CLIP = _table("""
+    word_embedding=embeddings.token_embedding position_embedding=embeddings.position_embedding
+    final_norm=final_layer_norm
+    encoder.layers.{}.: query=self_attn.q_proj key=self_attn.k_proj value=self_attn.v_proj
+    attention_out=self_attn.out_proj attention_norm=layer_norm1
+    intermediate=mlp.fc1 output=mlp.fc2 feed_forward_norm=layer_norm2""")
 
 _HEADS = r"lm_head\..*|.*inv_freq"
 ARCHITECTURES: dict[str, Architecture] = {
