@@ -60,16 +60,12 @@ def load_t5(name: str, put: Callable = np.asarray) -> tuple[T5Config, Params]:
 
 def save_t5(folder: Path | str, config: T5Config, params: Params) -> None:
     """The inverse: config.json and model.safetensors as transformers reads them; whole or not at all."""
-    trees = params, T5(config).abstract_params()
-    shapes, meant = ({name: leaf.shape for name, leaf in files.named(tree).items()} for tree in trees)
-    if differing := sorted(path for path in shapes | meant if shapes.get(path) != meant.get(path)):
-        path = differing[0]
-        wrong = f"The T5's parameter {path!r} has shape {shapes.get(path)}, but its config implies {meant.get(path)}"
-        raise InputError(f"{wrong}; give the two that belong together.")
+    state = t5_to_huggingface(params)
+    t5_from_huggingface(state, config, put=lambda array: None)  # refuses parameters of another config
     with files.whole_folder(Path(folder)) as building:
         values = t5_config_to_huggingface(config)
         (building / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        save_file(t5_to_huggingface(params), building / files.SAFETENSORS, metadata={"format": "pt"})
+        save_file(state, building / files.SAFETENSORS, metadata={"format": "pt"})
 
 
 def t5_from_huggingface(state: Mapping[str, files.Tensor], config: T5Config, put: Callable = np.asarray) -> Params:
@@ -107,12 +103,13 @@ def t5_config(config: dict[str, Any]) -> T5Config:
     if config["feed_forward_proj"] not in FEED_FORWARD:
         given, supported = config["feed_forward_proj"], ", ".join(FEED_FORWARD)
         raise InputError(f"The T5 config has the feed-forward {given!r}; supported are {supported}.")
+    same: dict[str, Any] = {name: files.size(config, name) for name in _SIZES}
     for name, least in zip(_RATES, (1e-30, 0.0), strict=True):
         if not least <= config[name] < 1:
             raise InputError(f"The T5 config has {name} = {config[name]!r}; it must be from {least} to 1.")
-    same: dict[str, Any] = {name: files.size(config, name) for name in _SIZES}
+        same[name] = float(config[name])
     return T5Config(
-        **same | {name: float(config[name]) for name in _RATES},
+        **same,
         num_encoder_layers=files.size(config, "num_layers"),
         feed_forward=config["feed_forward_proj"],
         tie_word_embeddings=config["scale_decoder_outputs"],  # since transformers 5 the older field is always true
