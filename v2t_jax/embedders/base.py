@@ -69,10 +69,10 @@ def check_identity(recorded: dict[str, Any], given: EmbedderIdentity, whose: str
     Fields that either lacks may differ; names too, where the weights of both can be seen.
     """
     both_seen = recorded.get("weights_sha256") and given.weights_sha256
-    ignored = {*ignored, "name" if both_seen else "weights_sha256"}
+    skipped = {*ignored, "name" if both_seen else "weights_sha256"}
     for name, value in given.to_dict().items():
         was = recorded.get(name)
-        if name not in ignored and was not in (None, value):
+        if name not in skipped and was not in (None, value):
             made = f"{whose} was made with an embedder whose {name} is {was!r}"
             raise InputError(f"{made}, but that of {given.name} is {value!r}: give the embedder it was made with.")
 

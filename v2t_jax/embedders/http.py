@@ -144,7 +144,7 @@ class Endpoint:
 
     def _embed_once(self, texts: list[str], check: Check, stop: Event) -> np.ndarray:
         shortened = {"dimensions": self._config.dimensions} if self._config.dimensions else {}
-        body = {"model": self._config.model, "input": texts, **shortened}
+        body: dict[str, Any] = {"model": self._config.model, "input": texts, **shortened}
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}
         # An upper bound: no usual tokenizer makes more than a token per byte, plus two around the text.
         cost = most = sum(len(text.encode()) + 2 for text in texts)

@@ -39,7 +39,6 @@ __all__ = ["KNOWN", "KnownEmbedder", "load_embedder", "load_tokenizer", "locate"
 # Pooling modes as sentence-transformers names them since version 5.3, and before it as `pooling_mode_NAME`.
 _POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
 _POOLING |= {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
-_DEFAULT_LENGTH = 512  # tokens, where neither the folder nor the network has a limit
 
 
 class _Name(NamedTuple):
@@ -284,7 +283,7 @@ def _max_length(body: Path, known: KnownEmbedder | None, positions: int | None) 
     settings, tokenizer = _transformer_settings(body), read_json(body / "tokenizer_config.json", otherwise={})
     limits = [settings.get("max_seq_length") or tokenizer.get("model_max_length"), settings.get("document_length")]
     given = [limit for limit in limits if limit is not None and limit < 10**9]  # transformers' "no limit" is 1e30
-    given = given or [known.max_length if known else positions or _DEFAULT_LENGTH]
+    given = given or [known.max_length if known else positions or 512]
     longest = int(min([*given, positions or math.inf]))
     if longest < 3:
         raise InputError(f"{body} says that texts are cut to {longest} tokens, too few to embed anything.")

@@ -170,7 +170,8 @@ class Architecture:
 
 def _table(text: str) -> dict[str, str]:
     """`ours=theirs`, separated by blanks: modules on their own, then, behind `stack:`, those of its layers."""
-    table, ours, theirs = {}, "", ""
+    table: dict[str, str] = {}
+    ours = theirs = ""
     for word in text.split():
         if word.endswith(":"):
             ours, theirs = "layers/", word[:-1]
