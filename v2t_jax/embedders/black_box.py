@@ -60,11 +60,11 @@ class BlackBox(ABC):
         distinct = _distinct(texts, batch_size)
         if not distinct:
             return np.zeros((0, self.width), np.float32)
-        index = {text: i for i, text in enumerate(distinct)}
-        return self._embed(distinct, batch_size)[[index[text] for text in texts]]
+        vectors = self._embed(distinct, batch_size)
+        return np.stack([vectors[text] for text in texts])
 
     @abstractmethod
-    def _embed(self, texts: list[str], batch_size: int) -> np.ndarray: ...
+    def _embed(self, texts: list[str], batch_size: int) -> dict[str, np.ndarray]: ...
 
     def _checked(self, answer: Any, rows: int) -> np.ndarray:
         """The answer as float32 [rows, E], consistent with all earlier ones."""
@@ -110,13 +110,13 @@ class CallableEmbedder(BlackBox):
         super().__init__(name or str(getattr(fn, "__name__", type(fn).__name__)), width, normalized)
         self._fn = fn
 
-    def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
-        parts = []
+    def _embed(self, texts: list[str], batch_size: int) -> dict[str, np.ndarray]:
+        vectors: dict[str, np.ndarray] = {}
         with progress.bar(len(texts), f"embedding with {self.name}", unit="texts") as update:
             for batch in _batches(texts, batch_size):
-                parts.append(self._checked(self._fn(batch), len(batch)))
-                update(sum(map(len, parts)))
-        return np.concatenate(parts)
+                vectors |= zip(batch, self._checked(self._fn([*batch]), len(batch)), strict=True)
+                update(len(vectors))
+        return vectors
 
 
 class Plan(NamedTuple):
@@ -169,7 +169,7 @@ class HttpEmbedder(BlackBox):
         requests = -(-len(missing) // batch_size)
         return Plan(cached + len(missing), cached, requests, tokens, self.budget.cost_of(tokens))
 
-    def _embed(self, texts: list[str], batch_size: int) -> np.ndarray:
+    def _embed(self, texts: list[str], batch_size: int) -> dict[str, np.ndarray]:
         with closing(VectorCache(self.cache_file)) as cache:
             vectors = cache.read(texts)
             try:
@@ -188,7 +188,7 @@ class HttpEmbedder(BlackBox):
                 progress.note(f"{self.name}: {plan}{self._endpoint.terms() if plan.requests else ''}")
             if missing:
                 self._request(_batches(missing, batch_size), vectors, cache)
-        return np.stack([vectors[text] for text in texts])
+        return vectors
 
     def _request(self, batches: list[list[str]], vectors: dict[str, np.ndarray], cache: VectorCache) -> None:
         """Requests the missing vectors concurrently and adds them to `vectors`."""
