@@ -225,13 +225,9 @@ class HttpEmbedder(BlackBox):
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def is_metered(embedder: object) -> bool:
-    return bool(getattr(embedder, "metered", False))
-
-
 def embed_once(embedder: TextEmbedder, texts: Sequence[str]) -> np.ndarray:
     """Embeds the same texts for all processes, [len(texts), E]; only process 0 asks a metered embedder."""
-    if not is_metered(embedder) or jax.process_count() == 1:
+    if not getattr(embedder, "metered", False) or jax.process_count() == 1:
         return embedder.embed(texts)
     found, failure = np.zeros((0, 0), np.float32), ""
     try:

@@ -152,7 +152,7 @@ def _encoder_folder(folder: Path) -> tuple[list[Any], Path]:
         # By its letters: the hub's cache links its files elsewhere.
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
             raise InputError(f"{folder}/modules.json names {path}, which lies outside the folder; download it again.")
-        if _kind(module) in ("Transformer", "CLIPModel"):  # in some old folders it lies in one of its own
+        if module["type"].endswith((".Transformer", ".CLIPModel")):  # in some old folders it lies in one of its own
             body = path
     return modules, body
 
@@ -226,13 +226,8 @@ class _BehindEncoder:
     files: list[Path] = dataclasses.field(default_factory=list)  # weights of the dense layers
 
 
-def _kind(module: dict[str, Any]) -> str:
-    """What a module does; versions of sentence-transformers differ in where the class of this name lies."""
-    return module["type"].rsplit(".", 1)[-1]
-
-
 def _read_modules(folder: Path, modules: list[dict[str, Any]], encoder: EncoderConfig) -> _BehindEncoder:
-    kinds = [_kind(module) for module in modules]
+    kinds = [module["type"].rsplit(".")[-1] for module in modules]  # versions differ in where these classes lie
     # CLIP's module gives the pooled and projected text.
     expected = "(Transformer|CLIPModel)" if isinstance(encoder, ClipTextConfig) else "Transformer Pooling( Dense)*"
     if not re.fullmatch(rf"{expected}( Normalize)?", " ".join(kinds)):

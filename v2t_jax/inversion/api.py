@@ -18,7 +18,6 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.config import MeshConfig
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts, named_or_embedder
-from v2t_jax.embedders.black_box import is_metered
 from v2t_jax.errors import InputError, check_texts, check_whole
 from v2t_jax.inversion.correction import MOST_STEPS, Mode
 from v2t_jax.inversion.pipeline import InversionPipeline
@@ -193,7 +192,7 @@ def invert_on_all_hosts(
     count = jax.process_count()
     if count == 1 or inverter.mesh is not None:
         return invert(inverter, items, **options)
-    once = is_metered(inverter.embedder)
+    once = getattr(inverter.embedder, "metered", False)
     given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
     record: dict[str, Any] = {"given": hashlib.sha256(given).hexdigest(), "fault": "", "found": []}
     share = items if once else items[jax.process_index() :: count]
