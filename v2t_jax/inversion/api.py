@@ -27,9 +27,7 @@ from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, ma
 
 BATCH_SIZE = 32
 MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
-# Sizes that batches are padded up to, so that a few texts don't pay for a full batch, and few shapes are compiled;
-# beyond them, multiples of the last.
-BATCH_SIZES = (1, 8, BATCH_SIZE)
+BATCH_SIZES = (1, 8, BATCH_SIZE)  # batches are padded to these, or multiples of the last: few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def invert_embeddings(
             other devices of this process at the same time. The result doesn't depend on it.
 
     Raises:
-        InputError: see `check_vectors`; a setting is out of range; or num_steps > 0 and the model has no corrector.
+        InputError: vectors that can't be embeddings, a setting out of range, or steps for a model without corrector.
     """
     e = check_vectors(vectors, inverter.config.embedding_width)
     check_whole("num_steps", num_steps, 0, MOST_STEPS)
@@ -104,8 +102,7 @@ def invert_batches(
     patience: int = 0,
     batch_size: int | None = None,
 ) -> Iterator[list[InversionResult]]:
-    """`invert_embeddings` batch by batch, without its checks; of `e` [n, E], which may be mapped, it reads a batch a
-    time, and brings it to length 1 where the embedder does that."""
+    """`invert_embeddings` batch by batch, without its checks; `e` [n, E] may be mapped to a file."""
     loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
     # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
     most = batch_size or min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2)
@@ -137,22 +134,19 @@ def invert_batches(
 
 
 def _results(inverter: InversionPipeline, e: np.ndarray, trace_ids: np.ndarray, mode: Mode) -> list[InversionResult]:
-    """Results of traces [n, N + 1, L]. Their cosines are of the texts, embedded again by the embedder's own tokenizer:
-    a sequence of tokens that the tokenizer would never make of its text can't flatter."""
+    """Results of traces [n, N + 1, L]; the cosines are of the texts, which the embedder's own tokenizer reads again."""
     n, steps = trace_ids.shape[:2]
     texts = inverter.vocabulary.decode(trace_ids.reshape(n * steps, -1))
-    values = cosines(embed_decoded(inverter, texts), np.repeat(e, steps, axis=0)).reshape(n, steps)
-    return [_result(texts[i * steps : (i + 1) * steps], values[i], mode) for i in range(n)]
-
-
-def _result(texts: Sequence[str], values: np.ndarray, mode: str) -> InversionResult:
-    best, trace = 0, []
-    for step in range(len(texts)):
-        # Rounding in the last place of a cosine is no improvement.
-        if mode == "upstream" or values[step] > values[best] + 1e-6:
-            best = step
-        trace.append(TraceStep(step, texts[best], float(values[best])))
-    return InversionResult(texts[best], float(values[best]), best, tuple(trace))
+    values = cosines(embed_decoded(inverter, texts), np.repeat(e, steps, axis=0))
+    results = []
+    for first in range(0, n * steps, steps):
+        best, trace = first, []
+        for i in range(first, first + steps):
+            if mode == "upstream" or values[i] > values[best] + 1e-6:  # which is more than rounding
+                best = i
+            trace.append(TraceStep(i - first, texts[best], float(values[best])))
+        results.append(InversionResult(texts[best], float(values[best]), best - first, tuple(trace)))
+    return results
 
 
 def embed_decoded(inverter: InversionPipeline, texts: Sequence[str]) -> np.ndarray:
@@ -186,28 +180,26 @@ def invert_on_all_hosts(
 ) -> list[InversionResult]:
     """`invert(inverter, items, **options)` on every process, each doing a share of the texts or vectors `items`.
 
-    With a mesh over all processes, they do everything together. With a metered embedder process 0 does everything: a
-    run then pays for a text once, within one limit. An `InputError` on any process is raised on all.
+    With a metered embedder process 0 does everything: a run then pays for a text once, within one limit.
     """
     count = jax.process_count()
     if count == 1 or inverter.mesh is not None:
         return invert(inverter, items, **options)
     once = getattr(inverter.embedder, "metered", False)
     given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
-    record: dict[str, Any] = {"given": hashlib.sha256(given).hexdigest(), "fault": "", "found": []}
-    share = items if once else items[jax.process_index() :: count]
+    share, found, fault = items if once else items[jax.process_index() :: count], [], ""
     try:
         if len(share) and (processes.is_main() or not once):
-            record["found"] = [one.to_dict() for one in invert(inverter, share, **options)]
+            found = [one.to_dict() for one in invert(inverter, share, **options)]
     except InputError as error:
-        record["fault"] = str(error)
-    parts = processes.gather(record)
-    for part in parts:
-        if part["fault"]:
-            raise InputError(part["fault"])
-        if part["given"] != parts[0]["given"]:
-            raise InputError("The processes have read different texts or vectors: give all hosts the same files.")
-    records = parts[0]["found"] if once else [parts[i % count]["found"][i // count] for i in range(len(items))]
+        fault = str(error)
+    records = processes.gather([hashlib.sha256(given).hexdigest(), found, fault])
+    digests, founds, faults = zip(*records, strict=True)
+    if fault := next(filter(None, faults), ""):
+        raise InputError(fault)
+    if len(set(digests)) > 1:
+        raise InputError("The processes have read different texts or vectors: give all hosts the same files.")
+    records = founds[0] if once else [founds[i % count][i // count] for i in range(len(items))]
     return msgspec.convert(records, list[InversionResult])
 
 
@@ -216,9 +208,6 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
 
     Texts are cut to what the model recovers at most, and compared in the tokenizer's normal form (word-pieces lose case
     and spacing, and what the tokenizer doesn't know is left out): `reference` is that form.
-
-    Raises:
-        InputError: no texts, or one is blank or holds nothing that the tokenizer knows; or see `invert_embeddings`.
     """
     check_texts(texts)
     if len(texts) == 0:
@@ -227,9 +216,8 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
     references = inverter.vocabulary.normalize(texts, longest)
     for i, (text, reference) in enumerate(zip(texts, references, strict=True)):
         if not reference.strip():
-            raise InputError(
-                f"Text {i + 1} of {len(texts)} holds nothing that the embedder's tokenizer knows; use other words."
-            )
+            which = f"Text {i + 1} of {len(texts)}"
+            raise InputError(f"{which} holds nothing that the embedder's tokenizer knows; use other words.")
         if inverter.vocabulary.normalize([text], len(text.encode()) + 2)[0] != reference:
             progress.note(f"Text {i + 1} is cut to the {longest - 1} tokens that the model takes: {reference!r}")
     found = invert_embeddings(inverter, embed_decoded(inverter, references), **options)
@@ -238,16 +226,14 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
 
 
 def embed(texts: Sequence[str], embedder: str | Path | TextEmbedder = "all-MiniLM-L6-v2") -> np.ndarray:
-    """Embeddings [len(texts), E] float32 by an embedder's name or folder, or by the embedder itself.
-
-    An embedder loaded by name stays loaded: the last one named.
-    """
+    """Embeddings [len(texts), E] float32 by an embedder's name or folder, or by the embedder itself."""
     given = named_or_embedder(embedder)
     return (_loaded(given) if isinstance(given, str) else given).embed(texts)
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(name: str) -> JaxEmbedder:
+    """The embedder of that name: the last one stays loaded."""
     from v2t_jax.embedders.load import load_embedder
 
     return load_embedder(name)

@@ -1,8 +1,5 @@
-"""From inside a compiled program to what lives on the host, by one batched callback a step.
-
-Hypotheses take this way to an embedder that doesn't share the model's vocabulary: as text, to the embedder's own
-tokenizer (`tokens`), or to an embedder that isn't JAX at all (`vectors`).
-"""
+"""From inside a compiled program to what lives on the host, by one batched callback a step: the embedder's own
+tokenizer (`tokens`), or an embedder that isn't JAX at all (`vectors`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +13,8 @@ from jax import Array
 class HostFunctions:
     """Host functions as functions for use under jit. They must be pure and must not call jax, which may wait for them.
 
-    What one raises (an `InputError` of an embedder, Ctrl-C) would reach the caller of the program as an error of JAX's.
-    It is kept instead; until `check` raises it, no host function is called, and all return embeddings of NaN.
+    What one raises would reach the program's caller as an error of JAX's. It is kept instead; until `check` raises it,
+    no host function is called, and all return embeddings of NaN.
     """
 
     def __init__(self) -> None:
@@ -30,7 +27,7 @@ class HostFunctions:
             raise error
 
     def vectors(self, function: Callable[[np.ndarray], np.ndarray], width: int) -> Callable[[Array], Array]:
-        """`function`: ids [rows, L] int32 -> vectors [rows, width]; the result gives them as float32."""
+        """`function`: ids [rows, L] int32 -> vectors [rows, width]."""
         return lambda ids: self._call(function, jax.ShapeDtypeStruct((len(ids), width), jnp.float32), ids)
 
     def tokens(

@@ -57,8 +57,8 @@ class InversionPipeline:
     Where it `shares_vocabulary`, the model writes its embedder's own tokens, and the correction loop never leaves the
     device. Otherwise its tokenizer is its own, and hypotheses reach the embedder as text, through a host callback.
 
-    With a `mesh` of all devices of the run, the parameters are sharded over it, it decodes in the layout `decode`, and
-    all processes make the same calls together. Without, each process decodes on its own devices.
+    With a `mesh` of all devices, the parameters are sharded over it, and all processes make the same calls together.
+    Without, each process decodes on its own devices.
     """
 
     name: str
@@ -88,8 +88,8 @@ class InversionPipeline:
     def loop_params(self, devices: Mesh | None = None) -> dict[str, Any]:
         """The weights that a correction loop takes: in the arithmetic's dtype, layer by layer, laid out for decoding.
 
-        Prepared once for these `params` and kept until they are replaced or `release` is called. Without a mesh of the
-        pipeline's own they lie on the first device, or whole on each of `devices`.
+        Kept until `params` are replaced or `release` is called. Without a mesh of the pipeline's own they lie on the
+        first device, or whole on each of `devices`.
         """
         if self._weights_of is not self.params:
             self._weights, self._weights_of = {}, self.params
@@ -117,31 +117,21 @@ class InversionPipeline:
         return weights | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
 
     def correction_loop(self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0) -> CorrectionLoop:
-        """The compiled loop for these settings, made once.
-
-        In mode "upstream" the texts of a model with its own tokenizer are as long as the original's calls let them be,
-        whatever it was trained on; a first guess to be corrected is cut to the length of the training texts, with the
-        start id.
-        """
+        """The compiled loop for these settings, made once."""
         config, guess_length = self.config, None
         if mode == "upstream" and not self.shares_vocabulary:
+            # As the original's calls: texts of its length, but first guesses of the training texts', with the start id.
             config = dataclasses.replace(config, max_length=UPSTREAM_LENGTH)
             guess_length = self.config.max_length - 1
         settings = CorrectionSettings(sequence_beam_width, mode, patience, guess_length)
         if settings not in self._loops:
-            proposers = (propose_corrections(config, mode),)  # further ones go here: their candidates are pooled
             embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary)
-            self._loops[settings] = CorrectionLoop(
-                initial_hypotheses(config), proposers, embed, settings, rank=topk_order, check=check
-            )
+            functions = initial_hypotheses(config), (propose_corrections(config, mode),), embed
+            self._loops[settings] = CorrectionLoop(*functions, settings, rank=topk_order, check=check)
         return self._loops[settings]
 
     def save(self, folder: Path, record: dict[str, Any], quantize: bool = False, card: str = "") -> None:
-        """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json.
-
-        Raises:
-            InputError: the folder can't be written, or holds something other than a model.
-        """
+        """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json."""
         if folder.exists() and not (folder / "pieces.safetensors").is_file() and any(folder.iterdir()):
             raise InputError(f"{folder} holds files that aren't a model's and would be lost; pass another folder.")
         with whole_folder(folder, replace=True) as building:
@@ -198,23 +188,21 @@ def locate_model(name: str) -> Path:
         return Path(name)
     if name in packaged_models():
         return PACKAGED / name
-    if is_hub_name(name):
-        try:
-            return download(name)
-        except InputError as error:
-            raise InputError(f"There is no model folder {name!r} here, and from the hub: {error}") from error
-    packaged = ", ".join(packaged_models()) or "none"
-    raise InputError(
-        f"There is no model {name!r}: pass a model folder, a packaged name ({packaged}), or owner/name on the hub."
-    )
+    if not is_hub_name(name):
+        packaged = ", ".join(packaged_models()) or "none"
+        advice = f"pass a model folder, a packaged name ({packaged}), or owner/name on the hub."
+        raise InputError(f"There is no model {name!r}: {advice}")
+    try:
+        return download(name)
+    except InputError as error:
+        raise InputError(f"There is no model folder {name!r} here, and from the hub: {error}") from error
 
 
 def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> StoredModel:
     """A model's folder without its embedder: see `load`."""
     folder = locate_model(name)
-    values = read_json(folder / "config.json", "a model folder")
     try:
-        header = msgspec.convert(values, Header)
+        header = msgspec.convert(read_json(folder / "config.json", "a model folder"), Header)
     except msgspec.ValidationError as error:
         raise InputError(f"{folder}/config.json isn't a model's ({error}); download the model again.") from error
     config = from_dict(ModelConfig, header.model, "model")
@@ -228,24 +216,22 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
             for stage, network in NETWORKS.items()
             if (file := f"{stage}.safetensors") in files
         }
-        pieces = open_weights([files["pieces.safetensors"]]).get("pieces")
-        vocab_map = None if pieces is None else pieces[:]
-        if vocab_map is None or vocab_map.ndim != 1 or not np.issubdtype(vocab_map.dtype, np.integer):
+        pieces = open_weights([files["pieces.safetensors"]])
+        vocab_map = pieces["pieces"][:] if "pieces" in pieces else np.empty(())
+        if vocab_map.ndim != 1 or not np.issubdtype(vocab_map.dtype, np.integer):
             raise InputError(f"{folder}/pieces.safetensors doesn't hold a row of integers; download the model again.")
     return StoredModel(header, config, params, vocab_map, tokenizer)
 
 
 def _checked_files(folder: Path, files: dict[str, str]) -> dict[str, Path]:
-    """By name, those of a folder's files that the model is made of; their sha256 is the recorded one."""
+    """A folder's recorded files by name, their sha256 compared."""
     paths = {}
     for file, sha256 in files.items():
         path = folder / Path(file).name
         if not os.access(path, os.R_OK) or not path.is_file():
             raise InputError(f"{path} is missing or unreadable; download the model again.")
         if sha256_of([path]) != sha256:
-            raise InputError(
-                f"{path} is truncated or altered (its sha256 is not the recorded one); download the model again."
-            )
+            raise InputError(f"{path} is truncated or altered (its sha256 is another one); download the model again.")
         paths[path.name] = path
     return paths
 
@@ -263,25 +249,22 @@ def load(
         put: takes each parameter; by default to this process's first device.
 
     Raises:
-        InputError: no such model; a file is missing, altered or truncated; or the embedder isn't the one it was
-            trained on.
+        InputError: no such model, a damaged file, or not the embedder it was trained on.
     """
     embedder = embedder if embedder is None else named_or_embedder(embedder)
     header, config, params, vocab_map, tokenizer = read_model(str(name), put)
     recorded, whose = header.embedder, f"The model {header.name}"
     if embedder is None and not recorded.weights_sha256:
-        raise InputError(
-            f"{whose} was trained for {recorded.name}, whose weights aren't known: pass that embedder, as load(name, "
-            "embedder=...)."
-        )
+        known = f"{whose} was trained for {recorded.name}, whose weights aren't known"
+        raise InputError(f"{known}: pass that embedder, as load(name, embedder=...).")
     if embedder is None or isinstance(embedder, str):
         # By name alone a prefix may be the table's, the folder's, or one that was asked for.
         embedder = load_embedder(embedder or recorded.name, prefix=recorded.prefix)
     longest = recorded.max_length
     if isinstance(embedder, JaxEmbedder) and longest and longest < embedder.config.max_length:
         embedder = embedder.shortened(longest)
-    # A name that can't be checked draws a warning, below, and another width an error of the pipeline's own. Training
-    # may round the embedder's arithmetic; the vectors to invert are the exact embedder's.
+    # Another name draws a warning, below, and another width the pipeline's own error. Training may round the
+    # embedder's arithmetic; the vectors to invert are the exact embedder's.
     check_identity(recorded.to_dict(), embedder.identity, whose, ignored=("name", "width", "dtype"))
     shares_vocabulary = tokenizer is None
     if tokenizer is None:
@@ -297,10 +280,8 @@ def load(
             f"{whose} was trained for {recorded.name}; that {embedder.name} is the same embedder can't be checked.",
             stacklevel=2,
         )
-    vocabulary = Vocabulary(tokenizer, vocab_map)
-    return InversionPipeline(
-        header.name, config, params, embedder, vocabulary, shares_vocabulary, header.embedding_norm
-    )
+    made_of = header.name, config, params, embedder, Vocabulary(tokenizer, vocab_map)
+    return InversionPipeline(*made_of, shares_vocabulary, header.embedding_norm)
 
 
 def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:

@@ -19,22 +19,18 @@ from v2t_jax.models.inverter import Inverter
 
 
 def initial_hypotheses(config: ModelConfig) -> Hypothesize:
-    """First guesses: the inverter's."""
-
     def hypothesize(params: Any, e: jax.Array, k: int) -> jax.Array:
         start = Inverter(config).start_decoding(params["inverter"], e, num_beams=k)
-        return _decode(*start, config, len(e), k)
+        return _decode(start, config, len(e), k)
 
     return hypothesize
 
 
 def propose_corrections(config: ModelConfig, mode: Mode) -> Propose:
-    """Candidates: the corrector's."""
-
     def propose(params: Any, given: Hypotheses, k: int) -> jax.Array:
         inputs = (given.e, given.ids, given.embedding)
         start = Corrector(config).start_decoding(params["corrector"], *inputs, num_beams=k)
-        return _decode(*start, config, len(given.e), k, mode)
+        return _decode(start, config, len(given.e), k, mode)
 
     return propose
 
@@ -67,12 +63,9 @@ def shared_embedder(config: EmbedderConfig, token_map: TokenMap) -> Embed:
 def retokenizer(
     vocabulary: Vocabulary, embedder: JaxEmbedder, length: int
 ) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], int]:
-    """Model ids [rows, length] -> the embedder's ids and mask [rows, M] of their texts; and M.
-
-    Another tokenizer may need more tokens for the same text; what needs more than twice as many is cut.
-    """
+    """Model ids [rows, length] -> the embedder's ids and mask [rows, M] of their texts; and M."""
     around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
-    most = min(embedder.config.max_length, 2 * length + around)
+    most = min(embedder.config.max_length, 2 * length + around)  # what needs more than twice as many tokens is cut
     short = embedder.shortened(most)
 
     def retokenize(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,17 +76,7 @@ def retokenizer(
     return retokenize, most
 
 
-def _decode(
-    tokens_to_logits: Any, cache: Any, config: ModelConfig, rows: int, k: int, mode: Mode = "best"
-) -> jax.Array:
+def _decode(start: tuple[Any, Any], config: ModelConfig, rows: int, k: int, mode: Mode = "best") -> jax.Array:
     """k sequences a row, ids [rows, k, L]."""
-    found, _ = beam_search(
-        tokens_to_logits,
-        cache,
-        batch_size=rows,
-        num_beams=k,
-        num_return=k,
-        max_length=config.max_length,
-        stop_rule="any" if mode == "upstream" else "running",
-    )
-    return found.ids
+    sizes: dict[str, Any] = {"batch_size": rows, "num_beams": k, "num_return": k, "max_length": config.max_length}
+    return beam_search(*start, **sizes, stop_rule="any" if mode == "upstream" else "running")[0].ids

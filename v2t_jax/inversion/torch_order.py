@@ -1,9 +1,8 @@
 """The order in which torch ranks equal scores.
 
-The original keeps the first W of `torch.topk` over all candidates, and equal scores are common: candidates that differ
-only behind what the embedder reads, or that spell one text in two ways, have one embedding. On a CPU, `topk` of all n
-values is C++'s `nth_element` and then `sort`, neither of them stable; to select as the original does, mode "upstream"
-follows GNU's versions of both, which are the introselect and introsort of Musser (1997).
+The original keeps the first W of `torch.topk` over all candidates, and equal scores are common: texts spelled in two
+ways have one embedding. On a CPU, `topk` of all n values is C++'s `nth_element` and then `sort`, neither of them
+stable; mode "upstream" follows GNU's versions of both, the introselect and introsort of Musser (1997).
 """
 
 import jax

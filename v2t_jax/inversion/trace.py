@@ -14,7 +14,7 @@ BRACKETS = (escape("[-{}-]"), "{{+{}+}}")
 
 
 def show_trace(found: Any, title: str, console: Console | None = None) -> None:
-    """Prints a text's way from the first guess to the last, with what changed in each step set off."""
+    """Prints a trace with what changed in each step set off."""
     console = console or Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{escape(title)}[/bold]")
     marks = COLOURS if console.is_terminal and console.color_system else BRACKETS
@@ -32,9 +32,8 @@ def show_trace(found: Any, title: str, console: Console | None = None) -> None:
 
 def draw_trace(found: Any, title: str) -> str:
     """The same as a picture of a terminal, SVG."""
-    console = Console(
-        record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False, width=88
-    )
+    looks: dict[str, Any] = {"force_terminal": True, "color_system": "truecolor", "highlight": False, "width": 88}
+    console = Console(record=True, file=io.StringIO(), **looks)
     show_trace(found, title, console)
     # rich names fonts on a server; a picture should need none.
     return re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="v2t"), flags=re.DOTALL)

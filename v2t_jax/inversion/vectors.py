@@ -17,10 +17,7 @@ MOST_SPREAD = 1.4
 
 
 def check_vectors(vectors: Any, width: int) -> np.ndarray:
-    """Vectors to invert, of numpy, JAX or torch, as float32 [n, width]; one vector may come as 1-D.
-
-    Refuses what holds no numbers or no rows, another width, more dimensions, NaN, infinite values, or zero vectors.
-    """
+    """Vectors to invert, of numpy, JAX or torch, as float32 [n, width]; one vector may come as 1-D."""
     try:
         array = as_numpy(vectors)
     except (ValueError, TypeError, RuntimeError) as error:  # rows of unequal length; RuntimeError: torch's
@@ -42,20 +39,17 @@ def check_vectors(vectors: Any, width: int) -> np.ndarray:
     with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is refused
         array = array.astype(np.float32)
     infinite, zero = ~np.isfinite(array).all(axis=1), np.linalg.norm(array.astype(np.float64), axis=1) < 1e-12
-    for wrong, what in (
-        (infinite, "holds NaN or infinite values; remove or repair it"),
-        (zero, "is (almost) zero; no text embeds to it: remove it"),
-    ):
-        if wrong.any():
-            raise InputError(f"Vector {np.argmax(wrong) + 1} of {len(array)} {what}.")
+    if (infinite | zero).any():
+        first, what = int(np.argmax(infinite | zero)), "is (almost) zero; no text embeds to it: remove it"
+        what = "holds NaN or infinite values; remove or repair it" if infinite[first] else what
+        raise InputError(f"Vector {first + 1} of {len(array)} {what}.")
     return array
 
 
 def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
     """Warns of vectors [n, E] that hardly come from the model's embedder, judged by their lengths and coordinates."""
     norms, reasons = np.linalg.norm(e, axis=1), []
-    expected = (1.0, 0.0) if inverter.embedder.normalized else inverter.embedding_norm
-    if expected is not None:
+    if expected := (1.0, 0.0) if inverter.embedder.normalized else inverter.embedding_norm:
         mean, deviation = expected
         foreign = np.abs(norms - mean) > 6 * deviation + 0.02 * mean
         if foreign.any():

@@ -24,7 +24,7 @@ def enable_compilation_cache(folder: Path | None = None) -> Path | None:
 
     JAX_COMPILATION_CACHE_DIR goes first. Call it before the first compilation.
     """
-    if configured := jax.config.jax_compilation_cache_dir:
+    if configured := jax.config.values["jax_compilation_cache_dir"]:
         return Path(configured)
     features = ""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # Linux only
