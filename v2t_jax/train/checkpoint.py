@@ -1,8 +1,7 @@
 """Checkpoints of a training state by Orbax, with checksums.
 
-Orbax writes a step under a temporary name and renames it when it is complete, so a kill leaves no partial checkpoint.
-It doesn't notice files that change later, so each folder also gets `checksums.json`, the sha256 of every file, before
-it is renamed; `restore` verifies them, each process a share of the files.
+Orbax renames a step's folder when it is complete, so a kill leaves no partial checkpoint. It doesn't notice files that
+change later, so the folder gets `checksums.json` first; `restore` verifies it, each process a share of the files.
 """
 
 import contextlib
@@ -48,14 +47,11 @@ class Checkpoints:
                 self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
-        """The newest sound state, with the shapes and shardings of `like` (arrays or shapes with shardings).
-
-        Mesh and number of hosts may be others than those that saved it.
-        """
+        """The newest sound state, with the shapes and shardings of `like`, which may be of another mesh or hosts."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         reasons: dict[int, str] = {}
         for step in sorted(self._steps(), reverse=True):
-            state, fault = None, ""
+            fault = ""
             try:
                 self._verify(step)
                 state = self._read(step, abstract)
@@ -87,7 +83,6 @@ class Checkpoints:
                 (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
     def _verify(self, step: int) -> None:
-        """Raises an error where this process's share of a checkpoint's files isn't what was saved."""
         folder = self._folder / str(step)
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         if any("/" in name and name not in sums for name in _names(folder)):  # the rest Orbax adds at the end
@@ -105,7 +100,6 @@ class Checkpoints:
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
         with contextlib.suppress(RuntimeError):

@@ -61,7 +61,7 @@ from v2t_jax.train.step import (
     make_step,
     shard_step,
 )
-from v2t_jax.train.workdir import Log, check_workdir, claim_workdir
+from v2t_jax.train.workdir import Log, check_workdir, claim_workdir, open_log
 
 StopSignal = Callable[[], int]
 """SIGINT or SIGTERM once it has arrived, 0 before"""
@@ -138,8 +138,8 @@ def train_stage(
     probe, compiled, first = context.inverter({}), set[int](), int(state.step)
     with (
         progress.bar(last, f"training the {stage}", unit="steps", start=first) as update,
-        Log(folder / "log.jsonl", until=first) as log,
-        Log(folder / "samples.jsonl", until=first) as samples,
+        open_log(folder / "log.jsonl", until=first) as log,
+        open_log(folder / "samples.jsonl", until=first) as samples,
     ):
         if first < last:
             upcoming = feed.start(first)
@@ -162,14 +162,14 @@ def train_stage(
                 watch.check()
             if logging:
                 record = watch.record(settings.batch_size)
-                log.write(record)
+                log(record)
                 update(step, loss=record["loss"], accuracy=record["token_accuracy"])
             if saving or stopping:
                 checkpoints.save(step, state)
             if (every and step % every == 0) or step == last:
                 with progress.stage(f"recovering held-out texts at step {step}"):
                     probe.params = context.decodable(dict(trained) | {stage: state.params})
-                    log.write({"step": step} | evaluate_stage(context, probe, samples, step))
+                    log({"step": step} | evaluate_stage(context, probe, samples, step))
                     probe.release()
                 watch.restart()
             if stopping:
@@ -325,7 +325,7 @@ def evaluate_stage(context: TrainContext, inverter: InversionPipeline, samples: 
     predictions = [one.text for one in invert_on_all_hosts(invert_strings, inverter, references, **options)]
     scores = text_scores(predictions, references)
     for prediction, reference in list(zip(predictions, references, strict=True))[:10]:
-        samples.write({"step": step, "reference": reference, "recovered": prediction})
+        samples({"step": step, "reference": reference, "recovered": prediction})
     return {f"held_out_{name}": round(value.mean, 4) for name, value in scores.items()}
 
 

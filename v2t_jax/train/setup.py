@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from v2t_jax.config import ApiConfig, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
+from v2t_jax.config import ApiConfig, Config, ModelConfig, Stage, T5Config, is_endpoint
 from v2t_jax.data.batches import Batches
 from v2t_jax.data.columns import Column, open_column
 from v2t_jax.data.dataset import TokenDataset
@@ -64,13 +64,11 @@ class TrainContext:
         embedder = self.in_step
         network = embedder.config if embedder else None
         token_map = embedder.token_map() if embedder and self.shares_vocabulary else None
-        return Task(
-            stage, self.model, network, token_map, self.config.partial_hypotheses, decode=self.config.mesh.decode
-        )
+        return Task(stage, self.model, network, token_map, self.config.partial_hypotheses, self.config.mesh.decode)
 
     def frozen(self, inverter: Params | None = None) -> FrozenParams:
         """What a step reads but doesn't train, on the host."""
-        weights = self.in_step.params if self.in_step else None
+        weights = self.in_step and self.in_step.params
         return FrozenParams(weights, jnp.asarray(self.vocabulary.vocab_map), inverter)
 
     def inverter(self, params: dict[Stage, Params]) -> InversionPipeline:
@@ -118,11 +116,11 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     """Checks that micro-batches and devices divide every stage's batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for stage in config.stages:
-        settings: StageConfig = getattr(config, stage)
-        if settings.batch_size % (parts * settings.optimizer.accumulate_steps):
+        size, count = getattr(config, stage).batch_size, getattr(config, stage).optimizer.accumulate_steps
+        if size % (parts * count):
             raise InputError(
-                f"{stage}.batch_size={settings.batch_size} is not divisible by {settings.optimizer.accumulate_steps} "
-                f"micro-batches over {parts} devices: make it a multiple of their product."
+                f"{stage}.batch_size={size} is not divisible by {count} micro-batches over {parts} devices: make it a "
+                "multiple of their product."
             )
 
 
@@ -170,10 +168,10 @@ def _check_columns(config: Config) -> None:
     needed = {"embeddings": "texts' vectors with 'v2t data embed'"}
     if "corrector" in config.stages:
         needed["hypotheses"] = "corrector's hypotheses and their vectors with 'v2t data hypotheses'"
-    for column, what in needed.items():
-        if not getattr(config.data, column):
+    for name, what in needed.items():
+        if not getattr(config.data, name):
             raise InputError(
-                f"{config.embedder} isn't asked while training: make the {what}, and name that column as data.{column}."
+                f"{config.embedder} isn't asked while training: make the {what}, and name that column as data.{name}."
             )
 
 
@@ -186,11 +184,8 @@ def column_names(config: Config, stage: Stage) -> dict[str, str]:
 
 
 def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
-    """Sizes of the recipe's initial T5, with the recipe's own dtype, dropout, remat and unrolling.
-
-    Its weights are read once and dropped, to find damage before anything is written.
-    """
-    loaded, _ = load_t5(config.initial_t5, put=lambda _: None)
+    """Sizes of the recipe's initial T5, with the recipe's own dtype, dropout, remat and unrolling."""
+    loaded, _ = load_t5(config.initial_t5, put=lambda _: None)  # read once to find damage early
     tokenizer = folder_tokenizer(folder_of(config.initial_t5))
     in_order = np.array_equal(vocabulary.vocab_map, np.arange(vocabulary.size)) and vocabulary.size <= loaded.vocab_size
     if not in_order or tokenizer.get_vocab() != vocabulary.tokenizer.get_vocab():
@@ -219,26 +214,19 @@ def trained_inverter(context: TrainContext, mesh: Mesh) -> Params:
 
 
 def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """`program(key data) -> parameters`, sharded over a mesh, and their shardings.
+    """`program(key data) -> parameters`, sharded over a mesh, and their shardings; each device computes its own shards.
 
-    Each device computes its own shards. Up to rounding they are the same numbers on any mesh, because JAX's generator
-    is a function of an element's position (jax_threefry_partitionable).
+    Up to rounding they are the same numbers on any mesh (jax_threefry_partitionable).
     """
     network = NETWORKS[stage](model)
-
-    def program(key_data: jax.Array) -> Params:
-        return network.init_params(jax.random.wrap_key_data(key_data))
-
     abstract = network.abstract_params()
     shardings = state_shardings(mesh, abstract, param_specs(abstract, network.PARAM_AXES))
-    return jax.jit(program, out_shardings=shardings), shardings
+    program = jax.jit(lambda data: network.init_params(jax.random.wrap_key_data(data)), out_shardings=shardings)
+    return program, shardings
 
 
 def input_statistics(context: TrainContext, batches: Batches) -> Params:
-    """Mean and standard deviation [E] of the first training texts' embeddings.
-
-    Process 0 computes them, so that all processes have the same bits.
-    """
+    """Mean and standard deviation [E] of the first training texts' embeddings; all processes get process 0's bits."""
     mean, std = np.zeros((2, context.embedder.width), np.float32)
     if processes.is_main():
         parts: list[np.ndarray] = []

@@ -1,8 +1,7 @@
 """The training step: texts' ids in, new state and metrics out; one jitted, sharded program.
 
-The frozen embedder runs inside it, and for the corrector so does the inverter's greedy decoding: nothing is cached on
-disk, and every span and every epoch has its own embeddings. A batch may bring what can't be computed here: columns of
-a data set, and texts in the tokens of an embedder that doesn't share the model's vocabulary (`loop.Feed`).
+The frozen embedder runs inside it, and for the corrector so does the inverter's greedy decoding. A batch may bring what
+can't be computed here: columns, and texts in the tokens of an embedder with another vocabulary (`loop.Feed`).
 """
 
 import functools
@@ -112,8 +111,8 @@ def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array, decode:
 def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
     """The texts `ids` [B, L] with a random share of tokens replaced by what the inverter predicts from those before.
 
-    The share is uniform in 0..1 for each text. In later steps of the loop a corrector meets nearly correct hypotheses,
-    which the inverter's outputs rarely are. One teacher-forced pass makes these, at a fraction of decoding's cost.
+    Later steps of the loop meet nearly correct hypotheses, which the inverter's outputs rarely are. One teacher-forced
+    pass makes these, at a fraction of decoding's cost.
     """
     k_share, k_tokens = jax.random.split(key)
     logits = Inverter(config).apply({"params": params}, e, ids)
@@ -173,10 +172,7 @@ class Task:
 
 
 def make_hypothesize(task: Task, accumulate_steps: int, seed: int, mesh: Mesh) -> OnMesh:
-    """`hypothesize(frozen, batch, step) -> [B, max_length]`: the corrector's hypotheses as a program of its own.
-
-    For an embedder with another vocabulary, for which the host retokenizes them before the step can embed them.
-    """
+    """`hypothesize(frozen, batch, step) -> [B, max_length]`: the corrector's hypotheses, for a host to retokenize."""
 
     def part(frozen: FrozenParams, rows: Batch, key: jax.Array) -> jax.Array:
         return task.hypotheses(frozen, task.embed(frozen, rows.ids, rows.tokens, rows.embedding), rows.ids, key)
@@ -194,8 +190,7 @@ def make_hypothesize(task: Task, accumulate_steps: int, seed: int, mesh: Mesh) -
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
-    """A batch's arrays [B, ...] as [count, B / count, ...]."""
-    # Every n-th row rather than n-th part, so that a device keeps its own rows.
+    """[B, ...] -> [count, B / count, ...], with every n-th row rather than n-th part: a device keeps its own rows."""
     return jax.tree.map(lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch)
 
 
@@ -208,8 +203,7 @@ def make_step(
 ) -> Callable[[TrainState, FrozenParams, Any], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches.
 
-    A batch is whatever the loss takes, a tree of arrays [B, ...]. With `skip_bad`, an update with a non-finite loss or
-    gradient leaves parameters and optimizer unchanged.
+    With `skip_bad`, an update with a non-finite loss or gradient leaves parameters and optimizer unchanged.
     """
 
     def step(state: TrainState, frozen: FrozenParams, batch: Any) -> tuple[TrainState, Metrics]:
@@ -241,18 +235,10 @@ def make_step(
 
 
 def shard_step(step: Callable, mesh: Mesh, state: Any, stage: Stage) -> tuple[OnMesh, Any]:
-    """Jits `step` over `mesh`: batches split over (data, fsdp), parameters by PARAM_AXES, frozen weights as they are.
-
-    Returns the step, which donates the old state, and the shardings of `state`, which may be of shapes.
-    """
+    """The step jitted over `mesh`, donating the old state, and the shardings of `state` (of arrays or shapes)."""
     shardings = state_shardings(mesh, state, param_specs(state.params, NETWORKS[stage].PARAM_AXES))
-    jitted = jax.jit(
-        step,
-        in_shardings=(shardings, None, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
-    return OnMesh(jitted, mesh), shardings
+    given, made = (shardings, None, batch_sharding(mesh)), (shardings, replicated(mesh))
+    return OnMesh(jax.jit(step, in_shardings=given, out_shardings=made, donate_argnums=0), mesh), shardings
 
 
 def frozen_shardings(mesh: Mesh, frozen: FrozenParams) -> FrozenParams:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,20 @@ def _free_settings(config: Config, workdir: Path) -> tuple[str, ...]:
 
 
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, Any]) -> None:
-    """Writes the config and the hashes of its inputs to a new work directory, or compares them with those there.
-
-    Checkpoints are valid only with the embedder, vocabulary and texts that they were trained on.
-    """
+    """Writes the config and the hashes of its inputs to a new work directory, or compares them with those there."""
     file = workdir / "inputs.json"
     with processes.main_first("claimed the work directory") as here:
         if here:
             if file.exists():
-                _check_unchanged(json.loads(file.read_text(encoding="utf-8")), inputs, workdir)
+                before = json.loads(file.read_text(encoding="utf-8"))
+                # Work directories of earlier versions have no identity.
+                if changed := [name for name in inputs if name != "identity" and before.get(name) != inputs[name]]:
+                    raise InputError(
+                        f"What the config names has changed since the run in {workdir} began (its "
+                        f"{' and '.join(changed)}): bring the text and the embedder back, or give a new --workdir."
+                    )
+                identity = EmbedderIdentity(**inputs["identity"])
+                check_identity(before.get("identity", {}), identity, f"The run in {workdir}")
             else:
                 file.write_text(json.dumps(inputs, indent=2) + "\n")
             (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
@@ -83,47 +88,25 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, Any]) -> None
         )
 
 
-def _check_unchanged(before: dict[str, Any], inputs: dict[str, Any], workdir: Path) -> None:
-    # Work directories of earlier versions have no identity.
-    if changed := [name for name in inputs if name != "identity" and before.get(name) != inputs[name]]:
-        raise InputError(
-            f"What the config names has changed since the run in {workdir} began (its {' and '.join(changed)}): "
-            "bring the text and the embedder back, or give a new --workdir."
-        )
-    check_identity(before.get("identity", {}), EmbedderIdentity(**inputs["identity"]), f"The run in {workdir}")
+Log = Callable[[dict[str, Any]], None]
 
 
-class Log:
-    """Appends JSON lines, flushed one by one, on process 0; on others it writes nothing.
+@contextlib.contextmanager
+def open_log(file: Path, until: int) -> Iterator[Log]:
+    """Gives a function that appends a JSON line, on process 0; elsewhere it writes nothing.
 
     Lines of steps after `until`, written after the checkpoint that the run resumes from, are dropped.
     """
-
-    def __init__(self, file: Path, until: int):
-        if not processes.is_main():
-            file = Path(os.devnull)
-        elif file.is_file():
-            _drop_after(file, until)
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-
-def _drop_after(file: Path, step: int) -> None:
-    kept = []
-    with file.open("rb") as lines:
-        for line in lines:
+    if not processes.is_main():
+        file = Path(os.devnull)
+    elif file.is_file():
+        kept = []
+        for line in file.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill may leave half a line
-                if json.loads(line)["step"] <= step:
+                if json.loads(line)["step"] <= until:
                     kept.append(line)
-    write_file(file, kept)
+        write_file(file, kept)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8", buffering=1) as opened:
+        yield lambda record: print(json.dumps(record, ensure_ascii=False), file=opened)
