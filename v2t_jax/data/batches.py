@@ -5,9 +5,8 @@ There is no iterator state: the data position in a checkpoint is the step, and a
 An epoch is a random order of blocks of texts: single texts in memory; of a built data set, which is shuffled already,
 runs of `BLOCK_ROWS`, which a disk reads at once. In this order the texts are cut into *windows* of some ten thousand,
 and a window's texts are shuffled and sorted by length into batches. Every host plans all batches, from the lengths
-alone. A window's texts belong to *lanes*: a batch's first rows come from the window's first texts, and so on. So the
-rows of one host are a run of the window's texts, and a host reads the blocks of these and no others. The number of
-lanes depends on the batch size alone, not on the number of hosts.
+alone. A window's texts belong to *lanes*: a batch's first rows come from the window's first texts, and so on. So a host
+reads only the blocks of its own rows. The number of lanes depends on the batch size alone.
 """
 
 import functools
@@ -49,8 +48,6 @@ class Batching:
 
 
 class _Window(NamedTuple):
-    """The batches of a window."""
-
     texts: np.ndarray  # int64 [steps, batch], which text stands where
     starts: np.ndarray  # int64 [steps, batch], where its tokens begin
     lengths: np.ndarray  # int64 [steps, batch], how many of them are used
@@ -111,19 +108,14 @@ class Batches:
         self._ahead: dict[tuple[int, int | None, int | None], Future[_Item]] = {}
 
     def __call__(self, step: int, rows: slice = WHOLE) -> np.ndarray:
-        """The batch of a step: int32 [batch_size, one of bucket_lengths], content ids + EOS + PAD.
-
-        Args:
-            rows: those that are wanted; of several processes, each reads its own.
-        """
+        """A step's batch, or some rows of it: int32 [batch_size, one of bucket_lengths], content ids + EOS + PAD."""
         return self._item(step, rows)[0]
 
     def columns(self, step: int, rows: slice = WHOLE) -> dict[str, np.ndarray]:
-        """What the columns hold for these rows: by name, an array [rows, ...] each."""
+        """What the columns hold for these rows, [rows, ...] each."""
         return self._item(step, rows)[1]
 
     def close(self) -> None:
-        """Stops reading ahead."""
         self._executor.shutdown(cancel_futures=True)
 
     def _item(self, step: int, rows: slice) -> _Item:

@@ -48,7 +48,7 @@ class Source:
 
 
 def open_source(source: str) -> Source:
-    """A source by its name, see the module's docstring; nothing is read yet but a TFDS data set's description."""
+    """A source by its name, see the module's docstring."""
     if source.startswith("tfds:"):
         return _open_tfds(source)
     files = tuple(_files(str(WORDNET) if source == "wordnet" else source))
@@ -99,7 +99,7 @@ def _files(source: str) -> list[Path]:
 
 
 def _lines(raw: BinaryIO, path: Path) -> Iterator[str]:
-    """Lines that aren't blank, without their ends. A carriage return inside a line is a part of it."""
+    """Lines that aren't blank, without their ends."""
     packed: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
     with io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines:
         for line in lines:

@@ -20,14 +20,11 @@ Opened = tuple[Vocabulary, list[TokenDataset], list[str]]
 
 
 def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -> Opened:
-    """The vocabulary, the training texts, and the held-out texts, normalized and short enough for the model.
+    """The vocabulary, the data sets, and the held-out texts, normalized and short enough for the model.
 
     Args:
         tokenizer: the one that the recipe names; None takes that of a built data set.
-        num_held_out: how many held-out texts are needed at most.
-
-    Returns:
-        Vocabulary, data sets (one for each source in memory, or one that is built), held-out texts.
+        num_held_out: how many held-out texts of a built data set are needed at most.
     """
     data, max_length = config.data, config.model.max_length
     if any(is_built(source) for source in data.sources):
@@ -53,8 +50,7 @@ def make_batches(
 ) -> Batches:
     """The training texts in batches; `columns` are what else to read of each text of a built data set."""
     data, max_length = config.data, config.model.max_length
-    buckets = data.bucket_lengths or (max_length,)
-    batching = Batching(batch_size, max_length, buckets, data.span_share, config.seed)
+    batching = Batching(batch_size, max_length, data.bucket_lengths or (max_length,), data.span_share, config.seed)
     return Batches(datasets, batching, data.weights, columns, data.folds, data.fold)
 
 

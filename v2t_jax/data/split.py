@@ -27,7 +27,7 @@ def normalize_for_split(text: str) -> str:
 
 
 def split_hash(normalized: str) -> int:
-    """A normalized text's hash in [0, 2**64): the texts below the share of this range are held out."""
+    """A normalized text's hash in [0, 2**64)."""
     return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest(), "big")
 
 
@@ -69,13 +69,10 @@ class _Words:
 
 
 class HeldOutFilter:
-    """Detects training texts that leak a held-out text.
+    """Detects training texts that leak a held-out text, all normalized by `normalize_for_split`.
 
     A text does if it equals a held-out one, shares `OVERLAP_WORDS` words in a row with one, or contains one
     or is contained in one as whole words (of at least `SHORTEST_CONTAINED` words: "of the" leaks nothing).
-
-    Args:
-        held_out: texts to protect, each normalized by `normalize_for_split`.
     """
 
     def __init__(self, held_out: Sequence[str]):
@@ -84,18 +81,16 @@ class HeldOutFilter:
         self._numbers = {word: i for i, word in enumerate(words, 1)}  # 0 is a word that no held-out text has
         theirs = _Words(held_out, self._numbers)
         shorter = range(SHORTEST_CONTAINED, OVERLAP_WORDS)
-        # n, whether their n-grams and ours must be whole texts, and theirs in order, with a last one that none equals
+        # n, whether their n-grams and ours must be whole texts
+        cases = [(n, whole, not whole) for whole in (True, False) for n in shorter] + [(OVERLAP_WORDS, False, False)]
+        # and theirs in order, with a last one that none equals
         self._cases = [
             (n, ours_whole, np.append(np.unique(theirs.grams(n, whole)[0]), np.uint64(0)))
-            for n, whole, ours_whole in (
-                *((n, True, False) for n in shorter),
-                *((n, False, True) for n in shorter),
-                (OVERLAP_WORDS, False, False),
-            )
+            for n, whole, ours_whole in cases
         ]
 
     def leaking(self, normalized: Sequence[str]) -> np.ndarray:
-        """Which of M texts, normalized likewise, leak a held-out text: bool [M]."""
+        """Which of M texts leak a held-out text: bool [M]."""
         found = np.array([text in self._texts for text in normalized], bool)
         ours = _Words(normalized, self._numbers)
         for n, whole, theirs in self._cases if self._texts else ():
@@ -115,10 +110,8 @@ def read_texts(
     """Reads the texts of one split of a source, without duplicates of their normalized form, in the source's order.
 
     Args:
-        source: anything that `readers.open_source` takes; "wordnet" has a fixed split.
-        held_out_share: for sources without a fixed split, the share of texts held out; 0 holds out none.
+        held_out_share: of all sources but "wordnet", which has a fixed split; 0 holds out none.
         avoid: held-out texts of other sources; training texts that leak one of these are dropped.
-        limit: the most texts to return.
     """
     packaged = source == "wordnet"
     share = HELD_OUT_SHARE if packaged else held_out_share

@@ -11,14 +11,7 @@ from v2t_jax.errors import InputError
 
 
 def prepare_tfds(source: str, folder: Path, name: str) -> Path:
-    """Writes a data set with one field "text" and one part "train", in the source's order.
-
-    Args:
-        folder: TFDS's data directory; by its name the data set is found by `tfds.data_source(name, data_dir=folder)`.
-
-    Returns:
-        The data set's own folder: `tfds:THIS:text` is a source.
-    """
+    """Writes a data set with one field "text" and one part "train" to TFDS's data directory; returns its own folder."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r} is no name for a TFDS data set: use small letters, digits and _, a letter first.")
     if (folder / name).exists():  # TFDS would return what is there, whatever it was made of

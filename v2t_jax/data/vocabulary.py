@@ -19,7 +19,6 @@ _PAD_AND_END = (("[PAD]", "[SEP]"), ("<pad>", "</s>"))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json."""
     if not path.is_file():
         raise InputError(f"{path} is missing: save it with a fast tokenizer (transformers' save_pretrained).")
     try:
@@ -77,21 +76,14 @@ class Vocabulary:
         return self._model_id[token_ids]
 
     def decode(self, ids: np.ndarray) -> list[str]:
-        """Texts of model ids [..., L], flattened in order; each stops at end-of-sequence and skips padding.
-
-        Ids that the vocabulary lacks (the spare rows of a padded output layer) are skipped.
-        """
-        ids = np.asarray(ids)
-        rows = ids.reshape(-1, ids.shape[-1])
+        """Texts of model ids [..., L], flattened in order, up to end-of-sequence; without padding and unknown ids."""
+        rows = np.asarray(ids).reshape(-1, np.shape(ids)[-1])
         keep = (np.cumsum(rows == EOS, -1) == 0) & (rows != PAD) & (rows >= 0) & (rows < self.size)
         token_ids = self.vocab_map[np.where(keep, rows, PAD)]
         return self.tokenizer.decode_batch([row[kept].tolist() for row, kept in zip(token_ids, keep, strict=True)])
 
     def normalize(self, texts: Sequence[str], max_length: int) -> list[str]:
-        """The form in which texts are compared for an "exact match": text -> first `max_length - 1` tokens -> text.
-
-        Uses the whole tokenizer, whatever tokens the vocabulary holds.
-        """
+        """The form in which texts are compared for an "exact match": text -> first `max_length - 1` tokens -> text."""
         return self.tokenizer.decode_batch([ids[: max_length - 1] for ids in self._tokenizer_ids(texts)])
 
     def _tokenizer_ids(self, texts: Sequence[str]) -> list[list[int]]:

@@ -129,7 +129,7 @@ def train_stage(
     columns = [context.columns[name] for name in column_names(config, stage).values()]
     batches = make_batches(config, context.datasets, settings.batch_size, columns)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
-    step_fn, state = _start(context, stage, trained, batches, mesh, checkpoints)
+    step_fn, state = _start(context, stage, trained, batches, checkpoints)
     decodes = stage == "corrector" and not config.data.hypotheses
     frozen = context.frozen(trained["inverter"] if decodes else None)
     frozen = processes.put(frozen, frozen_shardings(mesh, frozen))
@@ -183,19 +183,13 @@ def train_stage(
 
 
 def _start(
-    context: TrainContext,
-    stage: Stage,
-    trained: dict[Stage, Params],
-    batches: Batches,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
+    context: TrainContext, stage: Stage, trained: dict[Stage, Params], batches: Batches, checkpoints: Checkpoints
 ) -> tuple[OnMesh, TrainState]:
-    """A stage's compiled-on-first-use step, and the state it begins with: new, or the newest checkpoint's."""
+    """A stage's step, and the state it begins with: new, or the newest checkpoint's."""
     settings: StageConfig = getattr(context.config, stage)
-    options = settings.optimizer
-    optimizer = make_optimizer(options, settings.num_steps)
-    loss, may_skip = context.task(stage).loss, options.skip_bad_updates > 0
-    step_fn = make_step(loss, optimizer, options.accumulate_steps, context.config.seed, may_skip)
+    mesh, options = make_mesh(context.config.mesh), settings.optimizer
+    optimizer, loss = make_optimizer(options, settings.num_steps), context.task(stage).loss
+    step_fn = make_step(loss, optimizer, options.accumulate_steps, context.config.seed, options.skip_bad_updates > 0)
 
     def first_state(params: Params) -> TrainState:
         # Copied, because the first step gives the state's memory up, and two leaves may be one array.
@@ -210,8 +204,7 @@ def _start(
     with progress.stage(f"restoring the {stage}"):
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
         state = checkpoints.restore(like)
-    step = int(state.step)
-    if step > settings.num_steps:
+    if (step := int(state.step)) > settings.num_steps:
         raise InputError(
             f"The {stage} is already at step {step}; {stage}.num_steps={settings.num_steps} would end before it: give "
             "more steps, or a new --workdir."
@@ -241,8 +234,7 @@ class Feed:
     def start(self, step: int) -> Callable[[], Batch]:
         """Begins to make a step's batch; the function returned waits for it."""
         ids, read = self._batches(step, self._rows), self._batches.columns(step, self._rows)
-        columns: dict[str, Any] = {field: read[name] for field, name in self._columns.items()}
-        local = Batch(ids, **columns)
+        local = Batch(ids)._replace(**{field: read[name] for field, name in self._columns.items()})
         if self._context.retokenizes and local.embedding is None:
             local = local._replace(tokens=self._context.retokenize(ids))
         batch = self._global(local)
@@ -277,7 +269,7 @@ class _Watch:
             jax.block_until_ready(self._unchecked[-2][1])
 
     def check(self) -> None:
-        """Refuses a step since the last call with a loss or gradient that isn't finite, and one too many."""
+        """Refuses losses and gradients since the last call that aren't finite, if they are too many."""
         for step, metrics, positions in processes.fetch(self._unchecked):  # arrays, the steps too
             # A finite loss with a gradient that isn't has spoilt the parameters, unless the update is skipped.
             finite = math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm)
