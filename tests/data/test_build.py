@@ -256,8 +256,8 @@ def damage(folder, what):
         ("manifest", "manifest.json is missing: .* was never finished; run 'v2t data build'"),
         ("json", "manifest.json is damaged"),
         ("format", "was built by another version of v2t: build it again"),
-        ("older", "was built by an older version of v2t: build it again"),
-        ("keys", "manifest.json is damaged .'files' is missing"),
+        ("older", "was built by another version of v2t: build it again"),
+        ("keys", "manifest.json is damaged .it lacks files"),
         ("vocabulary", "vocabulary.npy is damaged"),
         ("tokenizer", r"tokenizer.json has 2 bytes instead of \d+"),
     ],
@@ -317,7 +317,7 @@ def test_no_processes_are_refused(source, tmp_path, tokenizer):
 def test_a_folder_of_an_older_version_is_refused(source, tmp_path, tokenizer):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "made_of.json").write_text('{"format": 2}')
-    with pytest.raises(InputError, match="was built by an older version of v2t: build it again, in a new folder"):
+    with pytest.raises(InputError, match="was built by another version of v2t: build it again, in a new folder"):
         build_here(source, tmp_path / "old", tokenizer)
 
 

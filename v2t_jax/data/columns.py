@@ -41,16 +41,14 @@ class Column:
 def open_column(dataset: TokenDataset, name: str) -> Column:
     """Opens a finished column; compares its file's size with the manifest, but not every byte."""
     folder = dataset.folder / "columns" / name
-    manifest, _ = read_manifest(folder / "manifest.json", "v2t data embed' or 'v2t data hypotheses")
-    if manifest.get("of") != dataset.manifest_sha256:
+    maker = "v2t data embed' or 'v2t data hypotheses"
+    manifest, _ = read_manifest(folder / "manifest.json", maker, ("of", "file", "made_by"))
+    if manifest["of"] != dataset.manifest_sha256:
         raise InputError(f"{folder} belongs to another build of {dataset.folder}: delete it and make it again.")
-    try:
-        if manifest["file"] is None:
-            raise InputError(f"{folder} was never finished: run the command that makes it again.")
-        check_file(folder / "values.npy", manifest["file"], whole=False)
-        return Column(name, open_array(folder / "values.npy"), manifest["made_by"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}/manifest.json is damaged ({error} is missing): delete {folder}.") from error
+    if manifest["file"] is None:
+        raise InputError(f"{folder} was never finished: run the command that makes it again.")
+    check_file(folder / "values.npy", manifest["file"], whole=False)
+    return Column(name, open_array(folder / "values.npy"), manifest["made_by"])
 
 
 class ColumnWriter:

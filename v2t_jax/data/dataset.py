@@ -57,14 +57,11 @@ class TokenDataset:
     @classmethod
     def open(cls, folder: Path, whole: bool = False) -> TokenDataset:
         """Opens a built data set; compares sizes and sha256 with its manifest, of the tokens only if `whole`."""
-        manifest, sha256 = read_manifest(folder / "manifest.json", "v2t data build")
-        try:
-            for name in FILES:
-                check_file(folder / name, manifest["files"][name], whole or name != "tokens.npy")
-            tokens, offsets = (open_array(folder / name) for name in FILES[:2])
-            return cls(tokens, offsets, BLOCK_ROWS, folder, manifest, sha256)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder}/manifest.json is damaged ({error} is missing): build it again.") from error
+        manifest, sha256 = read_manifest(folder / "manifest.json", "v2t data build", ("files", "made_of"))
+        for name in FILES:
+            check_file(folder / name, manifest["files"][name], whole or name != "tokens.npy")
+        tokens, offsets = (open_array(folder / name) for name in FILES[:2])
+        return cls(tokens, offsets, BLOCK_ROWS, folder, manifest, sha256)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -138,12 +135,14 @@ def check_file(path: Path, entry: dict[str, Any], whole: bool) -> None:
         raise InputError(f"{path} is damaged (its sha256 differs from the manifest's): {advice}.")
 
 
-def read_manifest(path: Path, maker: str) -> tuple[dict[str, Any], str]:
-    """A manifest that the command `maker` writes, and its sha256."""
+def read_manifest(path: Path, maker: str, keys: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """A manifest that the command `maker` writes, with at least these keys, and its sha256."""
     try:
         content = path.read_bytes()
         manifest = json.loads(content)
         _check_format(path.parent, manifest["format"])
+        if missing := [key for key in keys if key not in manifest]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         return manifest, hashlib.sha256(content).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is missing: {path.parent} was never finished; run '{maker}' (again).") from None
@@ -187,5 +186,4 @@ def resumable(work: str, where: Path) -> Iterator[None]:
 
 def _check_format(folder: Path, found: Any) -> None:
     if found != FORMAT:
-        version = "an older" if found in (1, 2) else "another"
-        raise InputError(f"{folder} was built by {version} version of v2t: build it again, in a new folder.")
+        raise InputError(f"{folder} was built by another version of v2t: build it again, in a new folder.")

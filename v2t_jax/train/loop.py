@@ -63,8 +63,7 @@ from v2t_jax.train.step import (
 )
 from v2t_jax.train.workdir import Log, check_workdir, claim_workdir, open_log
 
-StopSignal = Callable[[], int]
-"""SIGINT or SIGTERM once it has arrived, 0 before"""
+StopSignal = Callable[[], int]  # SIGINT or SIGTERM once it has arrived, 0 before
 
 
 class TrainingStopped(Exception):

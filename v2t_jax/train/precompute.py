@@ -34,8 +34,7 @@ from v2t_jax.train.step import greedy_hypotheses
 
 EMBEDDING = ".embedding"  # behind a column of guesses, the name of their embeddings'
 
-OnRows = Callable[[np.ndarray], np.ndarray]
-"""rows [n, ...] -> [n, ...]; what comes of a row depends on that row alone"""
+OnRows = Callable[[np.ndarray], np.ndarray]  # [n, ...] -> [n, ...], row by row
 
 
 def embed_column(
@@ -81,7 +80,7 @@ def hypothesis_columns(
         embeddings: a column to read the embeddings from; without one, the models' embedder makes them on the fly.
 
     Returns:
-        Whether the columns are finished: with several hosts, the last one to end finishes them.
+        Whether the columns are finished, as in `embed_column`.
     """
     check_whole("batch_size", batch_size, 1)
     _check_folds(models)
@@ -143,16 +142,14 @@ def _check_folds(models: Sequence[str]) -> None:
 
 def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: int) -> None:
     """Refuses a column that isn't of this kind (embeddings or hypotheses), embedder and length of texts."""
-    if column.made_by.get("kind") != kind:
+    made_by, whose = column.made_by, f"The column {column.name}"
+    if (found := made_by.get("kind")) != kind:
+        raise InputError(f"{whose} holds {found}, not {kind}: name another as data.{kind}.")
+    check_identity(made_by.get("embedder", {}), embedder.identity, whose)
+    if (found := made_by.get("max_length")) != max_length:
         raise InputError(
-            f"The column {column.name} holds {column.made_by.get('kind')}, not {kind}: name another as data.{kind}."
-        )
-    check_identity(column.made_by.get("embedder", {}), embedder.identity, f"The column {column.name}")
-    made_for = column.made_by.get("max_length")
-    if made_for != max_length:
-        raise InputError(
-            f"The column {column.name} was made for texts of {made_for} tokens, not {max_length}: make it again, or "
-            f"set model.max_length={made_for}."
+            f"{whose} was made for texts of {found} tokens, not {max_length}: make it again, or set "
+            f"model.max_length={found}."
         )
 
 
@@ -181,11 +178,8 @@ def _on_all_devices(program: Callable[[Any, jax.Array], jax.Array], weights: Any
     weights, jitted = jax.device_put(weights, replicated(mesh)), jax.jit(program, out_shardings=cut)
 
     def run(rows: np.ndarray) -> np.ndarray:
-        parts = []
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            filled = np.pad(chosen, [(0, size - len(chosen)), *[(0, 0)] * (rows.ndim - 1)], mode="edge")
-            parts.append(jitted(weights, jax.device_put(filled, cut)))
+        filled = np.pad(rows, [(0, -len(rows) % size), *[(0, 0)] * (rows.ndim - 1)], mode="edge")
+        parts = [jitted(weights, jax.device_put(part, cut)) for part in np.split(filled, len(filled) // size)]
         return np.concatenate([np.asarray(part) for part in parts])[: len(rows)]
 
     return run

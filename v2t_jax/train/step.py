@@ -83,8 +83,8 @@ class Metrics(NamedTuple):
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """logits [B, L, V], labels [B, L] with pad 0 -> summed loss, (correct tokens, tokens); padding doesn't count.
 
-    The vocabulary axis is reduced by sums and maxima only: where it is sharded, each device works on its own tokens and
-    three numbers per position are exchanged (Shoeybi et al. 2019, section 3); indexing would gather the logits.
+    The vocabulary axis is reduced by sums and maxima only: where it is sharded, three numbers per position are
+    exchanged (Shoeybi et al. 2019, section 3); indexing would gather the logits.
     """
     weights = (labels != PAD).astype(jnp.float32)
     best = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
@@ -195,11 +195,7 @@ def _micro_batches(batch: Any, count: int) -> Any:
 
 
 def make_step(
-    loss_fn: Callable,
-    optimizer: optax.GradientTransformation,
-    accumulate_steps: int,
-    seed: int,
-    skip_bad: bool = False,
+    loss_fn: Callable, optimizer: optax.GradientTransformation, accumulate_steps: int, seed: int, skip_bad: bool = False
 ) -> Callable[[TrainState, FrozenParams, Any], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, summing gradients of `accumulate_steps` micro-batches.
 
@@ -214,12 +210,10 @@ def make_step(
         else:
             zero = jnp.float32(0)
             zeros = (zero, (zero, zero)), jax.tree.map(jnp.zeros_like, state.params)
-
-            def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradients(*part)), None
-
             parts = _micro_batches(batch, accumulate_steps), jax.random.split(key, accumulate_steps)
-            ((loss, (correct, tokens)), grads), _ = jax.lax.scan(add, zeros, parts)
+            ((loss, (correct, tokens)), grads), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradients(*part)), None), zeros, parts
+            )
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         new = optax.apply_updates(state.params, updates), optimizer_state
