@@ -42,8 +42,7 @@ class Batching:
 
     def __post_init__(self) -> None:
         lengths = self.bucket_lengths
-        rising = bool(lengths) and list(lengths) == sorted(set(lengths))
-        if not rising or lengths[0] < 2 or lengths[-1] != self.max_length:
+        if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 2 or lengths[-1] != self.max_length:
             raise InputError(f"bucket_lengths must rise from 2 or more to {self.max_length}, not {lengths}.")
 
 

@@ -58,10 +58,7 @@ def texts_sha256(datasets: Sequence[TokenDataset]) -> str:
     """A hash of all training texts."""
     if datasets[0].manifest:
         return datasets[0].manifest_sha256
-    digest = hashlib.sha256()
-    for dataset in datasets:
-        digest.update(dataset.tokens.tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(dataset.tokens.tobytes() for dataset in datasets)).hexdigest()
 
 
 def _read_sources(config: Config, tokenizer: Tokenizer) -> Opened:

@@ -6,7 +6,7 @@ removing or reordering lines moves no other line across the split.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -45,27 +45,26 @@ def unique(texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
-class _Words:
-    """Texts as one flat array of word numbers, so that n-grams of all texts are hashed at once."""
+def _grams_of(texts: Sequence[str], numbers: Mapping[str, int]) -> Callable[[int, bool], tuple[np.ndarray, np.ndarray]]:
+    """`grams(n, whole)`: hashes of all n-grams, or of those that are whole texts, and the text that each lies in."""
+    split = [text.split() for text in texts]
+    lengths = np.array([len(words) for words in split], np.int32)
+    flat = np.array([numbers.get(word, 0) for words in split for word in words], np.uint64)
+    # Spread the small numbers over 64 bits: the polynomial below then hardly ever collides.
+    flat = (flat + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    text = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)  # that each word lies in
+    length = np.repeat(lengths, lengths)  # of that text
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # words from here to its end
 
-    def __init__(self, texts: Sequence[str], numbers: Mapping[str, int]):
-        split = [text.split() for text in texts]
-        lengths = np.array([len(words) for words in split], np.int32)
-        flat = np.array([numbers.get(word, 0) for words in split for word in words], np.uint64)
-        # Spread the small numbers over 64 bits: the polynomial below then hardly ever collides.
-        self._flat = (flat + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        self._text = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)  # that each word lies in
-        self._length = np.repeat(lengths, lengths)  # of that text
-        self._left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # words from here to its end
-
-    def grams(self, n: int, whole: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of all n-grams, or of those that are whole texts, and the text that each lies in."""
-        start = np.flatnonzero((self._left >= n) & ((self._length == n) if whole else True))
+    def grams(n: int, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        start = np.flatnonzero((left >= n) & ((length == n) if whole else True))
         value = np.zeros(len(start), np.uint64)
         for i in range(n):
-            value = value * np.uint64(0xD6E8FEB86659FD93) + self._flat[start + i]
+            value = value * np.uint64(0xD6E8FEB86659FD93) + flat[start + i]
             value ^= value >> np.uint64(29)
-        return value, self._text[start]
+        return value, text[start]
+
+    return grams
 
 
 class HeldOutFilter:
@@ -79,22 +78,21 @@ class HeldOutFilter:
         self._texts = set(held_out)
         words = dict.fromkeys(word for text in held_out for word in text.split())
         self._numbers = {word: i for i, word in enumerate(words, 1)}  # 0 is a word that no held-out text has
-        theirs = _Words(held_out, self._numbers)
+        theirs = _grams_of(held_out, self._numbers)
         shorter = range(SHORTEST_CONTAINED, OVERLAP_WORDS)
         # n, whether their n-grams and ours must be whole texts
         cases = [(n, whole, not whole) for whole in (True, False) for n in shorter] + [(OVERLAP_WORDS, False, False)]
         # and theirs in order, with a last one that none equals
         self._cases = [
-            (n, ours_whole, np.append(np.unique(theirs.grams(n, whole)[0]), np.uint64(0)))
-            for n, whole, ours_whole in cases
+            (n, ours_whole, np.append(np.unique(theirs(n, whole)[0]), np.uint64(0))) for n, whole, ours_whole in cases
         ]
 
     def leaking(self, normalized: Sequence[str]) -> np.ndarray:
         """Which of M texts leak a held-out text: bool [M]."""
         found = np.array([text in self._texts for text in normalized], bool)
-        ours = _Words(normalized, self._numbers)
+        ours = _grams_of(normalized, self._numbers)
         for n, whole, theirs in self._cases if self._texts else ():
-            grams, text = ours.grams(n, whole)
+            grams, text = ours(n, whole)
             found[text[theirs[np.searchsorted(theirs[:-1], grams)] == grams]] = True
         return found
 

@@ -154,7 +154,7 @@ def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: 
 
 
 def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
-    """All that determines an embedder's vectors, as far as it can be seen."""
+    """All that is known to determine an embedder's vectors."""
     identity = embedder.identity
     # The folder of an embedder may move; of others the name is all there is.
     return identity.to_dict() | ({"name": Path(identity.name).name} if identity.weights_sha256 else {})

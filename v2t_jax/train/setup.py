@@ -229,16 +229,13 @@ def input_statistics(context: TrainContext, batches: Batches) -> Params:
     """Mean and standard deviation [E] of the first training texts' embeddings; all processes get process 0's bits."""
     mean, std = np.zeros((2, context.embedder.width), np.float32)
     if processes.is_main():
-        parts: list[np.ndarray] = []
         name, longest = context.config.data.embeddings, context.model.max_length
-        while sum(map(len, parts)) < STATISTICS_TEXTS:
-            if name:
-                parts.append(batches.columns(len(parts))[name].astype(np.float32))
-            else:
-                ids = batches(len(parts))
-                parts.append(np.pad(ids, ((0, 0), (0, longest - ids.shape[1]))))
-        first = np.concatenate(parts)[:STATISTICS_TEXTS]
-        e = first if name else context.embed(first)
+        steps = range(-(-STATISTICS_TEXTS // batches.batching.batch_size))
+        if name:
+            e = np.concatenate([batches.columns(step)[name].astype(np.float32) for step in steps])[:STATISTICS_TEXTS]
+        else:
+            ids = [np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in map(batches, steps)]
+            e = context.embed(np.concatenate(ids)[:STATISTICS_TEXTS])
         mean, std = e.mean(axis=0), e.std(axis=0)
     mean, std = processes.broadcast((mean, std))
     # Some embedders have constant dimensions, whose deviation is only rounding.
