@@ -73,50 +73,42 @@ def build(
     check_whole("processes", processes, 1)
     opened = [open_source(name) for name in sources]
     with resumable("The build", folder):
-        built = _build(opened, folder, tokenizer, settings, processes)
-    return built
-
-
-def _build(
-    sources: Sequence[Source], folder: Path, tokenizer: Tokenizer, settings: BuildSettings, processes: int
-) -> TokenDataset:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    others = [path.name for path in folder.iterdir() if not path.name.startswith(".made_of.json.")]
-    if others and "made_of.json" not in others:
-        raise InputError(f"{folder} holds something else ({others[0]}): give a new or an empty folder.")
-    made_of = {
-        "format": FORMAT,
-        "sources": _fingerprints(sources),
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
-        "settings": asdict(settings),
-    }
-    claim(folder / "made_of.json", made_of, folder)
-    if (folder / "manifest.json").is_file():
-        with progress.stage(f"checking {folder}"):
-            return TokenDataset.open(folder, whole=True)
-    job = _Job(folder / "work", settings, -(-sum(source.size for source in sources) // PART_BYTES))
-    layout = {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, "num_parts": job.num_parts}
-    claim(job.work / "layout.json", layout, folder)
-    write_file(job.work / "tokenizer.json", [tokenizer.to_str().encode()])
-    _full.cache_clear()
-    _held_out_filter.cache_clear()
-    with _pool(processes) as run:
-        chunks = _make_chunks(job, sources, run)
-        counts, vocabulary, held_out = _read_chunks(job, chunks)
-        vocab_map = vocabulary.vocab_map.astype("<i4")
-        files = {"vocabulary.npy": _write_array(folder / "vocabulary.npy", vocab_map)}
-        _make_parts(job, chunks, run)
-    files |= _join_parts(folder, job, np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4"), counts)
-    files["tokenizer.json"] = write_file(folder / "tokenizer.json", [vocabulary.tokenizer.to_str().encode()])
-    lines = (json.dumps({"text": text}).encode() + b"\n" for text in held_out)
-    files["held_out.jsonl"] = write_file(folder / "held_out.jsonl", lines)
-    described = {"vocabulary_size": vocabulary.size, "counts": counts, "files": files}
-    write_json(folder / "manifest.json", {"format": FORMAT, "made_of": made_of, **described})
-    shutil.rmtree(job.work, ignore_errors=True)
-    for left in folder.glob(".*.*"):  # by a process that was killed while it wrote
-        left.unlink(missing_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file: give a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [path.name for path in folder.iterdir() if not path.name.startswith(".made_of.json.")]
+        if others and "made_of.json" not in others:
+            raise InputError(f"{folder} holds something else ({others[0]}): give a new or an empty folder.")
+        made_of = {
+            "format": FORMAT,
+            "sources": _fingerprints(opened),
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "settings": asdict(settings),
+        }
+        claim(folder / "made_of.json", made_of, folder)
+        if (folder / "manifest.json").is_file():
+            with progress.stage(f"checking {folder}"):
+                return TokenDataset.open(folder, whole=True)
+        job = _Job(folder / "work", settings, -(-sum(source.size for source in opened) // PART_BYTES))
+        layout = {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, "num_parts": job.num_parts}
+        claim(job.work / "layout.json", layout, folder)
+        write_file(job.work / "tokenizer.json", [tokenizer.to_str().encode()])
+        _full.cache_clear()
+        _held_out_filter.cache_clear()
+        with _pool(processes) as run:
+            chunks = _make_chunks(job, opened, run)
+            counts, vocabulary, held_out = _read_chunks(job, chunks)
+            files = {"vocabulary.npy": _write_array(folder / "vocabulary.npy", vocabulary.vocab_map.astype("<i4"))}
+            _make_parts(job, chunks, run)
+        files |= _join_parts(folder, job, np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4"), counts)
+        files["tokenizer.json"] = write_file(folder / "tokenizer.json", [vocabulary.tokenizer.to_str().encode()])
+        lines = (json.dumps({"text": text}).encode() + b"\n" for text in held_out)
+        files["held_out.jsonl"] = write_file(folder / "held_out.jsonl", lines)
+        described = {"vocabulary_size": vocabulary.size, "counts": counts, "files": files}
+        write_json(folder / "manifest.json", {"format": FORMAT, "made_of": made_of, **described})
+        shutil.rmtree(job.work, ignore_errors=True)
+        for left in folder.glob(".*.*"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
     return TokenDataset.open(folder)
 
 

@@ -77,7 +77,7 @@ def _read_sources(config: Config, tokenizer: Tokenizer) -> Opened:
 
 
 def _open_built(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -> Opened:
-    """Its held-out texts are often passages: as in the original, long ones are cut to their beginnings."""
+    """Its held-out texts, often passages, are cut to their beginnings, as in the original."""
     folder, data = config.data.sources[0], config.data
     if data.sources != (data.held_out,):
         built = next(source for source in data.sources if is_built(source))

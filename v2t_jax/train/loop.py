@@ -81,40 +81,35 @@ def train(config: Config, workdir: Path) -> Path:
         TrainingStopped: SIGINT or SIGTERM arrived; everything is saved.
     """
     with resumable("The run", workdir):
-        folder = _train(config, workdir)
-    return folder
-
-
-def _train(config: Config, workdir: Path) -> Path:
-    check_workdir(config, workdir)  # first, because it takes a moment and the rest a minute
-    mesh = make_mesh(config.mesh)
-    check_batches(config, mesh)
-    processes.barrier("looked at the work directory")  # before process 0 writes there
-    context = prepare(config)
-    claim_workdir(config, workdir, context.hashes())
-    params: dict[Stage, Params] = {}
-    if config.initial_inverter:
-        params["inverter"] = trained_inverter(context, mesh)
-    with stop_signals() as stop_signal:
-        for stage in config.stages:
-            params[stage] = train_stage(context, stage, workdir / stage, params, stop_signal)
-    inverter, folder = context.inverter(params), workdir / "model"
-    inverter.embedding_norm = norm_statistics(embed_once(context.embedder, context.held_out[:NORM_TEXTS]))
-    whole = dataclasses.replace(inverter, params=processes.fetch(params, main_only=True))
-    with processes.main_first("written the model") as here:
-        if here:
-            whole.save(folder, record={"recipe": to_dict(config)})
-    del whole
-    if context.in_step and config.embedder_dtype != "float32":  # scores are for the exact embedder's vectors
-        inverter = dataclasses.replace(inverter, embedder=load_embedder(config.embedder))
-    settings = config.evaluation
-    texts, num_steps = context.held_out[: settings.num_examples], settings.num_steps if inverter.has_corrector else (0,)
-    report = evaluate(inverter, texts, num_steps, settings.sequence_beam_width)
-    if processes.is_main():
-        (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-        plot(report, workdir / "evaluation.png")
-        card = model_card(to_dict(config), report, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
-        (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
+        check_workdir(config, workdir)  # first, because it takes a moment and the rest a minute
+        mesh = make_mesh(config.mesh)
+        check_batches(config, mesh)
+        processes.barrier("looked at the work directory")  # before process 0 writes there
+        context = prepare(config)
+        claim_workdir(config, workdir, context.hashes())
+        params: dict[Stage, Params] = {}
+        if config.initial_inverter:
+            params["inverter"] = trained_inverter(context, mesh)
+        with stop_signals() as stop_signal:
+            for stage in config.stages:
+                params[stage] = train_stage(context, stage, workdir / stage, params, stop_signal)
+        inverter, folder = context.inverter(params), workdir / "model"
+        inverter.embedding_norm = norm_statistics(embed_once(context.embedder, context.held_out[:NORM_TEXTS]))
+        whole = dataclasses.replace(inverter, params=processes.fetch(params, main_only=True))
+        with processes.main_first("written the model") as here:
+            if here:
+                whole.save(folder, record={"recipe": to_dict(config)})
+        del whole
+        if context.in_step and config.embedder_dtype != "float32":  # scores are for the exact embedder's vectors
+            inverter = dataclasses.replace(inverter, embedder=load_embedder(config.embedder))
+        settings = config.evaluation
+        num_steps = settings.num_steps if inverter.has_corrector else (0,)
+        report = evaluate(inverter, context.held_out[: settings.num_examples], num_steps, settings.sequence_beam_width)
+        if processes.is_main():
+            (workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+            plot(report, workdir / "evaluation.png")
+            card = model_card(to_dict(config), report, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+            (folder / "README.md").write_text(CARD_HEAD + card, encoding="utf-8")
     return folder
 
 
@@ -232,8 +227,9 @@ class Feed:
 
     def start(self, step: int) -> Callable[[], Batch]:
         """Begins to make a step's batch; the function returned waits for it."""
-        ids, read = self._batches(step, self._rows), self._batches.columns(step, self._rows)
-        local = Batch(ids)._replace(**{field: read[name] for field, name in self._columns.items()})
+        ids, columns = self._batches(step, self._rows), self._batches.columns(step, self._rows)
+        read: dict[str, Any] = {field: columns[name] for field, name in self._columns.items()}
+        local = Batch(ids, **read)
         if self._context.retokenizes and local.embedding is None:
             local = local._replace(tokens=self._context.retokenize(ids))
         batch = self._global(local)

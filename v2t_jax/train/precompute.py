@@ -154,9 +154,8 @@ def check_column(column: Column, kind: str, embedder: TextEmbedder, max_length: 
 
 
 def _embedder_record(embedder: TextEmbedder) -> dict[str, Any]:
-    """All that is known to determine an embedder's vectors."""
+    """All that is known to determine an embedder's vectors; the folder of one with known weights may move."""
     identity = embedder.identity
-    # The folder of an embedder may move; of others the name is all there is.
     return identity.to_dict() | ({"name": Path(identity.name).name} if identity.weights_sha256 else {})
 
 

@@ -127,8 +127,16 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 def prepare(config: Config) -> TrainContext:
     """Loads embedder and tokenizer, reads and tokenizes the text, opens columns, settles vocabulary and widths."""
     local = None if is_endpoint(config.embedder) else load_embedder(config.embedder, config.embedder_dtype)
-    if local is None:
-        _check_columns(config)
+    if local is None:  # which a training step can't ask: columns must hold its vectors
+        needed = {"embeddings": "texts' vectors with 'v2t data embed'"}
+        if "corrector" in config.stages:
+            needed["hypotheses"] = "corrector's hypotheses and their vectors with 'v2t data hypotheses'"
+        for column, what in needed.items():
+            if not getattr(config.data, column):
+                raise InputError(
+                    f"{config.embedder} isn't asked while training: make the {what}, and name that column as "
+                    f"data.{column}."
+                )
     elif config.api != ApiConfig():
         raise InputError("api is for an embedder behind an endpoint: give its URL as embedder.")
     tokenizer, name = local.tokenizer if local else None, config.data.tokenizer
@@ -143,12 +151,11 @@ def prepare(config: Config) -> TrainContext:
     embedder: TextEmbedder = local or HttpEmbedder(
         config.embedder, config.api, width=columns[config.data.embeddings].values.shape[1]
     )
-    for name, column in columns.items():
+    for name, stored in columns.items():
         kind = "embeddings" if name == config.data.embeddings else "hypotheses"
-        check_column(column, kind, embedder, config.model.max_length)
-    t5 = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
-    if config.initial_t5:
-        t5 = check_t5(config, vocabulary)
+        check_column(stored, kind, embedder, config.model.max_length)
+    resized = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
+    t5 = check_t5(config, vocabulary) if config.initial_t5 else resized
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
     context = TrainContext(config, model, embedder, vocabulary, datasets, columns, held_out)
     if local is not None and context.shares_vocabulary:
@@ -161,18 +168,6 @@ def prepare(config: Config) -> TrainContext:
     if local is None:  # now, so that a wrong key or limit shows before training; the answers are cached
         embed_once(embedder, held_out)
     return context
-
-
-def _check_columns(config: Config) -> None:
-    """A training step can't ask an embedder that runs elsewhere: columns must hold its vectors."""
-    needed = {"embeddings": "texts' vectors with 'v2t data embed'"}
-    if "corrector" in config.stages:
-        needed["hypotheses"] = "corrector's hypotheses and their vectors with 'v2t data hypotheses'"
-    for name, what in needed.items():
-        if not getattr(config.data, name):
-            raise InputError(
-                f"{config.embedder} isn't asked while training: make the {what}, and name that column as data.{name}."
-            )
 
 
 def column_names(config: Config, stage: Stage) -> dict[str, str]:

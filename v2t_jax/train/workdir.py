@@ -28,8 +28,14 @@ def check_workdir(config: Config, workdir: Path) -> None:
         raise InputError(f"The work directory {workdir} can't be used ({error.strerror}); give another.") from error
     except (ValueError, InputError) as error:  # not JSON, not UTF-8, not a config
         raise InputError(f"{file} is damaged ({str(error).rstrip('.')}); give a new --workdir.") from error
-    free = _free_settings(config, workdir)
-    now = {name: value for name, value in _settings(to_dict(config)) if not name.startswith(free)}
+    # What decides neither batches nor parameters may change. A stage may be lengthened, but not an inverter whose
+    # corrector already trains on its hypotheses.
+    free = ["mesh.", "evaluation.", "checkpoint.", "log_every_steps"]
+    free += [f"api.{name}" for name in to_dict(config.api) if name not in ("model", "dimensions")]
+    for i, stage in enumerate(config.stages):
+        if not any((workdir / later / "checkpoints").exists() for later in config.stages[i + 1 :]):
+            free.append(f"{stage}.num_steps")
+    now = {name: value for name, value in _settings(to_dict(config)) if not name.startswith(tuple(free))}
     changed = [f"{name}={before[name]!r}, not {value!r}" for name, value in now.items() if before[name] != value]
     if changed:
         raise InputError(
@@ -42,18 +48,6 @@ def _settings(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, An
     """Every setting by its full name, such as inverter.optimizer.b1."""
     for name, value in values.items():
         yield from _settings(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
-
-
-def _free_settings(config: Config, workdir: Path) -> tuple[str, ...]:
-    """Beginnings of settings that may change when a run is resumed: they decide neither batches nor parameters."""
-    api = [f"api.{name}" for name in to_dict(config.api) if name not in ("model", "dimensions")]
-    # A stage may be lengthened, but not an inverter whose corrector already trains on its hypotheses.
-    stages = [
-        f"{stage}.num_steps"
-        for i, stage in enumerate(config.stages)
-        if not any((workdir / later / "checkpoints").exists() for later in config.stages[i + 1 :])
-    ]
-    return ("mesh.", "evaluation.", "checkpoint.", "log_every_steps", *api, *stages)
 
 
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, Any]) -> None:
