@@ -82,8 +82,8 @@ def test_batches_bring_texts_and_hypotheses_in_the_embedders_tokens(recipe: Conf
             texts = context.vocabulary.decode(np.asarray(ids))
             expected = context.in_step.tokenize(texts)
             width = expected[0].sum(axis=0).nonzero()[0].max() + 1
-            np.testing.assert_array_equal(np.asarray(found.ids)[:, :width], expected[0][:, :width])
-            assert not np.asarray(found.mask)[:, width:].any()
+            np.testing.assert_array_equal(np.asarray(found[0])[:, :width], expected[0][:, :width])
+            assert not np.asarray(found[1])[:, width:].any()
         again = feed.start(step)()
         np.testing.assert_array_equal(again.hypothesis, batch.hypothesis)
     embedded = context.embed(np.asarray(batch.ids))

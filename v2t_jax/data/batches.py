@@ -59,11 +59,9 @@ _Item = tuple[np.ndarray, dict[str, np.ndarray]]  # ids int32 [rows, width]; col
 class Batches:
     """Shuffled, length-bucketed batches.
 
-    In an epoch every text appears once (or `weights[i]` times for data set i), but for the last few that fill no
-    batch. A text that fits (at most `max_length - 1` tokens) is used whole, except that with probability `span_share`
-    it gives a random contiguous span; a text that is too long always gives a random span, mostly of full length.
-
-    A thread reads ahead; call from one thread.
+    In an epoch every text appears once, but for the last few that fill no batch. A text that fits (at most
+    `max_length - 1` tokens) is used whole, except that with probability `span_share` it gives a random contiguous span;
+    a text that is too long always gives a random span, mostly of full length. A thread reads ahead; call from one.
 
     Args:
         datasets: one built data set, or any number in memory.

@@ -202,7 +202,6 @@ def _make_chunks(job: _Job, sources: Sequence[Source], run: Run) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _full(job: _Job) -> Vocabulary:
-    """The vocabulary of the ids in chunks: every token of the tokenizer."""
     return Vocabulary.full(read_tokenizer(job.work / "tokenizer.json"))
 
 
@@ -280,7 +279,7 @@ def _held_out_filter(job: _Job, chunks: int) -> HeldOutFilter:
 
 
 def _write_part(job: _Job, index: int, chunks: int) -> None:
-    """Collects a part from all chunks and keeps the texts that are good for training."""
+    """Keeps a part's texts that are good for training."""
     table, duplicates = _collect(job, chunks, 1 + index)
     leaks = _held_out_filter(job, chunks).leaking(table["text"].to_pylist())
     vocab_map = np.load(job.work.parent / "vocabulary.npy", allow_pickle=False)

@@ -97,7 +97,7 @@ def pad_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width:
 
 
 def fold_of(rows: np.ndarray, folds: int) -> np.ndarray:
-    """Which of K folds texts belong to, by their block. The build shuffles: a block's texts have nothing in common."""
+    """Which of K folds texts belong to, by their block (the build has shuffled them)."""
     return rows // BLOCK_ROWS % folds
 
 

@@ -59,7 +59,11 @@ class Checkpoints:
                 fault = processes.gist(error)
             fault = next((one for one in processes.gather(fault) if one), "")  # one process's fault is everybody's
             if not fault:
-                self._set_aside(list(reasons))
+                if reasons:  # set aside: Orbax saves no step before the newest one it knows
+                    with processes.main_first("set unreadable checkpoints aside") as here:
+                        for bad in reasons if here else ():
+                            (self._folder / str(bad)).rename(self._folder / f"unreadable-{bad}-{time.time_ns()}")
+                    self._manager.reload()
                 return state
             reasons[step] = fault
             progress.note(f"checkpoint {step} in {self._folder} can't be read ({fault}); trying the one before")
@@ -90,14 +94,6 @@ class Checkpoints:
         for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
             if sha256_of([folder / name]) != sums[name]:
                 raise ValueError(f"{name} is truncated or altered: its sha256 is not the recorded one")
-
-    def _set_aside(self, steps: list[int]) -> None:
-        """Renames unreadable checkpoints: Orbax saves no step before the newest one it knows."""
-        if steps:
-            with processes.main_first("set unreadable checkpoints aside") as here:
-                for step in steps if here else ():
-                    (self._folder / str(step)).rename(self._folder / f"unreadable-{step}-{time.time_ns()}")
-            self._manager.reload()
 
     def close(self) -> None:
         with self._writing():

@@ -86,7 +86,7 @@ class TrainContext:
 
     def retokenize(self, ids: np.ndarray) -> Tokens:
         """Texts of model ids [n, L] in the embedder's tokens [n, M]; M depends on L alone."""
-        return Tokens(*self._retokenizer(ids.shape[1])(ids))
+        return self._retokenizer(ids.shape[1])(ids)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Ids [n, L] -> embeddings [n, E] as the training step computes them."""

@@ -44,11 +44,7 @@ class TrainState(NamedTuple):
     bad_updates: Any = np.zeros((), np.int32)  # [] int32, updates so far whose loss or gradient wasn't finite
 
 
-class Tokens(NamedTuple):
-    """Texts in the embedder's own tokens, int32 [B, M]."""
-
-    ids: Any
-    mask: Any
+Tokens = tuple[Any, ...]  # texts in the embedder's own tokens: ids and mask, int32 [B, M]
 
 
 class Batch(NamedTuple):
@@ -139,7 +135,7 @@ class Task:
             return embedding.astype(jnp.float32)
         assert self.embedder is not None
         if tokens is not None:
-            rows, run = tuple(tokens), functools.partial(embed_tokens, self.embedder, frozen.embedder)
+            rows, run = tokens, functools.partial(embed_tokens, self.embedder, frozen.embedder)
         else:
             assert self.token_map is not None
             weights = frozen.embedder, frozen.vocab_map
