@@ -1,18 +1,14 @@
 """The correction loop: guess a text, embed the guess, let proposers improve on it, repeat.
 
-After Morris et al. 2023, "Text Embeddings Reveal (Almost) As Much As Text", section 3. The loop knows no network. It is
-made of functions that take the weights first, so that these are arguments of the compiled program and no constants:
+After Morris et al. 2023, "Text Embeddings Reveal (Almost) As Much As Text", section 3. The loop knows no network, only
+deterministic functions that take the weights first, as arguments of the compiled program:
 
     hypothesize(params, e [B, E], k)            -> ids [B, k, L]    first guesses
     propose(params, hypotheses of R rows, k)    -> ids [R, n, L]    candidates, n of each proposer's own
     embed(params, ids [R, L])                   -> [R, E]           the embedder under attack
 
-All of them must be deterministic. The candidates of all proposers compete in one pool.
-
 Shapes: B batch, L tokens, E embedding width, W sequence beam, N steps.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,9 +61,7 @@ class CorrectionSettings:
     sequence_beam_width: int = 4  # W, hypotheses kept for each target between steps, and candidates for each of them
     mode: Mode = "best"
     patience: int = 0  # in mode "best" a row also stops after this many steps without improvement; 0 = never
-    # In mode "upstream", tokens kept of a first guess that is to be corrected; None = all. (The original generates
-    # those shorter than the guess it returns for 0 steps.)
-    guess_length: int | None = None
+    guess_length: int | None = None  # in mode "upstream", tokens kept of a first guess to be corrected; None = all
 
     def __post_init__(self) -> None:
         if self.mode not in ("best", "upstream"):
@@ -79,8 +73,7 @@ class CorrectionSettings:
 
 
 class Correction(NamedTuple):
-    """What the loop found. From the first guess on, the trace shows the best hypothesis so far, or in mode "upstream"
-    the one selected at each step; the answer is its last."""
+    """What the loop found. The trace shows the best hypothesis so far, or in mode "upstream" each step's selection."""
 
     ids: np.ndarray  # [B, L] int32
     similarity: np.ndarray  # [B] float32, of the embedded ids and the target
@@ -100,8 +93,6 @@ class Pool(NamedTuple):
 
 
 class Beam(NamedTuple):
-    """The search for each target."""
-
     pool: Pool  # ranked; W hypotheses in mode "upstream", which forgets all others, and MEMORY * W in "best"
     step: Array  # [B] int32, when the first of the pool was found
     stale: Array  # [B] int32, steps since it got better
@@ -109,8 +100,6 @@ class Beam(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a step changes."""
-
     beam: Beam
     step: Array  # [] int32, steps run
     trace_ids: Array  # [B, T + 1, L] int32, T steps at most
@@ -133,9 +122,8 @@ def is_solved(cosine: Array) -> Array:
 class CorrectionLoop:
     """The loop over fixed functions and settings: first guesses and all steps in one compiled program.
 
-    Its `while_loop` leaves the device only when every row is done or `num_steps` is reached. `num_steps` is an argument
-    of the program, so one compile serves all N up to TRACE_STEPS, all weights and all batches of a shape. Where
-    somebody watches, the same two parts run as programs of their own, step by step.
+    One compile serves all N up to TRACE_STEPS, all weights and all batches of a shape. Where somebody watches, the same
+    two parts run as programs of their own, step by step.
     """
 
     def __init__(
@@ -145,11 +133,9 @@ class CorrectionLoop:
         embed: Embed,
         settings: CorrectionSettings,
         *,
-        # of embeddings and targets [..., E]; what is not a number never wins
-        similarity: Callable[[Array, Array], Array] = cosine_similarity,
+        similarity: Callable[[Array, Array], Array] = cosine_similarity,  # of embeddings and targets [..., E]
         solved: Callable[[Array], Array] = is_solved,  # similarity [B] -> whether a row is finished; in mode "best"
-        # similarity [B, P] -> indices [B, P], best first: the order of equal candidates in mode "upstream" before its
-        # last step; None: the first in front, as in the last
+        # similarity [B, P] -> indices, best first, in mode "upstream" before its last step; None: ties in place
         rank: Callable[[Array], Array] | None = None,
         check: Callable[[], None] = lambda: None,  # raises what a host function raised in a program that has ended
     ) -> None:
@@ -194,7 +180,6 @@ class CorrectionLoop:
         return self._advance(params, e, self._start(params, e, num_steps, room), num_steps, num_steps)
 
     def _start(self, params: Params, e: Array, num_steps: Array, room: int) -> State:
-        """First guesses, embedded and ranked."""
         beam = self.first_beam(params, e, num_steps)
         # Made of the beam, so that the rows of the trace lie where the beam's do.
         trace = (jnp.repeat(x[:, :1], room + 1, axis=1) for x in (beam.pool.ids, beam.pool.similarity))
@@ -223,13 +208,10 @@ class CorrectionLoop:
             ids = jnp.where(cut[None, None], PAD, ids)
         pool = self._pool(params, e, ids)
         if upstream:
-            # The original starts from one hypothesis. Copies of it keep the shapes static; being duplicates
-            # they become fillers, whose candidates do not count.
+            # The original starts from one hypothesis; its copies become fillers, whose candidates do not count.
             pool = Pool(*(jnp.repeat(x, width, axis=1) for x in pool))
         kept = _keep_distinct(pool, width if upstream else MEMORY * width)
-        done = _nothing_ranked(pool)
-        if not upstream:
-            done |= self._solved(kept.similarity[:, 0])
+        done = _nothing_ranked(pool) | (False if upstream else self._solved(kept.similarity[:, 0]))
         zero = jnp.zeros(e.shape[0], jnp.int32)
         return Beam(kept, step=zero, stale=zero, done=done)
 
@@ -250,9 +232,8 @@ class CorrectionLoop:
         children = self._children(params, e, _take(beam.pool, index))
         chosen = jnp.any(index[:, :, None] == jnp.arange(memory)[None, None], axis=1)
         held = beam.pool._replace(expanded=beam.pool.expanded | chosen)
-        # What is held comes first: a child that repeats it is the duplicate, and among ties the older stays. So the
-        # first never gets worse: it is the best hypothesis ever seen, since `step`. Whatever was expanded and then
-        # dropped can't come back: by then all that is held lies nearer.
+        # What is held comes first: a child that repeats it is the duplicate, and among ties the older stays. What was
+        # expanded and then dropped can't come back: by then all that is held lies nearer.
         pool = Pool(*(jnp.concatenate(pair, axis=1) for pair in zip(held, children, strict=True)))
         kept = _keep_distinct(pool, memory)
         better = kept.similarity[:, 0] > beam.pool.similarity[:, 0]
@@ -276,9 +257,7 @@ class CorrectionLoop:
         ids = jnp.concatenate([propose(params, hypotheses, width) for propose in self._proposers], axis=1)
         each = ids.shape[1]
         ids = truncate_after_eos(ids.reshape(batch, width * each, length).astype(jnp.int32))
-        # A filler repeats the first of its pool and, but for rounding, that one's children. Without those, the first
-        # pool in mode "upstream" is exactly the children of the one hypothesis.
-        childless = parents.expanded | (parents.similarity == -jnp.inf)
+        childless = parents.expanded | (parents.similarity == -jnp.inf)  # fillers repeat the first
         return self._pool(params, e, ids, absent=jnp.repeat(childless, each, axis=1))
 
     def _pool(self, params: Params, e: Array, ids: Array, absent: Array | bool = False) -> Pool:
@@ -292,15 +271,12 @@ class CorrectionLoop:
 
 
 def _nothing_ranked(pool: Pool) -> Array:
-    """[B]: there is no way on from a row none of whose candidates has an embedding."""
+    """[B]: no candidate of a row has an embedding."""
     return jnp.all(pool.similarity == -jnp.inf, axis=1)
 
 
 def _keep_distinct(pool: Pool, width: int) -> Pool:
-    """The `width` best distinct hypotheses of each pool, best first; then fillers: the first with similarity -inf.
-
-    Of equal ids and of equal similarities, the first counts.
-    """
+    """The `width` best distinct hypotheses of each pool, the first among equals; then fillers: the best, with -inf."""
     present = pool.similarity > -jnp.inf
     equal = jnp.all(pool.ids[:, :, None, :] == pool.ids[:, None, :, :], axis=-1)  # [B, P, P]
     earlier = jnp.tri(pool.ids.shape[1], k=-1, dtype=bool)[None]
@@ -315,5 +291,4 @@ def _keep_distinct(pool: Pool, width: int) -> Pool:
 
 
 def _take(pool: Pool, index: Array) -> Pool:
-    """Hypotheses `index` [B, n] of each pool."""
     return Pool(*(jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1) for x in pool))
