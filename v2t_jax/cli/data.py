@@ -22,8 +22,7 @@ class Build:
 
     sources: tyro.conf.Positional[tuple[str, ...]]  # files, folders or globs
     output: str  # the folder to write
-    embedder: str | None = None
-    """the embedder whose tokenizer to use: a name listed by `v2t embedders`, or a folder"""
+    embedder: str | None = None  # the embedder whose tokenizer to use: a name that `v2t embedders` lists, or a folder
     tokenizer: str | None = None  # a tokenizer.json to use instead
     settings: Annotated[BuildSettings, tyro.conf.arg(name="")] = BuildSettings()
     processes: int | None = None  # worker processes; by default one per core
@@ -38,10 +37,8 @@ class Build:
         if (self.embedder is None) == (self.tokenizer is None):
             raise InputError("Pass either --embedder NAME or --tokenizer FILE; it decides the tokens.")
         processes = num_cores() if self.processes is None else self.processes
-        if self.embedder is not None:
-            tokenizer = load_tokenizer(self.embedder)
-        else:
-            tokenizer = read_tokenizer(_path(str(self.tokenizer)))
+        given = self.embedder
+        tokenizer = load_tokenizer(given) if given is not None else read_tokenizer(_path(str(self.tokenizer)))
         folder = Path(os.path.abspath(_path(self.output)))
         counts = build(self.sources, folder, tokenizer, self.settings, processes).manifest["counts"]
         if self.json:
@@ -92,8 +89,7 @@ class Hypotheses:
     folder: tyro.conf.Positional[str]  # a data set made by v2t data build
     name: str  # name of the column; the guesses' embeddings are in NAME.embedding
     model: tuple[str, ...]
-    """a model trained on this data set; or one per fold, in order, each of which guesses the texts it wasn't trained
-    on"""
+    """a model trained on this data set, or one per fold, in order: each guesses the texts it wasn't trained on"""
     embedder: str | None = None  # the models' embedder, if it has moved: a folder, or an endpoint's base URL
     embeddings: str | None = None  # column with the texts' embeddings; by default they are computed
     batch_size: int = 256  # texts per batch
@@ -105,14 +101,10 @@ class Hypotheses:
         from v2t_jax.parallel.processes import find_share
         from v2t_jax.train.precompute import hypothesis_columns
 
+        dataset, embedder = TokenDataset.open(_path(self.folder)), open_embedder(self.embedder, self.api)
+        share, embeddings, size = find_share(self.distributed), self.embeddings, self.batch_size
         done = hypothesis_columns(
-            TokenDataset.open(_path(self.folder)),
-            self.name,
-            self.model,
-            open_embedder(self.embedder, self.api),
-            embeddings=self.embeddings,
-            batch_size=self.batch_size,
-            share=find_share(self.distributed),
+            dataset, self.name, self.model, embedder, embeddings=embeddings, batch_size=size, share=share
         )
         _say(done, f'in a recipe: DataConfig(..., hypotheses="{self.name}")')
 
@@ -122,9 +114,7 @@ def _path(name: str) -> Path:
 
 
 def _say(done: bool, how: str) -> None:
-    print(
-        f"The column is finished; {how}" if done else "This host's share is finished; the other hosts' shares are not."
-    )
+    print(f"The column is finished; {how}" if done else "This host's share is finished; other hosts' are not.")
 
 
 @dataclass(frozen=True)

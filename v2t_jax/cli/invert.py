@@ -40,12 +40,10 @@ class Invert:
     """a text to embed and then recover; can be repeated"""
     embeddings: str | None = None  # a .npy file of vectors [n, E] to recover
     model: str = PACKAGED_MODEL  # name of a packaged model, or a model folder
-    embedder: str | None = None
-    """the model's embedder, if it has moved since the model was made: a folder, or an endpoint's base URL"""
+    embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
     num_steps: int = 8  # correction steps; 0 returns the best first guess
     sequence_beam_width: int = 4  # hypotheses kept between steps
-    mode: Literal["best", "upstream"] = "best"
-    """best returns the closest text ever seen; upstream selects as the original vec2text does"""
+    mode: Literal["best", "upstream"] = "best"  # best: the closest text ever seen; upstream: as vec2text selects
     batch_size: int | None = None  # vectors at a time; the default fits a small machine
     json: bool = False  # print a JSON document instead of a table
     api: ApiConfig = ApiConfig()
@@ -81,10 +79,8 @@ class Embed:
     output: str  # the .npy file to write
     embedder: str = "all-MiniLM-L6-v2"
     """a name that `v2t embedders` lists, a folder, NAME@FOLDER, ORG/NAME on the hub, or an endpoint's base URL"""
-    dimensions: int | None = None
-    """keep only the first ones (Matryoshka), normalized again if the embedder normalizes"""
-    precision: Literal["float32", "int8", "binary"] = "float32"
-    """format of the vectors: int8 by each dimension's range in this file, binary by sign"""
+    dimensions: int | None = None  # keep only the first (Matryoshka), normalized again if the embedder normalizes
+    precision: Literal["float32", "int8", "binary"] = "float32"  # int8 by dimensions' ranges here, binary by sign
     prefix: str | None = None  # prepended to every line; by default the embedder's own prefix for documents
     batch_size: int = 64  # texts per batch or request
     api: ApiConfig = ApiConfig()
@@ -97,10 +93,8 @@ class Embed:
 
         embedder = open_embedder(self.embedder, self.api)
         if not isinstance(embedder, str) and (self.dimensions is not None or self.prefix is not None):
-            raise InputError(
-                "--dimensions and --prefix are for embedders that run here; pass --api.dimensions to an endpoint, and "
-                "put prefixes into the file."
-            )
+            advice = "pass --api.dimensions to an endpoint, and put prefixes into the file."
+            raise InputError(f"--dimensions and --prefix are for embedders that run here; {advice}")
         lines = read_lines(self.input)
         with replaced(self.output, self.input) as file:  # opened before hours of embedding
             if isinstance(embedder, str):
@@ -151,8 +145,7 @@ class Eval:
     """Score a model on held-out texts, for several numbers of correction steps and beam widths."""
 
     model: str = PACKAGED_MODEL  # name of a packaged model, or a model folder
-    embedder: str | None = None
-    """the model's embedder, if it has moved since the model was made: a folder, or an endpoint's base URL"""
+    embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
     split: str = "held_out"  # held_out or train
     num_steps: tuple[int, ...] = (0, 1, 8)  # correction steps
     sequence_beam_width: tuple[int, ...] = (1, 4)  # hypotheses kept between steps

@@ -64,9 +64,7 @@ def start_jax() -> None:
 
             enable_compilation_cache()
     except ValueError as error:
-        raise InputError(
-            f"JAX doesn't start ({error}); check the environment variables that begin with JAX_."
-        ) from error
+        raise InputError(f"JAX doesn't start ({error}); check the variables that begin with JAX_.") from error
 
 
 def check_devices() -> None:
@@ -76,11 +74,8 @@ def check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        raise InputError(
-            f"JAX finds no device for JAX_PLATFORMS={platforms!r} ({str(error) or type(error).__name__}); unset or fix "
-            "it, and see with 'v2t env' which devices there are."
-        ) from error
+        said = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} ({str(error) or type(error).__name__})"
+        raise InputError(f"JAX finds no device for {said}; unset or fix it; 'v2t env' lists the devices.") from error
 
 
 @contextlib.contextmanager
@@ -96,8 +91,7 @@ def joined(options: DistributedConfig) -> Iterator[None]:
     except Exception as error:
         if not processes.is_several():
             raise
-        fault = explained(error)
-        if fault is None:
+        if (fault := explained(error)) is None:
             traceback.print_exc()
         else:
             print(f"v2t: {fault}", file=sys.stderr)
@@ -127,8 +121,7 @@ def run(arguments: list[str]) -> None:
 
 def leave() -> NoReturn:
     """Ends the process at once after Ctrl-C."""
-    print("v2t: interrupted", file=sys.stderr)
-    sys.stderr.flush()
+    print("v2t: interrupted", file=sys.stderr, flush=True)
     # Threads of XLA may still be computing: an ordinary exit would free their memory under them.
     os._exit(130)
 

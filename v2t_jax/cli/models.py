@@ -57,13 +57,10 @@ class Convert:
     target: Annotated[Literal["vec2text"] | None, tyro.conf.arg(name="to")] = None
     """vec2text: folders inverter and corrector that the original vec2text loads"""
     inverter: str | None = None  # folder or hub name of the inverter
-    corrector: str | None = None
-    """folder or hub name of the corrector; without it, the model only makes first guesses"""
-    t5: str | None = None
-    """folder or hub name of the T5 they were trained from; by default the one in the inverter's config.json"""
+    corrector: str | None = None  # folder or hub name of the corrector; without it, the model only makes first guesses
+    t5: str | None = None  # folder or hub name of the T5 they were trained from; by default the inverter's own record
     embedder: str | None = None
-    """the embedder they invert: a name listed by `v2t embedders`, a folder, or an endpoint's base URL; by default the
-    one in the inverter's config.json"""
+    """the embedder they invert: a known name, a folder, or an endpoint's base URL; by default the inverter's record"""
     api: ApiConfig = ApiConfig()
 
     def run(self) -> None:
@@ -82,8 +79,7 @@ class Convert:
             raise InputError("With --to, pass two paths: the model folder, and the folder to write.")
         if self.inverter or self.corrector or self.t5 or self.embedder or self.api != ApiConfig():
             raise InputError(
-                "--inverter, --corrector, --t5, --embedder and --api belong to --from; with --to, pass only the model "
-                "folder and the folder to write."
+                "--inverter, --corrector, --t5, --embedder and --api belong to --from; with --to, pass only two paths."
             )
         to_vec2text(self.paths[0], Path(self.paths[1]))
         print(f"The checkpoints are in {self.paths[1]}/inverter and {self.paths[1]}/corrector.")
