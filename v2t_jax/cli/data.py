@@ -102,10 +102,9 @@ class Hypotheses:
         from v2t_jax.train.precompute import hypothesis_columns
 
         dataset, embedder = TokenDataset.open(_path(self.folder)), open_embedder(self.embedder, self.api)
-        share, embeddings, size = find_share(self.distributed), self.embeddings, self.batch_size
-        done = hypothesis_columns(
-            dataset, self.name, self.model, embedder, embeddings=embeddings, batch_size=size, share=share
-        )
+        options: dict[str, Any] = {"embeddings": self.embeddings, "batch_size": self.batch_size}
+        share = find_share(self.distributed)
+        done = hypothesis_columns(dataset, self.name, self.model, embedder, share=share, **options)
         _say(done, f'in a recipe: DataConfig(..., hypotheses="{self.name}")')
 
 

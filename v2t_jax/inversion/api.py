@@ -187,14 +187,16 @@ def invert_on_all_hosts(
         return invert(inverter, items, **options)
     once = getattr(inverter.embedder, "metered", False)
     given = items.tobytes() if isinstance(items, np.ndarray) else "\n".join(items).encode()
-    share, found, fault = items if once else items[jax.process_index() :: count], [], ""
+    share = items if once else items[jax.process_index() :: count]
+    found: list[dict[str, Any]] = []
+    fault = ""
     try:
         if len(share) and (processes.is_main() or not once):
             found = [one.to_dict() for one in invert(inverter, share, **options)]
     except InputError as error:
         fault = str(error)
-    records = processes.gather([hashlib.sha256(given).hexdigest(), found, fault])
-    digests, founds, faults = zip(*records, strict=True)
+    parts = processes.gather([hashlib.sha256(given).hexdigest(), found, fault])
+    digests, founds, faults = zip(*parts, strict=True)
     if fault := next(filter(None, faults), ""):
         raise InputError(fault)
     if len(set(digests)) > 1:

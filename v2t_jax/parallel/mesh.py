@@ -157,7 +157,7 @@ def decoding_rows(mesh: Mesh, layout: DecodeLayout) -> NamedSharding:
 
 
 def decoding_on(mesh: Mesh, layout: DecodeLayout) -> contextlib.AbstractContextManager[None]:
-    """Programs called inside only decode, on a mesh; weights and rows are laid out for that."""
+    """Programs called inside only decode, and are laid out for that."""
     return _inside(mesh, DECODING_RULES[layout])
 
 
