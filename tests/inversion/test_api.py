@@ -309,7 +309,7 @@ def test_cosines_by_hand() -> None:
 def test_embedding_by_folder(folder: Path, model: InversionPipeline, vectors: np.ndarray) -> None:
     for embedder in (str(folder / "embedder"), folder / "embedder", model.embedder):
         np.testing.assert_allclose(v2t.embed(TEXTS, embedder), vectors, atol=1e-6)
-    with pytest.raises(InputError, match="of type function; give its name .*CallableEmbedder"):
+    with pytest.raises(InputError, match="of type function; give a name, .*CallableEmbedder.function."):
         v2t.embed(TEXTS, lambda texts: texts)  # type: ignore[arg-type]
     for batch_size in (0, -1):
         with pytest.raises(InputError, match=f"batch_size is {batch_size}"):

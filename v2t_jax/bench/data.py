@@ -69,7 +69,7 @@ class Data:
             for step in range(self.steps or batches.steps_per_epoch):
                 ids = batches(step)
                 jax.block_until_ready(jax.device_put((ids, batches.columns(step))))
-                sizes.append((len(ids), ids.size, np.count_nonzero(ids)))
+                sizes.append((len(ids), ids.size, int(np.count_nonzero(ids))))
 
         took = turn(run)
         batches.close()

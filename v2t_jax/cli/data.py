@@ -140,7 +140,7 @@ class Corpus:
             return
         for row in report:
             print("{kept:>9,} of {found:>9,} sentences: {source} ({package}; {license})".format(**row))
-        print(f"{sum(row['kept'] for row in report):>9,} sentences in {self.output}")
+        print(f"{sum(int(row['kept']) for row in report):>9,} sentences in {self.output}")
 
 
 @dataclass(frozen=True)

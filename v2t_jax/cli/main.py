@@ -26,7 +26,7 @@ UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
 
 @dataclass(frozen=True)
 class Data:
-    """Data sets at scale: build, embed, hypotheses, tfds."""
+    """Corpora and data sets: corpus, build, embed, hypotheses, tfds."""
 
 
 @dataclass(frozen=True)

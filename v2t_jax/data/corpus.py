@@ -128,7 +128,7 @@ def _pages(content: bytes) -> Iterator[str]:
         yield re.sub(r"<[^<>]*>", "", paragraph)
 
 
-def _manual(content: bytes) -> Iterator[str]:
+def _manual(content: bytes) -> list[str]:
     """Paragraphs of a manual page's running text."""
     text = re.sub(r'(?m)^[.\']\\".*\n', "", content.decode("utf-8", "replace"))
     text = re.sub(r"(?ms)^\.(nf|EX|TS)\b.*?^\.(fi|EE|TE)\b.*?$", "\n\n", text)

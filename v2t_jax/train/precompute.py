@@ -164,7 +164,7 @@ def _embed_ids(embedder: TextEmbedder, vocabulary: Vocabulary, max_length: int, 
     if not (isinstance(embedder, JaxEmbedder) and shares_vocabulary(embedder, vocabulary.tokenizer)):
         return lambda ids: embed_texts(embedder, vocabulary.decode(ids), batch_size)
     check_length(max_length, embedder)
-    embed = functools.partial(embed_model_ids, embedder.config, embedder.token_map())
+    embed: Callable[..., jax.Array] = functools.partial(embed_model_ids, embedder.config, embedder.token_map())
     return _on_all_devices(
         lambda weights, ids: embed(*weights, ids), (embedder.params, vocabulary.vocab_map), batch_size
     )
