@@ -83,8 +83,10 @@ class EmbeddingToText(Network):
     def bag_offset(self, *terms: tuple[jax.Array, jax.Array]) -> jax.Array:
         """The sum of x A, for the last hidden state. A tied head scales that by 1/sqrt(D), but not this term."""
         c, dtype = self.config.t5, jnp.dtype(self.config.t5.dtype)
-        products = (matmul_float32(x, kernel, dtype).astype(dtype) for x, kernel in terms)
-        return (c.d_model**0.5 if c.tie_word_embeddings else 1.0) * functools.reduce(jnp.add, products)
+        scale = c.d_model**0.5 if c.tie_word_embeddings else 1.0
+        return functools.reduce(
+            jnp.add, (scale * matmul_float32(x, kernel, dtype).astype(dtype) for x, kernel in terms)
+        )
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Teacher forcing: the inputs of `encode`, then labels [B, L] -> logits [B, L, V], float32.
