@@ -114,7 +114,7 @@ def param_specs(params: Any, table: Table, rules: Rules = RULES) -> Any:
         return PartitionSpec(*(places[axis] if axis else None for axis in axes))
 
     specs = jax.tree_util.tree_map_with_path(spec, params)
-    optional = ("lm_head", "statistics", "bag_of_words", "pooler", "input_norm")  # present by configuration
+    optional = ("lm_head", "statistics", "bag_of_words", "input_norm")  # present by configuration
     unused = [p for p, _ in table if p not in used and not any(name in p for name in optional)]
     if unused:
         raise ValueError(f"No parameter uses the sharding rule {unused[0]!r}.")
