@@ -242,6 +242,7 @@ class TextEncoder(Network):
         if c.local:
             tables = jax.tree.map(lambda *both: jnp.stack(both), tables, _tables(c, length, local=True))
         axes: Any = {"variable_axes": {"params": 0}, "in_axes": (nn.broadcast, nn.broadcast, 0, 0)}
+        axes["check_constancy_invariants"] = False  # would trace the layer twice
         layers = nn.scan(EncoderLayer, **axes, split_rngs={"params": True}, length=c.num_layers)(c, name="layers")
         is_local = jnp.asarray(c.local, jnp.int32) if c.local else None
         x, _ = layers(x, bias, tables, is_local, jnp.arange(c.num_layers) == 0 if c.bare_first else None)

@@ -146,6 +146,7 @@ class T5Stack(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.num_decoder_layers if self.is_decoder else c.num_encoder_layers,
+            check_constancy_invariants=False,  # would trace the layer twice
             unroll=c.scan_unroll,
         )(c, self.is_decoder)
         shape, init = (c.relative_attention_num_buckets, c.num_heads), nn.initializers.normal(c.d_model**-0.5)
