@@ -26,8 +26,8 @@ from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.embedder import EmbedderConfig, Pooling, embed
 from v2t_jax.models.encoders import EncoderConfig, encoder_network
 from v2t_jax.models.inverter import EmbeddingToText, Inverter
-from v2t_jax.models.layers import Params, mask_bias
-from v2t_jax.models.t5 import T5, Cache, T5Layer, T5Stack, relative_buckets
+from v2t_jax.models.layers import Params, mask_bias, relative_buckets
+from v2t_jax.models.t5 import T5, Cache, T5Layer, T5Stack
 
 Case = dict[str, np.ndarray]
 GOLDEN = Path(__file__).parent.parent / "golden"

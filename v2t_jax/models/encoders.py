@@ -26,10 +26,11 @@ from v2t_jax.models.layers import (
     inline,
     look_up,
     mask_bias,
+    relative_bias,
     rotary_tables,
     window_bias,
 )
-from v2t_jax.models.t5 import T5Encoder, relative_bias
+from v2t_jax.models.t5 import T5Encoder
 
 HiddenActivation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 Norm = Literal["layer", "layer without bias", "rms", "gemma"]

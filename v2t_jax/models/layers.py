@@ -1,10 +1,11 @@
-"""Layers that T5 and the text encoders share: dense, norms, dropout, attention, feed-forward.
+"""Layers that T5 and the text encoders share: dense, norms, dropout, positions, attention, feed-forward.
 
 Parameters are float32; `dtype` is the dtype of the arithmetic. Softmax and norm statistics are float32 in any dtype.
 Float32 products are computed in full float32 on accelerators too, where JAX's default precision is lower.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -164,6 +165,29 @@ def window_bias(length: int, *, causal: bool, window: int | None = None) -> Floa
     ahead = distances(length)
     hidden = (ahead > 0) & causal | (np.abs(ahead) > (length if window is None else window))
     return jnp.asarray(np.where(hidden, MASKED, 0.0), jnp.float32)[None, None]
+
+
+def relative_buckets(
+    relative_position: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """Bucket of every (key position - query position): exact when near, logarithmic when far (Raffel et al. 2020)."""
+    bucket, distance = np.zeros_like(relative_position), np.maximum(-relative_position, 0)
+    if bidirectional:
+        num_buckets //= 2
+        bucket, distance = np.where(relative_position > 0, num_buckets, 0), np.abs(relative_position)
+    exact = num_buckets // 2
+    # float32 as in the public implementations: float64 would move distances that lie on a bucket's edge.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (num_buckets - exact)).astype(np.int32)
+    return bucket + np.where(distance < exact, distance, np.minimum(far, num_buckets - 1))
+
+
+def relative_bias(
+    table: jax.Array, length: int, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Float[Array, "1 H {length} {length}"]:
+    """What a table [buckets, H] adds to the scores of a text of this length."""
+    buckets = relative_buckets(distances(length), bidirectional, num_buckets, max_distance)
+    return jnp.transpose(table[buckets], (2, 0, 1))[None]
 
 
 def rotary_tables(length: int, head_width: int, theta: float) -> tuple[Float[Array, "L K"], Float[Array, "L K"]]:

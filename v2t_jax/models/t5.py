@@ -8,14 +8,12 @@ Public T5 has ONE relative-position table per stack, shared by its layers, and n
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import T5Config
@@ -28,11 +26,11 @@ from v2t_jax.models.layers import (
     Network,
     Params,
     attend_cached,
-    distances,
     for_one_query,
     look_up,
     mask_bias,
     matmul_float32,
+    relative_bias,
     window_bias,
 )
 
@@ -104,29 +102,6 @@ class T5Layer(nn.Module):
         h = attend_cached(query, *cross, cross_bias).reshape(rows, 1, *query.shape[2:])
         x = x + self.cross_attention.out(h)
         return x + self.feed_forward(self.feed_forward_norm(x)), (key, value)
-
-
-def relative_buckets(
-    relative_position: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
-) -> np.ndarray:
-    """Bucket of every (key position - query position): exact when near, logarithmic when far (Raffel et al., 2.1)."""
-    bucket, distance = np.zeros_like(relative_position), np.maximum(-relative_position, 0)
-    if bidirectional:
-        num_buckets //= 2
-        bucket, distance = np.where(relative_position > 0, num_buckets, 0), np.abs(relative_position)
-    exact = num_buckets // 2
-    # float32 as in the public implementations: float64 would move distances that lie on a bucket's edge.
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / math.log(max_distance / exact)
-    far = exact + (ratio * (num_buckets - exact)).astype(np.int32)
-    return bucket + np.where(distance < exact, distance, np.minimum(far, num_buckets - 1))
-
-
-def relative_bias(
-    table: jax.Array, length: int, bidirectional: bool, num_buckets: int, max_distance: int
-) -> Float[Array, "1 H {length} {length}"]:
-    """What a table [buckets, H] adds to the scores of a text of this length."""
-    buckets = relative_buckets(distances(length), bidirectional, num_buckets, max_distance)
-    return jnp.transpose(table[buckets], (2, 0, 1))[None]
 
 
 class T5Stack(nn.Module):
