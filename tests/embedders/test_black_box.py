@@ -13,7 +13,7 @@ from tests.helpers.fake_endpoint import WIDTH, Api, Endpoint, status, vector
 from v2t_jax.embedders.black_box import PROBE, CallableEmbedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.host_callback import HostFunctions
+from v2t_jax.inversion.embed_hypotheses import HostFunctions
 
 
 def constant(answer: Any) -> CallableEmbedder:

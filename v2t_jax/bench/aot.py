@@ -24,7 +24,8 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import complete_config, read_json
 from v2t_jax.interop.hf_encoders import encoder_config
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections, shared_embedder
+from v2t_jax.inversion.embed_hypotheses import shared_embedder
+from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import Activation, EmbedderConfig, TokenMap
 from v2t_jax.models.encoders import BertConfig, EncoderConfig, encoder_network

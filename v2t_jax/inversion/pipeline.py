@@ -35,7 +35,8 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import open_weights, read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
-from v2t_jax.inversion.proposals import embed_hypotheses, initial_hypotheses, propose_corrections
+from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
+from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
 from v2t_jax.inversion.torch_order import topk_order
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params

@@ -24,8 +24,8 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import folder_tokenizer, sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
+from v2t_jax.inversion.embed_hypotheses import retokenizer
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model
-from v2t_jax.inversion.proposals import retokenizer
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.layers import Params

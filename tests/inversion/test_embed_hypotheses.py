@@ -22,7 +22,7 @@ from tests.helpers.toy_loop import (
 )
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.host_callback import HostFunctions
+from v2t_jax.inversion.embed_hypotheses import HostFunctions
 
 
 @pytest.fixture(scope="module")
