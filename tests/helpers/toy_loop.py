@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, cosine_similarity
-from v2t_jax.inversion.torch_order import topk_order
+from v2t_jax.inversion.upstream import topk_order
 
 VOCAB, LENGTH, WIDTH, BATCH = 12, 6, 24, 10
 

@@ -16,7 +16,7 @@ from tests.helpers.equivalence import close, load
 from tests.helpers.upstream_pair import BEAMS, NAMES, SEARCHES, embedder_of, read_pair, read_recorded, record_of
 from v2t_jax.errors import InputError
 from v2t_jax.inversion import pipeline
-from v2t_jax.inversion.torch_order import rank
+from v2t_jax.inversion.upstream import rank
 from v2t_jax.vec2text.convert import from_vec2text
 
 pytestmark = [

@@ -54,8 +54,7 @@ class CorrectionSettings:
     """How the loop searches.
 
     Mode "best" searches best first: it remembers the MEMORY * W nearest hypotheses ever seen, expands at each step the
-    W nearest that it hasn't expanded, and stops rows that are solved. Mode "upstream" selects as the original does:
-    only the last step's candidates count, and no row stops.
+    W nearest that it hasn't expanded, and stops rows that are solved. What mode "upstream" does is in upstream.py.
     """
 
     sequence_beam_width: int = 4  # W, hypotheses kept for each target between steps, and candidates for each of them

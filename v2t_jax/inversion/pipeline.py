@@ -37,7 +37,7 @@ from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
 from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
-from v2t_jax.inversion.torch_order import topk_order
+from v2t_jax.inversion.upstream import topk_order, upstream_lengths
 from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
 from v2t_jax.models.t5 import round_weights, unstack_decoder
@@ -47,7 +47,6 @@ from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent.parent / "assets" / "models"
 TOKENIZER = "tokenizer.json"
-UPSTREAM_LENGTH = 127  # tokens that the original's calls generate at most: 128 with the decoder's start id
 CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n---\n"  # what the hub files models by
 
 
@@ -121,9 +120,7 @@ class InversionPipeline:
         """The compiled loop for these settings, made once."""
         config, guess_length = self.config, None
         if mode == "upstream" and not self.shares_vocabulary:
-            # As the original's calls: texts of its length, but first guesses of the training texts', with the start id.
-            config = dataclasses.replace(config, max_length=UPSTREAM_LENGTH)
-            guess_length = self.config.max_length - 1
+            config, guess_length = upstream_lengths(config)
         settings = CorrectionSettings(sequence_beam_width, mode, patience, guess_length)
         if settings not in self._loops:
             embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary)

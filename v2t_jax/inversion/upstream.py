@@ -1,17 +1,29 @@
-"""The order in which torch ranks equal scores.
+"""What `mode="upstream"` changes, so that texts and the choices of every step equal the original's:
 
-The original keeps the first W of `torch.topk` over all candidates, and equal scores are common: texts spelled in two
-ways have one embedding. On a CPU, `topk` of all n values is C++'s `nth_element` and then `sort`, neither of them
-stable; mode "upstream" follows GNU's versions of both, the introselect and introsort of Musser (1997).
+- one first guess, not W * W; only the last step's candidates count; no row stops (correction.py);
+- before the last step, equal scores (of texts spelled in two ways) are ranked as by torch.topk (`topk_order`);
+- models with a tokenizer of their own write texts of the original's length (`upstream_lengths`);
+- a beam search for corrections ends by an older rule, `stop_rule="any"` (proposals.py, decode/beam.py);
+- the result is the last step's text, even where an earlier one is nearer (api.py);
+- vec2text.invert_strings embeds texts as they are, up to 128 tokens.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-SMALL = 16  # sort leaves ranges of this many to one last insertion sort, which is stable
+from v2t_jax.config import ModelConfig
 
+UPSTREAM_LENGTH = 127  # tokens that the original's calls generate at most: 128 with the decoder's start id
+SMALL = 16  # sort leaves ranges of this many to one last insertion sort, which is stable
 Queue = list[tuple[float, int]]  # scores and their indices
+
+
+def upstream_lengths(config: ModelConfig) -> tuple[ModelConfig, int]:
+    """As the original's calls: texts of its length, but first guesses of the training texts', with the start id."""
+    return dataclasses.replace(config, max_length=UPSTREAM_LENGTH), config.max_length - 1
 
 
 def topk_order(scores: jax.Array) -> jax.Array:
@@ -22,20 +34,17 @@ def topk_order(scores: jax.Array) -> jax.Array:
 
 def rank(scores: np.ndarray) -> np.ndarray:
     """One row of `topk_order`."""
+    # As torch on a CPU: GNU's nth_element, then sort, the introselect and introsort of Musser (1997), neither stable.
     present, absent = np.flatnonzero(scores > -np.inf), np.flatnonzero(scores == -np.inf)
     queue = [(float(scores[i]), int(i)) for i in present]
     # std::nth_element for the last place partitions the upper range until three are left, and sorts those.
     first = 0
     while len(queue) - first > 3:
         first = _partition(queue, first, len(queue))
-    queue[first:] = _sorted(queue[first:])
+    queue[first:] = sorted(queue[first:], key=lambda item: -item[0])
     front, last = queue[:-1], queue[-1:]  # the n-th has its place: `topk` sorts the others
     _partition_for_sort(front, 0, len(front))
-    return np.array([i for _, i in _sorted(front) + last] + absent.tolist(), np.int32)
-
-
-def _sorted(queue: Queue) -> Queue:
-    return sorted(queue, key=lambda item: -item[0])
+    return np.array([i for _, i in sorted(front, key=lambda item: -item[0]) + last] + absent.tolist(), np.int32)
 
 
 def _partition_for_sort(queue: Queue, first: int, last: int) -> None:

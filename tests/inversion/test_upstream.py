@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v2t_jax.inversion.torch_order import rank, topk_order
+from v2t_jax.inversion.upstream import rank, topk_order
 
 # Scores, and what torch 2.13 on a CPU made of torch.tensor(scores).topk(len(scores)).indices.
 ORDERS = [
