@@ -65,8 +65,8 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, Any]) -> None
                     )
                 identity = EmbedderIdentity(**inputs["identity"])
                 check_identity(before.get("identity", {}), identity, f"The run in {workdir}")
-            else:
-                file.write_text(json.dumps(inputs, indent=2) + "\n")
+            if not file.exists() or "identity" not in before:
+                write_file(file, [(json.dumps(inputs, indent=2) + "\n").encode()])
             (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
             return
     try:
