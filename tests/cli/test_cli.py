@@ -74,7 +74,7 @@ def test_invert_vectors(run: Run) -> None:
     assert status == 0 and len(found) == 3
     for one in found:
         assert set(one) == {"text", "cosine", "step", "trace"}
-        assert [set(step) for step in one["trace"]] == [{"step", "text", "cosine"}] * 3
+        assert [set(step) for step in one["trace"]] == [{"step", "text", "cosine", "embedder_calls"}] * 3
 
 
 def test_foreign_vectors_are_warned_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_eval(run: Run, tmp_path: Path) -> None:
     for row in report["rows"]:
         assert set(row) == {
             *("num_steps", "sequence_beam_width", "bleu", "bleu_sem", "token_f1", "exact_match", "exact_match_sem"),
-            *("cosine", "texts_per_second"),
+            *("cosine", "texts_per_second", "embedder_calls", "edit_rounds"),
         }
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
     status, out, _ = run(*arguments)

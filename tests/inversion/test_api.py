@@ -59,9 +59,9 @@ def test_each_device_has_its_share_of_the_vectors(model: InversionPipeline, vect
     e = jax.device_put(np.resize(vectors, (16, WIDTH)), batch_sharding(mesh))
     weights = jax.device_put(model.loop_params(), replicated(mesh))
     program = model.correction_loop(2).run
-    state = program(weights, e, np.int32(1), room=1)
+    state = program(weights, e, np.int32(1), np.int32(1), room=1)
     assert {shard.data.shape[0] for shard in state.trace_ids.addressable_shards} == {2}
-    hlo = program.lower(weights, e, np.int32(1), room=1).compile().as_text()
+    hlo = program.lower(weights, e, np.int32(1), np.int32(1), room=1).compile().as_text()
     scores = re.findall(r'(?:custom-call|sort)\(%([\w.-]+)\b.*/top_k"', hlo)
     others = "\n".join(line for line in hlo.splitlines() if line.split("=")[0].strip(" %") not in scores)
     assert not collectives(others)  # which leaves out the conditions of loops: whether all are done

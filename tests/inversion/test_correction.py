@@ -142,8 +142,36 @@ def test_a_batch_is_one_dispatch_of_one_program_whatever_its_steps(params, targe
     ]  # without steps no corrector is needed, and a model may lack one
     monkeypatch.undo()
     assert loop.run._cache_size() == 1
-    lowered = loop.run.lower(params, jnp.asarray(targets), np.int32(7), room=32).as_text()
+    lowered = loop.run.lower(params, jnp.asarray(targets), np.int32(7), np.int32(7), room=32).as_text()
     assert lowered.count("stablehlo.while") == 1
+
+
+@pytest.mark.parametrize("proposers", [(propose_hashed,), ()])
+def test_rounds_of_edits_follow_the_steps_in_the_same_program(params, targets, proposers, monkeypatch):
+    options = {"edit": propose_greedy, "edit_calls": 1}
+    loop = CorrectionLoop(hypothesize, proposers, embed, CorrectionSettings(sequence_beam_width=2), **options)
+    steps = 3 if proposers else 0
+    guesses = CorrectionLoop(hypothesize, proposers, embed, CorrectionSettings(sequence_beam_width=2))
+    before = guesses(params, targets, steps)
+    for rounds in (1, 2, 9):
+        found = loop(params, targets, steps, None, rounds)
+        watched = loop(params, targets, steps, lambda *_: None, rounds)
+        assert_same(watched, found)
+        assert found.trace_ids.shape[1] == steps + rounds + 1
+        np.testing.assert_array_equal(found.trace_ids[:, : steps + 1], before.trace_ids)
+        assert np.all(np.diff(found.trace_similarity) >= 0)
+    assert loop.run._cache_size() == 1
+    assert np.mean(found.similarity >= 1 - 1e-5) > np.mean(before.similarity >= 1 - 1e-5)
+
+
+def test_what_the_steps_have_exhausted_is_edited(params, targets):
+    """A proposer without anything new ends its rows; the rounds take them up again."""
+    options = {"edit": propose_greedy, "edit_calls": 1}
+    loop = CorrectionLoop(hypothesize, (propose_same,), embed, CorrectionSettings(sequence_beam_width=1), **options)
+    for on_step in (None, lambda *_: None):
+        assert loop(params, targets, 6, on_step).steps_run < 6  # without rounds, exhausted rows end the run
+        found = loop(params, targets, 6, on_step, 6)
+        assert found.similarity.mean() > found.trace_similarity[:, 6].mean() + 0.01
 
 
 def test_the_trace_has_room_for_any_number_of_steps(params, targets):

@@ -89,7 +89,7 @@ def test_the_run_ends_with_scores_over_steps_and_widths(finished, recipe):
     assert (finished / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     card, last = (finished / "model" / "README.md").read_text(), report["rows"][-1]
     assert card.startswith("---\nlibrary_name: v2t_jax\n") and "- **Trained:** 8 x cpu.\n" in card
-    assert f"| 2 | 2 | {last['bleu']:.1f} ± {last['bleu_sem']:.1f} |" in card
+    assert f"| 2 | 2 | {last['embedder_calls']:.0f} | {last['bleu']:.1f} ± {last['bleu_sem']:.1f} |" in card
 
 
 def test_statistics_are_those_of_the_texts_and_are_not_trained(finished):
@@ -256,6 +256,7 @@ def test_an_embedder_whose_folder_now_pools_differently_is_refused(tmp_path):
     del recorded["identity"]  # as in an earlier version's
     (workdir / "inputs.json").write_text(json.dumps(recorded))
     loop.claim_workdir(config, workdir, prepare(config).hashes())
+    assert json.loads((workdir / "inputs.json").read_text())["identity"]["pooling"] == "cls"  # from now on
 
 
 def test_another_config_is_refused_by_the_fields_that_differ(finished, recipe):

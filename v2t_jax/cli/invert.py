@@ -43,6 +43,8 @@ class Invert:
     embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
     num_steps: int = 8  # correction steps; 0 returns the best first guess
     sequence_beam_width: int = 4  # hypotheses kept between steps
+    search: Literal["corrector", "edits", "both"] = "corrector"  # what proposes better texts; both: one, then the other
+    budget: int = 1500  # rounds of edits end at this many calls of the embedder for a text
     mode: Literal["best", "upstream"] = "best"  # best: the closest text ever seen; upstream: as vec2text selects
     batch_size: int | None = None  # vectors at a time; the default fits a small machine
     json: bool = False  # print a JSON document instead of a table
@@ -58,7 +60,8 @@ class Invert:
         check_texts(self.text)
         e = None if self.embeddings is None else vectors.read_vectors(self.embeddings)
         model = pipeline.load(self.model, open_embedder(self.embedder, self.api))
-        options = {name: getattr(self, name) for name in ("num_steps", "sequence_beam_width", "mode", "batch_size")}
+        names = ("num_steps", "sequence_beam_width", "search", "budget", "mode", "batch_size")
+        options = {name: getattr(self, name) for name in names}
         if e is None:
             found = api.invert_on_all_hosts(api.invert_strings, model, list(self.text), **options)
         else:
@@ -149,9 +152,11 @@ class Eval:
     split: str = "held_out"  # held_out or train
     num_steps: tuple[int, ...] = (0, 1, 8)  # correction steps
     sequence_beam_width: tuple[int, ...] = (1, 4)  # hypotheses kept between steps
+    search: Literal["corrector", "edits", "both"] = "corrector"  # what proposes better texts; both: one, then the other
+    budget: tuple[int, ...] = (1500,)  # calls of the embedder for a text at which rounds of edits end
     limit: int | None = 500  # maximum number of texts
     source: str = "wordnet"  # source of the texts, as in a recipe's data.sources
-    plot: str | None = None  # PNG file to write, with cosine and BLEU by step
+    plot: str | None = None  # PNG file to write, with exact match and BLEU by the embedder's calls
     json: bool = False  # print a JSON document instead of a table
     api: ApiConfig = ApiConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -161,12 +166,13 @@ class Eval:
         from v2t_jax.inversion.pipeline import load
         from v2t_jax.parallel.processes import is_main
 
-        check_grid(self.num_steps, self.sequence_beam_width)
+        check_grid(self.num_steps, self.sequence_beam_width, self.budget)
         if self.plot is not None:
             check_plot_file(Path(self.plot))
         inverter = load(self.model, open_embedder(self.embedder, self.api))
         texts = evaluation_texts(inverter, self.split, self.limit, self.source)
-        report = evaluate(inverter, texts, self.num_steps, self.sequence_beam_width, self.split)
+        grid = self.num_steps, self.sequence_beam_width
+        report = evaluate(inverter, texts, *grid, self.split, self.search, self.budget)
         if not is_main():
             return
         if self.plot is not None:

@@ -55,6 +55,11 @@ class Vocabulary:
         unknown = [i for i in map(tokenizer.token_to_id, ("[UNK]", "<unk>")) if i is not None]
         self._model_id[[*special, *unknown, *ends]] = -1
 
+    @property
+    def writable(self) -> np.ndarray:
+        """bool [V]: the ids that stand for a piece of text, not for an end, a special or an unknown token."""
+        return self._model_id[self.vocab_map] >= 0
+
     @classmethod
     def full(cls, tokenizer: Tokenizer) -> Vocabulary:
         """Every token. T5 keeps its tokenizer's ids; others are renumbered: pad, end, the rest."""

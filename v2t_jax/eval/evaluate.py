@@ -14,8 +14,8 @@ from v2t_jax import progress
 from v2t_jax.data.split import read_texts
 from v2t_jax.errors import InputError, check_whole
 from v2t_jax.eval.metrics import score, text_scores
-from v2t_jax.inversion.api import BATCH_SIZE, InversionResult, invert_on_all_hosts, invert_strings
-from v2t_jax.inversion.correction import MOST_STEPS, TRACE_STEPS, CorrectionSettings
+from v2t_jax.inversion.api import BATCH_SIZE, BUDGET, MOST_CALLS, InversionResult, invert_on_all_hosts, invert_strings
+from v2t_jax.inversion.correction import MOST_STEPS, TRACE_STEPS, CorrectionSettings, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
 
 
@@ -41,15 +41,18 @@ def evaluation_texts(
     return found
 
 
-def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int]) -> None:
-    """Refuses numbers of steps and beam widths that can't be evaluated: none, or one out of range."""
-    for name, values in (("num_steps", num_steps), ("sequence_beam_width", sequence_beam_width)):
+def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int], budget: Sequence[int] = (BUDGET,)) -> None:
+    """Refuses numbers of steps, beam widths and budgets that can't be evaluated: none, or one out of range."""
+    grid = ("num_steps", num_steps), ("sequence_beam_width", sequence_beam_width), ("budget", budget)
+    for name, values in grid:
         if not values:
             raise InputError(f"{name} is empty; give one number or more.")
     for steps in num_steps:
         check_whole("num_steps", steps, 0, MOST_STEPS)
     for width in sequence_beam_width:
         CorrectionSettings(width)
+    for calls in budget:
+        check_whole("budget", calls, 1, MOST_CALLS)
 
 
 def evaluate(
@@ -58,34 +61,50 @@ def evaluate(
     num_steps: Sequence[int] = (0, 1, 8),
     sequence_beam_width: Sequence[int] = (1, 4),
     split: str = "held_out",
+    search: Search = "corrector",
+    budget: Sequence[int] = (BUDGET,),
 ) -> dict[str, Any]:
     """Recovers `texts` from their embeddings at every number of steps and beam width; returns a report, see `report`.
 
+    With edits, every budget gives one more row: rounds of them behind the largest number of steps.
+
     One run to the largest number of steps serves all: the state after fewer steps is in its trace. That run gives the
-    speed of its row; the speed of the others is measured on the first batches only. Compilation is never counted.
+    speed of its row; without edits, the others' speed is measured on the first batches. Compilation isn't counted.
 
     Raises:
         InputError: no texts, or see `check_grid` and `v2t_jax.inversion.api.invert_embeddings`.
     """
     if not texts:
         raise InputError("There are no texts to evaluate on; use a split that has some.")
-    check_grid(num_steps, sequence_beam_width)
+    check_grid(num_steps, sequence_beam_width, budget)
     rows: list[dict[str, Any]] = []
+    num_steps = (0,) if search == "edits" else num_steps
     most, first = max(num_steps), texts[: BATCH_SIZE * jax.device_count()]
 
-    def timed(texts: list[str], steps: int, width: int) -> tuple[list[InversionResult], float]:
+    def timed(texts: list[str], width: int, steps: int, rounds: int = 0) -> tuple[list[InversionResult], float]:
         started = time.perf_counter()
-        options = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
+        options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
+        if rounds:
+            loop = inverter.correction_loop(width, search=search)
+            options |= {"search": search, "budget": loop.calls_at(steps + rounds, steps)}
         found = invert_on_all_hosts(invert_strings, inverter, texts, **options)
         return found, round(len(texts) / (time.perf_counter() - started), 3)
 
     for width in sorted(set(sequence_beam_width)):
+        loop = inverter.correction_loop(width, search=search)
+        rounds = sorted({loop.rounds_within(calls, most) for calls in budget})
+        last = most + rounds[-1]
         # Compiles; up to TRACE_STEPS the number of steps is no part of the program.
-        timed(first, min(most, 1) if most <= TRACE_STEPS else most, width)
-        found, speed = timed(texts, most, width)
-        for row in report(inverter, found, num_steps, width, split)["rows"]:
+        least = (min(most, 1), min(rounds[-1], 1)) if last <= TRACE_STEPS else (most, rounds[-1])
+        timed(first, width, *least)
+        found, speed = timed(texts, width, most, rounds[-1])
+        ends = {*num_steps, *(most + n for n in rounds)}
+        for row in report(inverter, found, ends, width, split, most)["rows"]:
             steps = row["num_steps"]
-            rows.append(row | {"texts_per_second": speed if steps == most else timed(first, steps, width)[1]})
+            whole = steps + row["edit_rounds"] == last
+            # Parts of a run with edits aren't timed: each would be one more program to compile.
+            took = speed if whole else None if last > most else timed(first, width, steps)[1]
+            rows.append(row | {"texts_per_second": took})
     return {"model": inverter.name, "split": split, "n": len(texts), "rows": rows}
 
 
@@ -95,18 +114,26 @@ def report(
     num_steps: Iterable[int],
     sequence_beam_width: int,
     split: str,
+    corrections: int | None = None,
 ) -> dict[str, Any]:
     """Scores of recovered texts after each of `num_steps`, from their traces.
 
+    Args:
+        corrections: the steps behind which rounds of edits follow; by default there are none.
+
     Returns:
-        {"model", "split", "n", "rows": [{"num_steps", "sequence_beam_width", "texts_per_second" (None here), and
-        "bleu", "token_f1", "exact_match", "cosine", each with "..._sem", its standard error}]}
+        {"model", "split", "n", "rows": [{"num_steps", "edit_rounds" behind them, "sequence_beam_width",
+        "embedder_calls" (for a text, on average), "texts_per_second" (None here), and "bleu", "token_f1",
+        "exact_match", "cosine", each with "..._sem", its standard error}]}
     """
     rows = []
     for step in sorted(set(num_steps)):
         scores = text_scores([f.trace[step].text for f in found], [str(f.reference) for f in found])
         scores["cosine"] = score([f.trace[step].cosine for f in found])
-        row: dict[str, Any] = {"num_steps": step, "sequence_beam_width": sequence_beam_width}
+        steps = step if corrections is None else min(step, corrections)
+        row: dict[str, Any] = {"num_steps": steps, "edit_rounds": step - steps}
+        row["sequence_beam_width"] = sequence_beam_width
+        row["embedder_calls"] = round(sum(f.trace[step].embedder_calls for f in found) / len(found), 1)
         for name, value in scores.items():
             row |= {name: round(value.mean, 4), f"{name}_sem": round(value.sem, 4)}
         rows.append(row | {"texts_per_second": None})
@@ -114,10 +141,11 @@ def report(
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of a report for people: steps, beam width and scores with their standard errors."""
+    """A row of a report for people: steps + rounds, beam width, calls and scores with their standard errors."""
     formats = {"bleu": ".1f", "token_f1": ".3f", "exact_match": ".1%", "cosine": ".4f"}
     scores = [f"{row[name]:{style}} ± {row[f'{name}_sem']:{style}}" for name, style in formats.items()]
-    return [str(row["num_steps"]), str(row["sequence_beam_width"]), *scores]
+    steps = f"{row['num_steps']}" + (f" + {row['edit_rounds']}" if row["edit_rounds"] else "")
+    return [steps, str(row["sequence_beam_width"]), f"{row['embedder_calls']:.0f}", *scores]
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -129,7 +157,7 @@ def table(report: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     timed = any(row["texts_per_second"] is not None for row in report["rows"])
-    for column in ("steps", "beam", "BLEU", "token F1", "exact match", "cosine", *["texts/s"] * timed):
+    for column in ("steps", "beam", "calls", "BLEU", "token F1", "exact match", "cosine", *["texts/s"] * timed):
         result.add_column(column, justify="right", no_wrap=True)
     for row in report["rows"]:
         speed = row["texts_per_second"]
@@ -145,18 +173,18 @@ def check_plot_file(file: Path) -> None:
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Cosine and BLEU against correction steps, a line a beam width, with standard errors; PNG."""
+    """Exact match and BLEU against the embedder's calls, a line a beam width, with standard errors; PNG."""
     from matplotlib.figure import Figure
 
     check_plot_file(file)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, name, label in zip(axes, ("cosine", "bleu"), ("cosine to the target", "BLEU"), strict=True):
+    for axis, name, label in zip(axes, ("exact_match", "bleu"), ("exact match", "BLEU"), strict=True):
         for width in sorted({row["sequence_beam_width"] for row in report["rows"]}):
             rows = [row for row in report["rows"] if row["sequence_beam_width"] == width]
-            steps, means, errors = ([row[key] for row in rows] for key in ("num_steps", name, f"{name}_sem"))
-            axis.errorbar(steps, means, errors, marker="o", capsize=3, label=f"sequence beam {width}")
-        axis.set(xlabel="correction steps", ylabel=label)
+            calls, means, errors = ([row[key] for row in rows] for key in ("embedder_calls", name, f"{name}_sem"))
+            axis.errorbar(calls, means, errors, marker="o", capsize=3, label=f"sequence beam {width}")
+        axis.set(xlabel="embedder calls for a text", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(f"{report['model']}, {report['n']} texts of {report['split']}")

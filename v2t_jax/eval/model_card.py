@@ -55,9 +55,8 @@ class Card:
 
 def score_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    head = (
-        "| correction steps | sequence beam | BLEU | token F1 | exact match | cosine |\n|---:|---:|---:|---:|---:|---:|"
-    )
+    names = "correction steps", "sequence beam", "embedder calls", "BLEU", "token F1", "exact match", "cosine"
+    head = f"| {' | '.join(names)} |\n|{'---:|' * len(names)}"
     return "\n".join([head, *(f"| {' | '.join(cells(row))} |" for row in report["rows"])])
 
 

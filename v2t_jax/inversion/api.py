@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,15 @@ from v2t_jax import progress
 from v2t_jax.config import MeshConfig
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.errors import InputError, check_texts, check_whole
-from v2t_jax.inversion.correction import MOST_STEPS, Mode
+from v2t_jax.inversion.correction import MOST_STEPS, Mode, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh
 
 BATCH_SIZE = 32
+BUDGET = 1500  # calls of the embedder for a text
+MOST_CALLS = 10_000_000
 MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
 BATCH_SIZES = (1, 8, BATCH_SIZE)  # batches are padded to these, or multiples of the last: few shapes are compiled
 
@@ -37,6 +39,8 @@ class TraceStep:
     step: int
     text: str
     cosine: float
+    embedder_calls: int = 0
+    """texts that the embedder was given in the search so far; a gradient counts as 3"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def invert_embeddings(
     sequence_beam_width: int = 4,
     mode: Mode = "best",
     patience: int = 0,
+    search: Search = "corrector",
+    budget: int = BUDGET,
     batch_size: int | None = None,
 ) -> list[InversionResult]:
     """Recovers the texts of embeddings.
@@ -76,7 +82,10 @@ def invert_embeddings(
         sequence_beam_width: W, hypotheses kept between steps.
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
         patience: stop a vector after this many steps without improvement; 0 = never.
-        batch_size: vectors at a time on a device, by default 32, or fewer for beams wider than 5; further ones go to
+        search: corrector, or edits of the inverter's guesses without correction steps, or both: first the steps, then
+            rounds of edits. The trace shows rounds as further steps.
+        budget: rounds of edits end at this many calls of the embedder for a text.
+        batch_size: vectors at a time on a device, by default 32, or fewer for wide beams and edits; further ones go to
             other devices of this process at the same time. The result doesn't depend on it.
 
     Raises:
@@ -84,12 +93,17 @@ def invert_embeddings(
     """
     e = check_vectors(vectors, inverter.config.embedding_width)
     check_whole("num_steps", num_steps, 0, MOST_STEPS)
+    if search not in get_args(Search):
+        raise InputError(f"search is {search!r}; choose {', '.join(get_args(Search))}.")
+    check_whole("budget", budget, 1, MOST_CALLS)
+    if search == "edits":
+        num_steps = 0
     if num_steps and not inverter.has_corrector:
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
     warn_of_foreign_vectors(inverter, e)
-    batches = invert_batches(inverter, e, num_steps, sequence_beam_width, mode, patience, batch_size)
+    batches = invert_batches(inverter, e, num_steps, sequence_beam_width, mode, patience, search, budget, batch_size)
     return [found for batch in batches for found in batch]
 
 
@@ -100,17 +114,27 @@ def invert_batches(
     sequence_beam_width: int,
     mode: Mode,
     patience: int = 0,
+    search: Search = "corrector",
+    budget: int = BUDGET,
     batch_size: int | None = None,
 ) -> Iterator[list[InversionResult]]:
     """`invert_embeddings` batch by batch, without its checks; `e` [n, E] may be mapped to a file."""
-    loop = inverter.correction_loop(sequence_beam_width, mode, patience=patience)
+    loop = inverter.correction_loop(sequence_beam_width, mode, patience, search)
+    rounds = loop.rounds_within(budget, num_steps)
+    if rounds == 0 and search != "corrector":
+        least = loop.calls_at(num_steps + 1, num_steps)
+        raise InputError(
+            f"A budget of {budget} leaves no round of edits behind {num_steps} steps; give {least} or more."
+        )
+    work = f"{num_steps} steps, beam {sequence_beam_width}" + (f", {rounds} rounds of edits" if rounds else "")
     # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
-    most = batch_size or min(BATCH_SIZE, MOST_ROWS // sequence_beam_width**2)
+    rows_each = max(sequence_beam_width**2, loop.edit_calls)
+    most = batch_size or min(BATCH_SIZE, MOST_ROWS // rows_each)
     size, weights, place = _placement(inverter, len(e), most)
     # A batch is one program, unless somebody watches its steps. What several processes run must be the same on all.
     watched = progress.on_terminal() and (inverter.mesh is None or jax.process_count() == 1)
     with (
-        progress.bar(len(e), f"recovering ({num_steps} steps, beam {sequence_beam_width})", unit="texts") as update,
+        progress.bar(len(e), f"recovering ({work})", unit="texts") as update,
         ExitStack() as compiling,
     ):
         if watched:
@@ -123,28 +147,30 @@ def invert_batches(
             filled = np.pad(rows, ((0, size - len(rows)), (0, 0)), mode="edge")  # one shape, one compile
 
             def on_step(step: int, cosine: float, first: int = first, count: int = len(rows)) -> None:
-                if step or not num_steps:  # the first guesses and a step have run
+                if step or not num_steps + rounds:  # the first guesses and a step have run
                     compiling.close()
-                update(first + count * step // max(num_steps, 1), cosine=round(cosine, 4))
+                update(first + count * step // max(num_steps + rounds, 1), cosine=round(cosine, 4))
 
             with nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode):
-                found = loop(weights, place(filled), num_steps, on_step if watched else None)
+                found = loop(weights, place(filled), num_steps, on_step if watched else None, rounds)
             update(first + len(rows), cosine=round(float(found.similarity[: len(rows)].mean()), 4))
-            yield _results(inverter, rows, found.trace_ids[: len(rows)], mode)
+            yield _results(inverter, rows, found.trace_ids[: len(rows)], found.trace_calls, mode)
 
 
-def _results(inverter: InversionPipeline, e: np.ndarray, trace_ids: np.ndarray, mode: Mode) -> list[InversionResult]:
+def _results(
+    inverter: InversionPipeline, e: np.ndarray, trace_ids: np.ndarray, calls: np.ndarray, mode: Mode
+) -> list[InversionResult]:
     """Results of traces [n, N + 1, L]; the cosines are of the texts, which the embedder's own tokenizer reads again."""
     n, steps = trace_ids.shape[:2]
     texts = inverter.vocabulary.decode(trace_ids.reshape(n * steps, -1))
     values = cosines(embed_decoded(inverter, texts), np.repeat(e, steps, axis=0))
     results = []
-    for first in range(0, n * steps, steps):
+    for row, first in enumerate(range(0, n * steps, steps)):
         best, trace = first, []
         for i in range(first, first + steps):
             if mode == "upstream" or values[i] > values[best] + 1e-6:  # which is more than rounding
                 best = i
-            trace.append(TraceStep(i - first, texts[best], float(values[best])))
+            trace.append(TraceStep(i - first, texts[best], float(values[best]), int(calls[row, i - first])))
         results.append(InversionResult(texts[best], float(values[best]), best - first, tuple(trace)))
     return results
 

@@ -5,6 +5,7 @@ deterministic functions that take the weights first, as arguments of the compile
 
     hypothesize(params, e [B, E], k)            -> ids [B, k, L]    first guesses
     propose(params, hypotheses of R rows, k)    -> ids [R, n, L]    candidates, n of each proposer's own
+    edit(params, hypotheses of R rows, k)       -> ids [R, n, L]    candidates for the rounds that follow the steps
     embed(params, ids [R, L])                   -> [R, E]           the embedder under attack
 
 Shapes: B batch, L tokens, E embedding width, W sequence beam, N steps.
@@ -32,6 +33,7 @@ TRACE_STEPS = 32  # steps that a program's trace has room for; runs of more step
 TOLERANCE = 1e-5
 
 Mode = Literal["best", "upstream"]
+Search = Literal["corrector", "edits", "both"]  # both: rounds of edits behind the corrector's steps
 Params = Any  # any pytree of arrays
 
 
@@ -79,6 +81,7 @@ class Correction(NamedTuple):
     step: np.ndarray  # [B] int32, the step at which ids was found
     trace_ids: np.ndarray  # [B, N + 1, L] int32; steps that early exit saved repeat the last one run
     trace_similarity: np.ndarray  # [B, N + 1] float32
+    trace_calls: np.ndarray  # [B, N + 1] int32, texts that the embedder was given; a gradient counts as 3
     steps_run: int  # steps executed, at most N
 
 
@@ -96,6 +99,7 @@ class Beam(NamedTuple):
     step: Array  # [B] int32, when the first of the pool was found
     stale: Array  # [B] int32, steps since it got better
     done: Array  # [B] bool
+    calls: Array  # [B] int32, of the embedder
 
 
 class State(NamedTuple):
@@ -103,6 +107,7 @@ class State(NamedTuple):
     step: Array  # [] int32, steps run
     trace_ids: Array  # [B, T + 1, L] int32, T steps at most
     trace_similarity: Array  # [B, T + 1] float32
+    trace_calls: Array  # [B, T + 1] int32
 
 
 def cosine_similarity(a: Array, b: Array) -> Array:
@@ -132,6 +137,8 @@ class CorrectionLoop:
         embed: Embed,
         settings: CorrectionSettings,
         *,
+        edit: Propose | None = None,  # for rounds of edits, which follow the steps and expand one hypothesis each
+        edit_calls: int = 0,  # of the embedder in a round: its candidates, and what `edit` itself asks
         similarity: Callable[[Array, Array], Array] = cosine_similarity,  # of embeddings and targets [..., E]
         solved: Callable[[Array], Array] = is_solved,  # similarity [B] -> whether a row is finished; in mode "best"
         # similarity [B, P] -> indices, best first, in mode "upstream" before its last step; None: ties in place
@@ -141,6 +148,7 @@ class CorrectionLoop:
         self.settings = settings
         self._hypothesize, self._proposers, self._embed = hypothesize, tuple(proposers), embed
         self._similarity, self._solved, self._rank, self._check = similarity, solved, rank, check
+        self._edit, self.edit_calls = edit, edit_calls
         self.run = jax.jit(self._run, static_argnames="room")
         self.start = jax.jit(self._start, static_argnames="room")
         self.advance = jax.jit(self._advance, donate_argnames="state")
@@ -151,50 +159,80 @@ class CorrectionLoop:
         e: np.ndarray | Array,
         num_steps: int,
         on_step: Callable[[int, float], None] | None = None,
+        num_rounds: int = 0,
     ) -> Correction:
         """Recovers the texts behind targets e [B, E] in N correction steps; 0 give the best first guess.
 
         `on_step` is called with the step and the mean similarity after the first guesses (step 0) and after each step.
+        Rounds of edits follow; they count as steps N + 1, N + 2, ...
         """
-        e, steps = jnp.asarray(e, jnp.float32), np.int32(num_steps)
-        room = max(TRACE_STEPS, 1 << (max(num_steps, 1) - 1).bit_length())
-        if on_step is None and num_steps > 0:
-            state = self.run(params, e, steps, room=room)
+        e, steps, total = jnp.asarray(e, jnp.float32), np.int32(num_steps), num_steps + num_rounds
+        room = max(TRACE_STEPS, 1 << (max(total, 1) - 1).bit_length())
+        if on_step is None and total > 0:
+            state = self.run(params, e, steps, np.int32(total), room=room)
         else:  # without steps no corrector is needed, and a model may have none
             state = self.start(params, e, steps, room=room)
+            shown = -1
             while on_step is not None:
-                now, similarity, done = fetch((state.step, state.beam.pool.similarity[:, 0], state.beam.done))
+                now, similarity = fetch((state.step, state.beam.pool.similarity[:, 0]))
                 self._check()
-                on_step(int(now), float(similarity.mean()))
-                if now == num_steps or done.all():
+                if now == shown:  # every row is done
                     break
-                state = self.advance(params, e, state, now + 1, steps)
-        found, now, ids, similarity = fetch((state.beam.step, state.step, state.trace_ids, state.trace_similarity))
+                on_step(int(now), float(similarity.mean()))
+                if now == total:
+                    break
+                shown, state = now, self.advance(params, e, state, now + 1, steps, np.int32(total))
+        found, now, *traces = fetch(
+            (state.beam.step, state.step, state.trace_ids, state.trace_similarity, state.trace_calls)
+        )
         self._check()
-        shown = np.minimum(np.arange(num_steps + 1), now)
-        ids, similarity = ids[:, shown], similarity[:, shown]
-        return Correction(ids[:, -1], similarity[:, -1], found, ids, similarity, int(now))
+        shown = np.minimum(np.arange(total + 1), now)
+        ids, similarity, calls = (trace[:, shown] for trace in traces)
+        return Correction(ids[:, -1], similarity[:, -1], found, ids, similarity, calls, int(now))
 
-    def _run(self, params: Params, e: Array, num_steps: Array, room: int) -> State:
-        return self._advance(params, e, self._start(params, e, num_steps, room), num_steps, num_steps)
+    def calls_at(self, step: int, num_steps: int) -> int:
+        """Calls of the embedder for a text up to a step; steps behind `num_steps` are rounds of edits."""
+        each = self.settings.sequence_beam_width**2
+        guesses = 1 if self.settings.mode == "upstream" else each
+        return guesses + each * min(step, num_steps) + self.edit_calls * max(step - num_steps, 0)
+
+    def rounds_within(self, budget: int, num_steps: int) -> int:
+        """How many rounds of edits fit into a budget of embedder calls behind `num_steps` steps."""
+        return max(budget - self.calls_at(num_steps, num_steps), 0) // self.edit_calls if self._edit else 0
+
+    def _run(self, params: Params, e: Array, num_steps: Array, total: Array, room: int) -> State:
+        return self._advance(params, e, self._start(params, e, num_steps, room), total, num_steps, total)
 
     def _start(self, params: Params, e: Array, num_steps: Array, room: int) -> State:
         beam = self.first_beam(params, e, num_steps)
         # Made of the beam, so that the rows of the trace lie where the beam's do.
-        trace = (jnp.repeat(x[:, :1], room + 1, axis=1) for x in (beam.pool.ids, beam.pool.similarity))
+        first = (beam.pool.ids, beam.pool.similarity, beam.calls[:, None])
+        trace = (jnp.repeat(x[:, :1], room + 1, axis=1) for x in first)
         return State(beam, jnp.int32(0), *trace)
 
-    def _advance(self, params: Params, e: Array, state: State, until: Array, num_steps: Array) -> State:
-        """Steps, up to step `until` or until every row is done."""
+    def _advance(self, params: Params, e: Array, state: State, until: Array, num_steps: Array, total: Array) -> State:
+        """Steps, up to step `until` of `total`, or until every row is done."""
 
         def step(state: State) -> State:
             now = state.step + 1
-            beam = self.step(params, e, state.beam, now, num_steps)
-            found = ((state.trace_ids, beam.pool.ids), (state.trace_similarity, beam.pool.similarity))
-            traces = (lax.dynamic_update_index_in_dim(trace, x[:, 0], now, axis=1) for trace, x in found)
+            if self._edit is None:
+                beam = self.step(params, e, state.beam, now, num_steps)
+            elif not self._proposers:  # there is no corrector
+                beam = self.edit(params, e, state.beam, now, num_steps)
+            else:
+                beam = lax.cond(now <= num_steps, self.step, self.edit, params, e, state.beam, now, num_steps)
+            found = beam.pool.ids[:, 0], beam.pool.similarity[:, 0], beam.calls
+            traces = (lax.dynamic_update_index_in_dim(t, x, now, axis=1) for t, x in zip(state[2:], found, strict=True))
             return State(beam, now, *traces)
 
-        return lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.beam.done), step, state)
+        def goes_on(state: State) -> Array:
+            finished = state.beam.done
+            if self._edit is not None:  # what the steps have exhausted may still be edited
+                solved = self._solved(state.beam.pool.similarity[:, 0])
+                finished &= solved | (state.step > num_steps) | (total <= num_steps)
+            return (state.step < until) & ~jnp.all(finished)
+
+        return lax.while_loop(goes_on, step, state)
 
     def first_beam(self, params: Params, e: Array, num_steps: Array) -> Beam:
         """The beam before any step; `num_steps` decides whether first guesses are cut to be corrected."""
@@ -212,23 +250,46 @@ class CorrectionLoop:
         kept = _keep_distinct(pool, width if upstream else MEMORY * width)
         done = _nothing_ranked(pool) | (False if upstream else self._solved(kept.similarity[:, 0]))
         zero = jnp.zeros(e.shape[0], jnp.int32)
-        return Beam(kept, step=zero, stale=zero, done=done)
+        return Beam(kept, step=zero, stale=zero, done=done, calls=zero + ids.shape[1])
 
     def step(self, params: Params, e: Array, beam: Beam, step: Array, num_steps: Array) -> Beam:
         """One round of correction of every row that isn't done."""
-        batch, memory, _ = beam.pool.ids.shape
         width = self.settings.sequence_beam_width
         if self.settings.mode == "upstream":
-            children = self._children(params, e, beam.pool)
+            children = self._children(params, e, beam.pool, self._proposers)
             if self._rank is not None and width > 1:
                 in_order = jnp.arange(children.ids.shape[1], dtype=jnp.int32)[None]
                 children = _take(children, jnp.where(step == num_steps, in_order, self._rank(children.similarity)))
             done = beam.done | _nothing_ranked(children)
-            return Beam(_keep_distinct(children, width), jnp.full_like(beam.step, step), beam.stale, done)
+            calls = beam.calls + width**2
+            return Beam(_keep_distinct(children, width), jnp.full_like(beam.step, step), beam.stale, done, calls)
+        return self._expanded(params, e, beam, step, width, self._proposers, width**2)
+
+    def edit(self, params: Params, e: Array, beam: Beam, step: Array, num_steps: Array) -> Beam:
+        """One round of edits of every row that isn't done: they are made of the nearest hypothesis not yet edited."""
+        first = step == num_steps + 1  # what the steps have expanded hasn't been edited
+        pool = beam.pool._replace(expanded=beam.pool.expanded & ~first)
+        done = jnp.where(first, self._solved(pool.similarity[:, 0]), beam.done)
+        beam = beam._replace(pool=pool, done=done, stale=jnp.where(first, 0, beam.stale))
+        assert self._edit is not None
+        return self._expanded(params, e, beam, step, 1, (self._edit,), self.edit_calls)
+
+    def _expanded(
+        self,
+        params: Params,
+        e: Array,
+        beam: Beam,
+        step: Array,
+        width: int,
+        proposers: Sequence[Propose],
+        calls: int,
+    ) -> Beam:
+        """The beam with the candidates of its `width` nearest hypotheses that haven't been expanded."""
+        batch, memory, _ = beam.pool.ids.shape
         # The proposers are deterministic: a second time they would make the same children.
         unexpanded = jnp.where(beam.pool.expanded, -jnp.inf, beam.pool.similarity)
         index = lax.top_k(unexpanded, width)[1]
-        children = self._children(params, e, _take(beam.pool, index))
+        children = self._children(params, e, _take(beam.pool, index), proposers)
         chosen = jnp.any(index[:, :, None] == jnp.arange(memory)[None, None], axis=1)
         held = beam.pool._replace(expanded=beam.pool.expanded | chosen)
         # What is held comes first: a child that repeats it is the duplicate, and among ties the older stays. What was
@@ -241,19 +302,19 @@ class CorrectionLoop:
         done = exhausted | self._solved(kept.similarity[:, 0]) | _nothing_ranked(children)
         if self.settings.patience:
             done |= stale >= self.settings.patience
-        moved = Beam(kept, jnp.where(better, step, beam.step), stale, done)
+        moved = Beam(kept, jnp.where(better, step, beam.step), stale, done, beam.calls + calls)
 
         def unless_done(old: Array, new: Array) -> Array:
             return jnp.where(beam.done.reshape((batch,) + (1,) * (old.ndim - 1)), old, new)
 
         return jax.tree.map(unless_done, beam, moved)
 
-    def _children(self, params: Params, e: Array, parents: Pool) -> Pool:
+    def _children(self, params: Params, e: Array, parents: Pool, proposers: Sequence[Propose]) -> Pool:
         """The candidates of every proposer for parents [B, W]."""
         batch, width, length = parents.ids.shape
         rows = [x.reshape(batch * width, *x.shape[2:]) for x in (parents.ids, parents.embedding, parents.similarity)]
         hypotheses = Hypotheses(jnp.repeat(e, width, axis=0), *rows)
-        ids = jnp.concatenate([propose(params, hypotheses, width) for propose in self._proposers], axis=1)
+        ids = jnp.concatenate([propose(params, hypotheses, width) for propose in proposers], axis=1)
         each = ids.shape[1]
         ids = truncate_after_eos(ids.reshape(batch, width * each, length).astype(jnp.int32))
         childless = parents.expanded | (parents.similarity == -jnp.inf)  # fillers repeat the first
@@ -277,9 +338,7 @@ def _nothing_ranked(pool: Pool) -> Array:
 def _keep_distinct(pool: Pool, width: int) -> Pool:
     """The `width` best distinct hypotheses of each pool, the first among equals; then fillers: the best, with -inf."""
     present = pool.similarity > -jnp.inf
-    equal = jnp.all(pool.ids[:, :, None, :] == pool.ids[:, None, :, :], axis=-1)  # [B, P, P]
-    earlier = jnp.tri(pool.ids.shape[1], k=-1, dtype=bool)[None]
-    duplicate = jnp.any(equal & earlier & present[:, None, :], axis=-1)
+    duplicate = _repeats(pool.ids, present)
     size = min(width, pool.ids.shape[1])
     top, index = lax.top_k(jnp.where(present & ~duplicate, pool.similarity, -jnp.inf), size)
     missing = ((0, 0), (0, width - size))
@@ -287,6 +346,18 @@ def _keep_distinct(pool: Pool, width: int) -> Pool:
     filler = (top == -jnp.inf) & (jnp.arange(width) > 0)[None]
     kept = _take(pool, jnp.where(filler, index[:, :1], index))
     return kept._replace(similarity=jnp.where(filler, -jnp.inf, kept.similarity))
+
+
+def _repeats(ids: Array, present: Array) -> Array:
+    """[B, P]: which of ids [B, P, L] equal one before them that is `present`."""
+    weights = jnp.asarray(np.random.default_rng(0).integers(1, 1 << 32, ids.shape[-1], np.uint32) | np.uint32(1))
+    order = jnp.lexsort(
+        (~present, jnp.sum(ids.astype(jnp.uint32) * weights[None, None], axis=-1))
+    )  # stable, and equals adjoin
+    in_order = jnp.take_along_axis(ids, order[..., None], axis=1)
+    same = jnp.all(in_order[:, 1:] == in_order[:, :-1], axis=-1)
+    back = jnp.argsort(order)
+    return jnp.take_along_axis(jnp.pad(same, ((0, 0), (1, 0))), back, axis=1)
 
 
 def _take(pool: Pool, index: Array) -> Pool:

@@ -34,7 +34,8 @@ from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import open_weights, read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
-from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode
+from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode, Search
+from v2t_jax.inversion.edits import BLACK_BOX, GRADIENT_CALLS, EditCounts, embedder_gain, propose_edits
 from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
 from v2t_jax.inversion.upstream import topk_order, upstream_lengths
@@ -72,7 +73,7 @@ class InversionPipeline:
     decode: DecodeLayout = "batch"
 
     def __post_init__(self) -> None:
-        self._loops: dict[CorrectionSettings, CorrectionLoop] = {}
+        self._loops: dict[tuple[CorrectionSettings, Search], CorrectionLoop] = {}
         self._weights: dict[Mesh | None, Any] = {}
         self._weights_of: Any = None
         if self.config.embedding_width != self.embedder.width:
@@ -116,17 +117,32 @@ class InversionPipeline:
         others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.vocab_map)}
         return weights | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
 
-    def correction_loop(self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0) -> CorrectionLoop:
+    def correction_loop(
+        self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0, search: Search = "corrector"
+    ) -> CorrectionLoop:
         """The compiled loop for these settings, made once."""
         config, guess_length = self.config, None
         if mode == "upstream" and not self.shares_vocabulary:
             config, guess_length = upstream_lengths(config)
         settings = CorrectionSettings(sequence_beam_width, mode, patience, guess_length)
-        if settings not in self._loops:
+        if (settings, search) not in self._loops:
             embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary)
-            functions = initial_hypotheses(config), (propose_corrections(config, mode),), embed
-            self._loops[settings] = CorrectionLoop(*functions, settings, rank=topk_order, check=check)
-        return self._loops[settings]
+            corrects = search == "corrector" or (search == "both" and self.has_corrector)
+            proposers = (propose_corrections(config, mode),) if corrects else ()
+            edits: dict[str, Any] = {} if search == "corrector" else self._edits(mode)
+            functions = initial_hypotheses(config), proposers, embed
+            self._loops[settings, search] = CorrectionLoop(*functions, settings, rank=topk_order, check=check, **edits)
+        return self._loops[settings, search]
+
+    def _edits(self, mode: Mode) -> dict[str, Any]:
+        if mode == "upstream":
+            raise InputError('Mode "upstream" knows no edits; use search="corrector".')
+        counts, gain, cost = BLACK_BOX, None, 0
+        if isinstance(self.embedder, JaxEmbedder) and self.shares_vocabulary:
+            counts, gain = EditCounts(), embedder_gain(self.embedder.config, self.embedder.token_map())
+            cost = GRADIENT_CALLS
+        edit = propose_edits(self.config, jnp.asarray(self.vocabulary.writable), counts, gain)
+        return {"edit": edit, "edit_calls": sum(counts) + cost}
 
     def save(self, folder: Path, record: dict[str, Any], quantize: bool = False, card: str = "") -> None:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json."""

@@ -1,15 +1,17 @@
 """The embedder under attack: encoder + pooling (+ dense layers) (+ L2), as sentence-transformers composes them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.models.encoders import EncoderConfig, encoder_network
-from v2t_jax.models.layers import MASKED, Network, Params, for_axes, matmul_float32
+from v2t_jax.models.layers import MASKED, Network, Params, Tokens, for_axes, look_up, matmul_float32
 
 Pooling = Literal["mean", "cls", "pooler", "last", "max"]
 Activation = Literal["identity", "tanh"]
@@ -31,7 +33,7 @@ class EmbedderConfig:
 
 
 class EmbedderNetwork(Network):
-    """Tokenizer ids and mask [B, L] -> embeddings [B, E], float32.
+    """Tokens and mask [B, L] -> embeddings [B, E], float32.
 
     Parameters: `encoder`, and `dense`, a list of {kernel [in, out], bias [out] or none}, which `init` doesn't make.
     """
@@ -39,7 +41,7 @@ class EmbedderNetwork(Network):
     config: EmbedderConfig
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B E"]:
+    def __call__(self, ids: Tokens, mask: Int[Array, "B L"]) -> Float[Array, "B E"]:
         c = self.config
         encoder: Any = encoder_network(c.encoder, name="encoder")
         if c.pooling == "pooler":
@@ -68,9 +70,7 @@ def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"
     return hidden[:, 0]
 
 
-def embed(
-    config: EmbedderConfig, params: Params, ids: Int[Array, "B L"], mask: Int[Array, "B L"]
-) -> Float[Array, "B E"]:
+def embed(config: EmbedderConfig, params: Params, ids: Tokens, mask: Int[Array, "B L"]) -> Float[Array, "B E"]:
     """`EmbedderNetwork` as a function that can be jitted with a static first argument."""
     return EmbedderNetwork(config).apply({"params": params}, ids, mask)
 
@@ -85,10 +85,10 @@ class TokenMap:
     """[SEP]"""
 
 
-def embed_model_ids(
-    config: EmbedderConfig, token_map: TokenMap, params: Params, vocab_map: Int[Array, " V"], ids: Int[Array, "B L"]
-) -> Float[Array, "B E"]:
-    """Model ids -> embeddings, without leaving the device.
+def embedder_input(
+    config: EmbedderConfig, token_map: TokenMap, vocab_map: Int[Array, " V"], ids: Int[Array, "B L"]
+) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
+    """Model ids -> the embedder's ids and mask: the text stands behind `token_map.before`.
 
     Args:
         vocab_map: model id -> embedder id.
@@ -103,5 +103,34 @@ def embed_model_ids(
     text = jnp.where(jnp.arange(text.shape[1])[None] == length, token_map.after, text)
     before = jnp.broadcast_to(jnp.asarray(token_map.before, jnp.int32)[None], (ids.shape[0], num_before))
     whole = jnp.concatenate([before, text], axis=1)
-    mask = (jnp.arange(whole.shape[1])[None] <= num_before + length).astype(jnp.int32)
-    return embed(config, params, whole, mask)
+    return whole, (jnp.arange(whole.shape[1])[None] <= num_before + length).astype(jnp.int32)
+
+
+def embed_model_ids(
+    config: EmbedderConfig, token_map: TokenMap, params: Params, vocab_map: Int[Array, " V"], ids: Int[Array, "B L"]
+) -> Float[Array, "B E"]:
+    """Model ids -> embeddings, without leaving the device; arguments as of `embedder_input`."""
+    return embed(config, params, *embedder_input(config, token_map, vocab_map, ids))
+
+
+def token_gradient(
+    config: EmbedderConfig,
+    token_map: TokenMap,
+    params: Params,
+    vocab_map: Int[Array, " V"],
+    ids: Int[Array, "B L"],
+    objective: Callable[[jax.Array], jax.Array],
+) -> Float[Array, "B L V"]:
+    """How much `objective` (of embeddings [B, E], summed over rows) grows, to first order, by each id at each place.
+
+    After HotFlip (Ebrahimi et al. 2018): the gradient at a token's embedding, times the difference to every other's.
+    """
+    tokens, mask = embedder_input(config, token_map, vocab_map, ids)
+    table = params["encoder"]["word_embedding"]
+    here = look_up(table, tokens)
+    gradient = jax.grad(lambda x: jnp.sum(objective(embed(config, params, x, mask))))(here)
+    first = len(token_map.before)
+    cut = ids.shape[1] - (tokens.shape[1] - first - 1)  # places that the embedder doesn't read
+    gradient, here = (jnp.pad(x[:, first:-1], ((0, 0), (0, cut), (0, 0))) for x in (gradient, here))
+    gain = matmul_float32(gradient, look_up(table, vocab_map), jnp.float32, True)
+    return gain - jnp.sum(gradient * here, axis=-1, keepdims=True)

@@ -23,6 +23,7 @@ from v2t_jax.models.layers import (
     GemmaNorm,
     LayerNorm,
     Network,
+    Tokens,
     inline,
     look_up,
     mask_bias,
@@ -216,18 +217,18 @@ class TextEncoder(Network):
     config: TextEncoderConfig
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"], pooled: bool = False) -> jax.Array:
+    def __call__(self, ids: Tokens, mask: Int[Array, "B L"], pooled: bool = False) -> jax.Array:
         """Hidden states, or if `pooled`, BERT's own text vector [B, D]: tanh of a dense layer on the first token."""
         c, length, init = self.config, ids.shape[1], nn.initializers.normal(0.02)
         positions = jnp.arange(length)[None]
         if c.pad_id is not None:
-            is_text = (ids != c.pad_id).astype(jnp.int32)
+            is_text = mask if ids.ndim == 3 else (ids != c.pad_id).astype(jnp.int32)
             positions = c.pad_id + jnp.cumsum(is_text, axis=1) * is_text
 
         def embed(name: str, rows: int, index: jax.Array) -> jax.Array:
             return look_up(self.param(name, init, (rows, c.hidden_size)), index)
 
-        x = embed("word_embedding", c.vocab_size, ids)
+        x = ids if ids.ndim == 3 else embed("word_embedding", c.vocab_size, ids)
         added = [embed("position_embedding", c.max_positions, positions)] if c.max_positions else []
         if c.type_vocab_size:
             added.append(embed("type_embedding", c.type_vocab_size, jnp.zeros((1, 1), jnp.int32)))

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
+Tokens = Int[Array, "B L"] | Float[Array, "B L D"]  # ids, or what stands in a table of embeddings at them
 AxesTable = tuple[tuple[str, tuple[str | None, ...]], ...]  # parameter path, a regex -> logical axis names
 MATMUL_OUTPUT = "matmul output"
 MASKED = -1e9  # added to masked attention scores: finite, so a fully masked row stays finite (and is ignored)

@@ -25,6 +25,7 @@ from v2t_jax.models.layers import (
     FeedForward,
     Network,
     Params,
+    Tokens,
     attend_cached,
     for_one_query,
     look_up,
@@ -265,6 +266,13 @@ def unstack_decoder(params: Params) -> Params:
     return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
 
+def stack_decoder(params: Params) -> Params:
+    """What `unstack_decoder` undoes, for teacher forcing."""
+    layers = params["decoder"]["layers"]
+    stacked = jax.tree.map(lambda *ps: jnp.stack(ps), *layers) if isinstance(layers, list) else layers
+    return {**params, "decoder": {**params["decoder"], "layers": stacked}}
+
+
 def round_weights(config: T5Config, params: Params) -> Params:
     """The weights in the arithmetic's dtype, as decoding uses them; norms and position tables stay float32."""
 
@@ -280,8 +288,9 @@ class T5Encoder(Network):
     config: T5Config
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Ids and mask of 0 and 1 -> hidden states, in `config.dtype`."""
+    def __call__(self, ids: Tokens, mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Tokens and mask of 0 and 1 -> hidden states, in `config.dtype`."""
         c = self.config
         table = self.param("word_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model))
-        return T5Stack(c, is_decoder=False, name="encoder")(look_up(table, ids, jnp.dtype(c.dtype)), mask)
+        embeds = ids if ids.ndim == 3 else look_up(table, ids, jnp.dtype(c.dtype))
+        return T5Stack(c, is_decoder=False, name="encoder")(embeds, mask)

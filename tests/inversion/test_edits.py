@@ -1,0 +1,212 @@
+"""Guided edits: what an edit does to a text, how edits are ranked, and rounds of them in the compiled loop."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import v2t_jax as v2t
+from tests.helpers.tiny_model import MAX_LENGTH, make_model
+from tests.helpers.tiny_run import make_texts
+from v2t_jax.embedders.black_box import CallableEmbedder
+from v2t_jax.errors import InputError
+from v2t_jax.inversion.correction import Hypotheses
+from v2t_jax.inversion.edits import EditCounts, apply_edits, embedder_gain, propose_edits, token_log_probabilities
+from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.models.corrector import Corrector
+from v2t_jax.models.inverter import Inverter
+
+TEXTS = make_texts(6)
+NONE = MAX_LENGTH
+OPTIONS: dict[str, Any] = {"sequence_beam_width": 2, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> InversionPipeline:
+    return v2t.load(str(make_model(tmp_path_factory.mktemp("models"))))
+
+
+@pytest.fixture(scope="module")
+def vectors(model: InversionPipeline) -> np.ndarray:
+    return model.embedder.embed(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def given(model: InversionPipeline, vectors: np.ndarray) -> Hypotheses:
+    """Random texts of 1 to L - 1 tokens as hypotheses."""
+    rng = np.random.default_rng(0)
+    writable = np.flatnonzero(model.vocabulary.writable)
+    ids = np.zeros((len(vectors), MAX_LENGTH), np.int32)
+    for row, length in zip(ids, (1, 2, 3, 4, 6, 7), strict=True):
+        row[:length] = rng.choice(writable, length)
+        row[length] = 1
+    embedding = model.correction_loop(2)._embed(model.loop_params(), jnp.asarray(ids))
+    return Hypotheses(jnp.asarray(vectors), jnp.asarray(ids), embedding, jnp.zeros(len(ids)))
+
+
+def edited(text: list[int], out: int, into: int, token: int) -> list[int]:
+    """The definition of an edit, on a list."""
+    text = [i for i in text[:out] + text[out + 1 :] if i > 1]
+    text = text[:into] + [token] * (into < NONE) + text[into:]
+    return [*text, 1, *[0] * NONE][:NONE]
+
+
+def test_edits_take_a_token_out_and_put_one_in() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, 50, (5, NONE)).astype(np.int32)  # the last of length L, without an end
+    for row, length in zip(ids[:4], (1, 3, 5, 7), strict=True):
+        row[length:] = [1, *[0] * (NONE - length - 1)]
+    out, into, token = np.full((3, 5, 40), NONE)
+    for row in range(5):
+        n = int((ids[row] > 1).sum())
+        for edit in range(40):
+            takes, puts = rng.random() < 0.7, rng.random() < 0.7
+            left = n - takes
+            out[row, edit] = rng.integers(n) if takes else NONE
+            into[row, edit] = rng.integers(left + 1) if puts and left < NONE else NONE
+            token[row, edit] = rng.integers(2, 50)
+    found = apply_edits(jnp.asarray(ids), *(jnp.asarray(x) for x in (out, into, token)))
+    for b in range(5):
+        for n in range(40):
+            expected = edited(ids[b].tolist(), *(int(x[b, n]) for x in (out, into, token)))
+            assert found[b, n].tolist() == expected, (ids[b], out[b, n], into[b, n])
+
+
+def words(row: Any) -> list[int]:
+    return [int(i) for i in row if i > 1]
+
+
+@pytest.mark.parametrize("kind", ["substitutions", "insertions", "moves", "deletions"])
+def test_candidates_are_the_edits_that_rank_first(model: InversionPipeline, given: Hypotheses, kind: str) -> None:
+    """Compared with a search over all edits of the kind, ranked by the log p of their definition."""
+    counts = EditCounts(0, 0, 0, 0, 0)._replace(**{kind: 5})
+    params, writable = model.loop_params(), np.flatnonzero(model.vocabulary.writable).tolist()
+    found = np.asarray(propose_edits(model.config, jnp.asarray(model.vocabulary.writable), counts)(params, given, 1))
+    log_p = np.asarray(token_log_probabilities(model.config, params, given))
+    for row in range(len(found)):
+        text, p = given.ids[row].tolist(), log_p[row]
+        n = len(words(text))
+        edits = {
+            "substitutions": [(p[t, w], t, t, w) for t in range(n) for w in writable if w != text[t]],
+            "insertions": [(p[t, w], NONE, t, w) for t in range(n + 1) for w in writable if w != text[t]],
+            "moves": [
+                (p[j + (j >= i), text[i]] - p[i, text[i]], i, j, text[i])
+                for i in range(n)
+                for j in range(n)
+                if j not in (i, i - 1)
+            ],
+            "deletions": [(-p[t, text[t]], t, NONE, 0) for t in range(n) if n > 1],
+        }[kind]
+        if kind == "insertions" and n == NONE - 1:
+            edits = []  # there is no room
+        edits.sort(key=lambda edit: -edit[0])
+        expected = [edited(text, *edit[1:]) for edit in edits[:5]]
+        expected += [text] * (len(found[row]) - len(expected))
+        assert found[row].tolist() == expected, (row, kind)
+
+
+def test_log_p_is_of_both_networks(model: InversionPipeline, given: Hypotheses) -> None:
+    found = token_log_probabilities(model.config, model.loop_params(), given)
+    e, ids, embedding, _ = given
+    inverter = Inverter(model.config).apply({"params": model.params["inverter"]}, e, ids)
+    corrector = Corrector(model.config).apply({"params": model.params["corrector"]}, e, ids, embedding, ids)
+    np.testing.assert_allclose(found, jax.nn.log_softmax(inverter) + jax.nn.log_softmax(corrector), atol=1e-4)
+
+
+def test_gain_is_the_slope_of_the_cosine(model: InversionPipeline, given: Hypotheses) -> None:
+    """Against a small step of the embedding from one token towards another, in float32."""
+    embedder = model.embedder
+    gain = np.asarray(embedder_gain(embedder.config, embedder.token_map())(model.loop_params(), given))
+    table = np.array(embedder.params["encoder"]["word_embedding"])
+    pieces = model.vocabulary.vocab_map
+    row, place, new = 3, 1, int(np.flatnonzero(model.vocabulary.writable)[-1])
+    old = int(given.ids[row, place])
+    assert np.count_nonzero(np.asarray(given.ids[row]) == old) == 1
+
+    def cosine(step: float) -> float:
+        moved = table.copy()
+        moved[pieces[old]] += step * (table[pieces[new]] - table[pieces[old]])
+        params = {**embedder.params, "encoder": {**embedder.params["encoder"], "word_embedding": jnp.asarray(moved)}}
+        weights = {**model.loop_params(), "embedder": params}
+        v = np.asarray(model.correction_loop(2)._embed(weights, given.ids[row : row + 1]))[0].astype(np.float64)
+        e = np.asarray(given.e[row], np.float64)
+        return float(v @ e / np.linalg.norm(v) / np.linalg.norm(e))
+
+    slope = (cosine(0.01) - cosine(-0.01)) / 0.02
+    np.testing.assert_allclose(gain[row, place, new], slope, atol=2e-4)
+    assert gain[row, place, old] == pytest.approx(0, abs=1e-6) and abs(slope) > 1e-3
+
+
+def test_rounds_of_edits_come_nearer_and_never_fall_back(model: InversionPipeline, vectors: np.ndarray) -> None:
+    steps_only = v2t.invert_embeddings(model, vectors, num_steps=2, **OPTIONS)
+    both = v2t.invert_embeddings(model, vectors, num_steps=2, search="both", budget=900, **OPTIONS)
+    alone = v2t.invert_embeddings(model, vectors, search="edits", budget=900, **OPTIONS)
+    for found, before in ((both, steps_only), (alone, [one.trace[0] for one in steps_only])):
+        for one, earlier in zip(found, before, strict=True):
+            cosines = [step.cosine for step in one.trace]
+            assert all(np.diff(cosines) >= -1e-6)
+            assert one.cosine >= earlier.cosine
+        assert np.mean([one.cosine for one in found]) > np.mean([one.cosine for one in before]) + 0.02
+    for one, earlier in zip(both, steps_only, strict=True):
+        assert [step.text for step in one.trace[:3]] == [step.text for step in earlier.trace]
+
+
+def test_calls_keep_to_the_budget(model: InversionPipeline, vectors: np.ndarray) -> None:
+    loop = model.correction_loop(2, search="both")
+    assert loop.calls_at(2, 2) == 12  # 4 guesses, and 4 candidates in each of 2 steps
+    rounds = loop.rounds_within(700, 2)
+    assert loop.calls_at(2 + rounds, 2) <= 700 < loop.calls_at(3 + rounds, 2)
+    for one in v2t.invert_embeddings(model, vectors, num_steps=2, search="both", budget=700, **OPTIONS):
+        solved = next((step.step for step in one.trace if step.cosine > 1 - 1e-6), len(one.trace) - 1)
+        calls = [step.embedder_calls for step in one.trace]
+        assert calls == [loop.calls_at(min(step, solved), 2) for step in range(len(calls))]
+
+
+def test_batches_and_devices_change_nothing(model: InversionPipeline, vectors: np.ndarray) -> None:
+    options: dict[str, Any] = {"search": "both", "num_steps": 2, "budget": 900, "sequence_beam_width": 2}
+    whole, parts = (v2t.invert_embeddings(model, vectors, batch_size=size, **options) for size in (8, 3))
+    assert [one.text for one in parts] == [one.text for one in whole]  # of batches on two devices
+
+
+def test_an_embedder_that_is_a_black_box(model: InversionPipeline, tmp_path: Path) -> None:
+    """Its calls are counted where they are made, and log p alone leads somewhere."""
+    asked: list[int] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        asked.append(len(texts))
+        return model.embedder.embed(texts)
+
+    box = InversionPipeline(
+        "box",
+        model.config,
+        model.params,
+        CallableEmbedder(embed, name="box", width=model.embedder.width),
+        model.vocabulary,
+        shares_vocabulary=False,
+    )
+    found = v2t.invert_strings(box, TEXTS[:2], search="both", num_steps=1, budget=600, **OPTIONS)
+    assert all(one.cosine > one.trace[1].cosine for one in found)
+    assert max(asked) > 8  # a round's candidates in one call
+
+
+def test_an_inverter_alone_can_edit(tmp_path: Path) -> None:
+    model = v2t.load(str(make_model(tmp_path, stages=("inverter",))))
+    found = v2t.invert_strings(model, TEXTS[:2], search="edits", budget=600, **OPTIONS)
+    assert all(one.cosine > one.trace[0].cosine for one in found)
+
+
+def test_refusals(model: InversionPipeline, vectors: np.ndarray) -> None:
+    for options, message in (
+        ({"search": "greedy"}, "search is 'greedy'; choose corrector, edits, both"),
+        ({"search": "both", "budget": 0}, "budget"),
+        ({"search": "both", "mode": "upstream"}, 'search="corrector"'),
+        (
+            {"search": "both", "budget": 100, "num_steps": 2},
+            "leaves no round of edits behind 2 steps; give 159 or more",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            v2t.invert_embeddings(model, vectors, **options)
