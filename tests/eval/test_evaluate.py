@@ -48,12 +48,25 @@ def test_cosine_never_falls_with_steps(report: dict) -> None:
         assert cosines == sorted(cosines)
 
 
-def test_table_shows_every_row(report: dict) -> None:
-    console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115 (closed below)
-    console.print(table(report))
+def test_table_shows_every_row_in_80_columns(report: dict) -> None:
+    console = Console(width=80, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115 (closed below)
+    wide = {"num_steps": 8, "edit_rounds": 12, "embedder_calls": 1476.0, "exact_match": 1.0, "bleu": 100.0}
+    console.print(table(report | {"rows": [row | wide for row in report["rows"]]}))
     console.file.close()
     shown = console.export_text()
-    assert "held_out" in shown and shown.count("±") == 4 * len(report["rows"])
+    assert "held_out" in shown and "…" not in shown
+    assert shown.count("8 + 12") == len(report["rows"]) and shown.count("±") == 2 * len(report["rows"])
+
+
+def test_edits_add_a_row_for_each_budget(model: InversionPipeline) -> None:
+    loop = model.correction_loop(2, search="both")
+    rows = evaluate(model, TEXTS, (0, 1), (2,), search="both", budget=(300, 600))["rows"]
+    rounds = [loop.rounds_within(calls, 1) for calls in (300, 600)]
+    assert [(row["num_steps"], row["edit_rounds"]) for row in rows] == [(0, 0), (1, 0), *((1, n) for n in rounds)]
+    assert [row["texts_per_second"] is None for row in rows] == [True, True, True, False]
+    calls = [row["embedder_calls"] for row in rows]
+    assert calls == sorted(calls) and calls[0] == 4 and calls[-1] <= 600
+    assert rows[-1]["cosine"] > rows[1]["cosine"]
 
 
 def test_plot_is_a_png_whatever_its_name(report: dict, tmp_path: Path) -> None:

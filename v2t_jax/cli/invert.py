@@ -17,7 +17,7 @@ from v2t_jax.inversion.trace import show_trace
 
 PACKAGED_MODEL = "minilm-wordnet"
 # One batch, enough to show progress, done in two minutes on a laptop's two cores.
-DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM = 24, 3, 8, 4
+DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM, DEMO_BUDGET = 24, 3, 4, 4, 640
 TABLE_ONLY = ("token_f1_sem", "cosine_sem")  # the fields of a report's row that `eval --json` leaves out
 
 
@@ -201,13 +201,16 @@ class Demo:
         check_plot_file(Path(self.plot))
         inverter = load()
         texts = own or evaluation_texts(inverter, limit=DEMO_TEXTS)
-        found = invert_strings(inverter, texts, num_steps=DEMO_STEPS, sequence_beam_width=DEMO_BEAM)
-        best_first = sorted(range(len(found)), key=lambda i: -found[i].cosine)
-        for i in best_first[:DEMO_SHOWN]:
+        budget: dict[str, Any] = {"search": "both", "budget": DEMO_BUDGET, "batch_size": DEMO_TEXTS}
+        found = invert_strings(inverter, texts, num_steps=DEMO_STEPS, sequence_beam_width=DEMO_BEAM, **budget)
+        # Those that are exact first, the longest of them; then the closest.
+        order = [(one.exact_match, len(one.text) if one.exact_match else one.cosine, i) for i, one in enumerate(found)]
+        for *_, i in sorted(order, reverse=True)[:DEMO_SHOWN]:
             show_trace(found[i], f"text {i + 1} of {len(found)}")
-        scores = report(inverter, found, range(DEMO_STEPS + 1), DEMO_BEAM, "your own" if own else "held_out")
+        every = range(len(found[0].trace))
+        scores = report(inverter, found, every, DEMO_BEAM, "your own" if own else "held_out", DEMO_STEPS)
         Console().print(table(scores))
         plot(scores, Path(self.plot))
         if len(found) > DEMO_SHOWN:
-            print(f"The {DEMO_SHOWN} closest are shown; the table is over all {len(found)}.")
+            print(f"The {DEMO_SHOWN} longest exact ones are shown, or closest; the table is over all {len(found)}.")
         print(f'The plot is in {self.plot}. Try a sentence of your own: make demo TEXT="..."')
