@@ -55,7 +55,7 @@ def test_table_shows_every_row_in_80_columns(report: dict) -> None:
     console.file.close()
     shown = console.export_text()
     assert "held_out" in shown and "…" not in shown
-    assert shown.count("8 + 12") == len(report["rows"]) and shown.count("±") == 2 * len(report["rows"])
+    assert shown.count("8 + 12") == len(report["rows"]) and shown.count("±") == 4 * len(report["rows"])
 
 
 def test_edits_add_a_row_for_each_budget(model: InversionPipeline) -> None:

@@ -24,16 +24,6 @@ from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Hypotheses
 
 
-@pytest.fixture(scope="module")
-def params():
-    return toy_params()
-
-
-@pytest.fixture(scope="module")
-def targets(params):
-    return np.asarray(embed(params, toy_texts(1, BATCH)))
-
-
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("propose", [propose_greedy, propose_hashed])
 def test_best_cosine_never_falls_and_is_the_answer(params, targets, propose, width):
@@ -147,7 +137,7 @@ def test_a_batch_is_one_dispatch_of_one_program_whatever_its_steps(params, targe
 
 
 @pytest.mark.parametrize("proposers", [(propose_hashed,), ()])
-def test_rounds_of_edits_follow_the_steps_in_the_same_program(params, targets, proposers, monkeypatch):
+def test_rounds_of_edits_follow_the_steps_in_the_same_program(params, targets, proposers):
     options = {"edit": propose_greedy, "edit_calls": 1}
     loop = CorrectionLoop(hypothesize, proposers, embed, CorrectionSettings(sequence_beam_width=2), **options)
     steps = 3 if proposers else 0

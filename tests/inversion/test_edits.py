@@ -172,7 +172,7 @@ def test_batches_and_devices_change_nothing(model: InversionPipeline, vectors: n
 
 
 def test_an_embedder_that_is_a_black_box(model: InversionPipeline, tmp_path: Path) -> None:
-    """Its calls are counted where they are made, and log p alone leads somewhere."""
+    """Log p alone leads somewhere, and a round's candidates are one call."""
     asked: list[int] = []
 
     def embed(texts: list[str]) -> np.ndarray:
@@ -189,7 +189,7 @@ def test_an_embedder_that_is_a_black_box(model: InversionPipeline, tmp_path: Pat
     )
     found = v2t.invert_strings(box, TEXTS[:2], search="both", num_steps=1, budget=600, **OPTIONS)
     assert all(one.cosine > one.trace[1].cosine for one in found)
-    assert max(asked) > 8  # a round's candidates in one call
+    assert max(asked) > 8
 
 
 def test_an_inverter_alone_can_edit(tmp_path: Path) -> None:

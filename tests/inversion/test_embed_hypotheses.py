@@ -17,22 +17,10 @@ from tests.helpers.toy_loop import (
     hypothesize,
     make_loop,
     propose_greedy,
-    toy_params,
-    toy_texts,
 )
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
 from v2t_jax.inversion.embed_hypotheses import HostFunctions
-
-
-@pytest.fixture(scope="module")
-def params():
-    return toy_params()
-
-
-@pytest.fixture(scope="module")
-def targets(params):
-    return np.asarray(embed(params, toy_texts(1, BATCH)))
 
 
 def embed_masked(params, ids, mask):

@@ -44,7 +44,7 @@ class Invert:
     num_steps: int = 8  # correction steps; 0 returns the best first guess
     sequence_beam_width: int = 4  # hypotheses kept between steps
     search: Literal["corrector", "edits", "both"] = "corrector"  # what proposes better texts; both: one, then the other
-    budget: int = 1500  # rounds of edits end at this many calls of the embedder for a text
+    budget: int = 1500  # with edits: their rounds end at this many calls of the embedder for a text
     mode: Literal["best", "upstream"] = "best"  # best: the closest text ever seen; upstream: as vec2text selects
     batch_size: int | None = None  # vectors at a time; the default fits a small machine
     json: bool = False  # print a JSON document instead of a table
@@ -153,7 +153,7 @@ class Eval:
     num_steps: tuple[int, ...] = (0, 1, 8)  # correction steps
     sequence_beam_width: tuple[int, ...] = (1, 4)  # hypotheses kept between steps
     search: Literal["corrector", "edits", "both"] = "corrector"  # what proposes better texts; both: one, then the other
-    budget: tuple[int, ...] = (1500,)  # calls of the embedder for a text at which rounds of edits end
+    budget: tuple[int, ...] = (1500,)  # with edits: calls of the embedder for a text at which their rounds end
     limit: int | None = 500  # maximum number of texts
     source: str = "wordnet"  # source of the texts, as in a recipe's data.sources
     plot: str | None = None  # PNG file to write, with exact match and BLEU by the embedder's calls
@@ -201,8 +201,8 @@ class Demo:
         check_plot_file(Path(self.plot))
         inverter = load()
         texts = own or evaluation_texts(inverter, limit=DEMO_TEXTS)
-        budget: dict[str, Any] = {"search": "both", "budget": DEMO_BUDGET, "batch_size": DEMO_TEXTS}
-        found = invert_strings(inverter, texts, num_steps=DEMO_STEPS, sequence_beam_width=DEMO_BEAM, **budget)
+        options: dict[str, Any] = {"num_steps": DEMO_STEPS, "sequence_beam_width": DEMO_BEAM, "batch_size": DEMO_TEXTS}
+        found = invert_strings(inverter, texts, search="both", budget=DEMO_BUDGET, **options)
         # Those that are exact first, the longest of them; then the closest.
         order = [(one.exact_match, len(one.text) if one.exact_match else one.cosine, i) for i, one in enumerate(found)]
         for *_, i in sorted(order, reverse=True)[:DEMO_SHOWN]:

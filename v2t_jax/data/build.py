@@ -2,9 +2,9 @@
 
 Texts are placed by the hash that also decides the split (`split.split_hash`), whose range is cut into parts.
 1. *Chunks*: every few megabytes of the sources go to a worker process, which tokenizes them and writes
-   DIR/work/chunk-N.arrow, sorted into parts: part 0 is held out, part 1 + p is for training.
+   chunk-N.arrow into DIR/work, sorted into parts: part 0 is held out, part 1 + p is for training.
 2. *Parts*: a worker collects a part from all chunks, sorts it by hash, which shuffles it and puts equal texts side by
-   side, drops duplicates and texts that leak a held-out one, and writes DIR/work/part-N.npz.
+   side, drops duplicates and texts that leak a held-out one, and writes part-N.npz beside them.
 3. The parts one after the other are the data set; the manifest, written last, makes the folder one.
 
 The files depend on the sources and the settings alone and appear whole or not at all: the bytes are the same for any

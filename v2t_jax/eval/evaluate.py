@@ -141,11 +141,9 @@ def report(
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of a report for people: steps + rounds, beam width, calls, scores and two standard errors."""
-    bleu, exact = (
-        f"{row[n]:{style}} ± {row[f'{n}_sem']:{style}}" for n, style in (("bleu", ".1f"), ("exact_match", ".1%"))
-    )
-    scores = [bleu, f"{row['token_f1']:.3f}", exact, f"{row['cosine']:.4f}"]  # in 80 columns
+    """A row of a report for people: steps + rounds, beam width, calls and scores with their standard errors."""
+    formats = {"bleu": ".1f", "token_f1": ".3f", "exact_match": ".1%", "cosine": ".4f"}
+    scores = [f"{row[name]:{style}} ± {row[f'{name}_sem']:{style}}" for name, style in formats.items()]
     steps = f"{row['num_steps']}" + (f" + {row['edit_rounds']}" if row["edit_rounds"] else "")
     return [steps, str(row["sequence_beam_width"]), f"{row['embedder_calls']:.0f}", *scores]
 
@@ -155,15 +153,17 @@ def table(report: dict[str, Any]) -> Table:
     result = Table(
         caption="BLEU and F1 of texts in the tokenizer's normal form; exact match means equal in that form.",
         title=f"{report['model']}: {report['n']} texts of {report['split']}",
-        box=box.SIMPLE_HEAD,  # in 80 columns
+        box=box.SIMPLE_HEAD,  # in 80 columns, thanks to the next three and to scores without spaces
         pad_edge=False,
+        padding=(0, 0, 0, 1),
+        show_edge=False,
     )
     timed = any(row["texts_per_second"] is not None for row in report["rows"])
     for column in ("steps", "beam", "calls", "BLEU", "F1", "exact match", "cosine", *["texts/s"] * timed):
         result.add_column(column, justify="right", no_wrap=True)
     for row in report["rows"]:
         speed = row["texts_per_second"]
-        result.add_row(*cells(row), *([] if speed is None else [f"{speed:.2f}"]))
+        result.add_row(*(cell.replace(" ± ", "±") for cell in cells(row)), *([] if speed is None else [f"{speed:.2f}"]))
     return result
 
 

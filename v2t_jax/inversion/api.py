@@ -121,11 +121,6 @@ def invert_batches(
     """`invert_embeddings` batch by batch, without its checks; `e` [n, E] may be mapped to a file."""
     loop = inverter.correction_loop(sequence_beam_width, mode, patience, search)
     rounds = loop.rounds_within(budget, num_steps)
-    if rounds == 0 and search != "corrector":
-        least = loop.calls_at(num_steps + 1, num_steps)
-        raise InputError(
-            f"A budget of {budget} leaves no round of edits behind {num_steps} steps; give {least} or more."
-        )
     work = f"{num_steps} steps, beam {sequence_beam_width}" + (f", {rounds} rounds of edits" if rounds else "")
     # A step makes W candidates of each of W hypotheses: with wide beams fewer vectors fit at a time.
     rows_each = max(sequence_beam_width**2, loop.edit_calls)

@@ -172,16 +172,16 @@ class CorrectionLoop:
             state = self.run(params, e, steps, np.int32(total), room=room)
         else:  # without steps no corrector is needed, and a model may have none
             state = self.start(params, e, steps, room=room)
-            shown = -1
+            before = -1
             while on_step is not None:
                 now, similarity = fetch((state.step, state.beam.pool.similarity[:, 0]))
                 self._check()
-                if now == shown:  # every row is done
+                if now == before:  # every row is done
                     break
                 on_step(int(now), float(similarity.mean()))
                 if now == total:
                     break
-                shown, state = now, self.advance(params, e, state, now + 1, steps, np.int32(total))
+                before, state = now, self.advance(params, e, state, now + 1, steps, np.int32(total))
         found, now, *traces = fetch(
             (state.beam.step, state.step, state.trace_ids, state.trace_similarity, state.trace_calls)
         )
@@ -197,8 +197,15 @@ class CorrectionLoop:
         return guesses + each * min(step, num_steps) + self.edit_calls * max(step - num_steps, 0)
 
     def rounds_within(self, budget: int, num_steps: int) -> int:
-        """How many rounds of edits fit into a budget of embedder calls behind `num_steps` steps."""
-        return max(budget - self.calls_at(num_steps, num_steps), 0) // self.edit_calls if self._edit else 0
+        """How many rounds of edits, of a loop that has them, fit into a budget of calls behind `num_steps` steps."""
+        if self._edit is None:
+            return 0
+        least = self.calls_at(num_steps + 1, num_steps)
+        if budget < least:
+            raise InputError(
+                f"A budget of {budget} leaves no round of edits behind {num_steps} steps; give {least} or more."
+            )
+        return (budget - self.calls_at(num_steps, num_steps)) // self.edit_calls
 
     def _run(self, params: Params, e: Array, num_steps: Array, total: Array, room: int) -> State:
         return self._advance(params, e, self._start(params, e, num_steps, room), total, num_steps, total)
