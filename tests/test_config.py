@@ -119,6 +119,12 @@ def test_no_object():
         (CheckpointConfig, {"keep": 0}, "keep"),
         (Config, {"stages": ()}, r"stages is \(\); it must be a list of length >= 1"),
         (Config, {"partial_hypotheses": True, "corrector": StageConfig(batch_size=3)}, "even number of rows"),
+        (
+            Config,
+            {"partial_hypotheses": True, "edited_hypotheses": True, "corrector": StageConfig(batch_size=6)},
+            "both a multiple of 4; it is 6",
+        ),
+        (Config, {"stages": ("ranker",)}, "give a trained model as initial_inverter"),
         (Config, {"log_every_steps": 0}, "log_every_steps"),
         (Config, {"initial_embedding_std": 0.0}, "initial_embedding_std"),
     ],

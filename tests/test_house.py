@@ -22,15 +22,15 @@ BUDGETS = {
     "bench": 810,
     "cli": 810,
     "data": 1600,
-    "decode": 330,
+    "decode": 340,
     "embedders": 1170,
     "eval": 370,
     "interop": 890,
-    "inversion": 1470,
-    "models": 1220,
+    "inversion": 1565,
+    "models": 1290,
     "parallel": 550,
-    "train": 1350,
-    "vec2text": 530,
+    "train": 1415,
+    "vec2text": 531,
 }
 
 

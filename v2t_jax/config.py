@@ -19,9 +19,9 @@ from msgspec import Meta
 from v2t_jax.errors import InputError
 
 Dtype = Literal["float32", "bfloat16"]
-Stage = Literal["inverter", "corrector"]
+Stage = Literal["inverter", "corrector", "ranker"]
 DecodeLayout = Literal["batch", "model"]
-STAGES: tuple[Stage, ...] = ("inverter", "corrector")
+STAGES: tuple[Stage, ...] = ("inverter", "corrector", "ranker")
 
 Count = Annotated[int, Meta(ge=1)]
 CountOrZero = Annotated[int, Meta(ge=0)]
@@ -246,7 +246,7 @@ class Config(_Section):
     embedder: str = "all-MiniLM-L6-v2"  # a name that `v2t embedders` lists, a folder, or an endpoint's base URL
     embedder_dtype: Dtype = "float32"  # of the embedder's arithmetic inside the training step
     api: ApiConfig = ApiConfig()  # for an embedder behind an endpoint; asked for held-out and recovered texts only
-    stages: Annotated[tuple[Stage, ...], Meta(min_length=1)] = STAGES
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1)] = ("inverter", "corrector")
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     model: ModelConfig = ModelConfig()
     initial_t5: str = ""
@@ -254,12 +254,19 @@ class Config(_Section):
     tokenizer must be that of the texts: GTR has it, otherwise name it as data.tokenizer"""
     initial_embedding: Literal["random", "embedder"] = "random"  # embedder: its word embeddings, centered, rescaled
     initial_embedding_std: Positive = 0.02
-    initial_inverter: str = ""  # trained model whose inverter makes the corrector's hypotheses if stages has none
+    initial_inverter: str = ""
+    """trained model whose inverter the training goes on with, or that makes the corrector's hypotheses alone"""
+    initial_corrector: str = ""  # the same for the corrector; kept as it is if stages has none
+    initial_ranker: str = ""
     corrector_from_inverter: bool = False  # start the corrector's T5 from the inverter's, not the pretrained one
     partial_hypotheses: bool = False  # make every other training hypothesis partly correct, as in later steps
+    edited_hypotheses: bool = False
+    """make every other training hypothesis the text with random edits, as guided edits leave it; with
+    partial_hypotheses, the inverter's outputs and the partial ones share the other half"""
     data: DataConfig = DataConfig()
     inverter: StageConfig = StageConfig()
     corrector: StageConfig = StageConfig()
+    ranker: StageConfig = StageConfig()
     mesh: MeshConfig = MeshConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -267,21 +274,16 @@ class Config(_Section):
 
     def _rules(self) -> dict[str, bool]:
         inverter_first = self.stages[0] == "inverter"
-        rows = self.corrector.batch_size // self.corrector.optimizer.accumulate_steps
+        learners = [getattr(self, stage) for stage in self.stages if stage != "inverter"]
+        rows = [stage.batch_size // stage.optimizer.accumulate_steps for stage in learners]
+        mixed_in = self.partial_hypotheses + self.edited_hypotheses
         return {
-            "The corrector needs an inverter for its hypotheses: put inverter before it in stages, or give a trained "
-            "model as initial_inverter.": (
-                "corrector" not in self.stages or inverter_first or bool(self.initial_inverter)
-            ),
-            "initial_inverter is for recipes whose only stage is the corrector; remove inverter from stages.": (
-                not self.initial_inverter or "inverter" not in self.stages
-            ),
-            f"partial_hypotheses needs an even number of rows per corrector (micro-)batch, not {rows}.": (
-                not self.partial_hypotheses or rows % 2 == 0
-            ),
-            "partial_hypotheses are made on the fly; turn them off, or leave data.hypotheses empty.": (
-                not (self.partial_hypotheses and self.data.hypotheses)
-            ),
+            "Corrector and ranker need an inverter for their hypotheses: put inverter before them in stages, or give a "
+            "trained model as initial_inverter.": not learners or inverter_first or bool(self.initial_inverter),
+            "partial_hypotheses need an even number of rows per (micro-)batch, edited_hypotheses too, both a "
+            f"multiple of 4; it is {rows[0] if rows else 0}.": all(count % 2**mixed_in == 0 for count in rows),
+            "partial_hypotheses and edited_hypotheses are made on the fly; turn them off, or leave data.hypotheses "
+            "empty.": not (mixed_in and self.data.hypotheses),
             "initial_t5 has its own token embeddings: leave initial_embedding and data.vocabulary_size out.": (
                 not self.initial_t5 or (self.initial_embedding == "random" and not self.data.vocabulary_size)
             ),

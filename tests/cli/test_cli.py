@@ -442,7 +442,7 @@ def test_control_c_that_jax_swallows_ends_all_the_same(monkeypatch: pytest.Monke
         (("embed", "--input", "M/texts.txt", "--output", "T/pipe"), "is a folder or a device"),
         (("train", RECIPE, "--workdir", ""), "The work directory is empty"),
         (("train", RECIPE, "--workdir", "T/w", "--seed", "-1"), "seed is -1"),
-        (("train", RECIPE, "--workdir", "T/w", "--stages", "corrector"), "put inverter before it in stages"),
+        (("train", RECIPE, "--workdir", "T/w", "--stages", "corrector"), "put inverter before them in stages"),
         (("train", "T/leaves.py", "--workdir", "T/w"), "failed to load (SystemExit: 3)"),
         (("train", "T/untyped.py", "--workdir", "T/w"), "embedder is None; it must be a string"),
     ],

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from v2t_jax.config import MeshConfig, ModelConfig, OptimizerConfig, T5Config
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap
 from v2t_jax.models.encoders import BertConfig, TextEncoder
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel.mesh import OnMesh, make_mesh
 from v2t_jax.train.optim import make_optimizer
 from v2t_jax.train.step import (

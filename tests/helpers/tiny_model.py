@@ -9,8 +9,8 @@ from v2t_jax.config import ModelConfig, Stage, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
+from v2t_jax.models.ranker import NETWORKS
 
 WIDTH, MAX_LENGTH = 16, 8
 

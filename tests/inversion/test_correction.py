@@ -138,7 +138,7 @@ def test_a_batch_is_one_dispatch_of_one_program_whatever_its_steps(params, targe
 
 @pytest.mark.parametrize("proposers", [(propose_hashed,), ()])
 def test_rounds_of_edits_follow_the_steps_in_the_same_program(params, targets, proposers):
-    options = {"edit": propose_greedy, "edit_calls": 1}
+    options = {"edit": lambda params, given, look: look(propose_greedy(params, given, 1)), "edit_calls": 1}
     loop = CorrectionLoop(hypothesize, proposers, embed, CorrectionSettings(sequence_beam_width=2), **options)
     steps = 3 if proposers else 0
     guesses = CorrectionLoop(hypothesize, proposers, embed, CorrectionSettings(sequence_beam_width=2))
@@ -156,7 +156,7 @@ def test_rounds_of_edits_follow_the_steps_in_the_same_program(params, targets, p
 
 def test_what_the_steps_have_exhausted_is_edited(params, targets):
     """A proposer without anything new ends its rows; the rounds take them up again."""
-    options = {"edit": propose_greedy, "edit_calls": 1}
+    options = {"edit": lambda params, given, look: look(propose_greedy(params, given, 1)), "edit_calls": 1}
     loop = CorrectionLoop(hypothesize, (propose_same,), embed, CorrectionSettings(sequence_beam_width=1), **options)
     for on_step in (None, lambda *_: None):
         assert loop(params, targets, 6, on_step).steps_run < 6  # without rounds, exhausted rows end the run

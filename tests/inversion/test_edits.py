@@ -14,7 +14,17 @@ from tests.helpers.tiny_run import make_texts
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import Hypotheses
-from v2t_jax.inversion.edits import EditCounts, apply_edits, embedder_gain, propose_edits, token_log_probabilities
+from v2t_jax.inversion.edits import (
+    KEEP,
+    PLACES,
+    EditCounts,
+    apply_edits,
+    embedder_gain,
+    merge_edits,
+    single_edits,
+    token_log_probabilities,
+    word_ranks,
+)
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.inverter import Inverter
@@ -26,7 +36,7 @@ OPTIONS: dict[str, Any] = {"sequence_beam_width": 2, "batch_size": 8}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> InversionPipeline:
-    return v2t.load(str(make_model(tmp_path_factory.mktemp("models"))))
+    return v2t.load(str(make_model(tmp_path_factory.mktemp("models"), stages=("inverter", "corrector", "ranker"))))
 
 
 @pytest.fixture(scope="module")
@@ -47,65 +57,100 @@ def given(model: InversionPipeline, vectors: np.ndarray) -> Hypotheses:
     return Hypotheses(jnp.asarray(vectors), jnp.asarray(ids), embedding, jnp.zeros(len(ids)))
 
 
-def edited(text: list[int], out: int, into: int, token: int) -> list[int]:
-    """The definition of an edit, on a list."""
-    text = [i for i in text[:out] + text[out + 1 :] if i > 1]
-    text = text[:into] + [token] * (into < NONE) + text[into:]
-    return [*text, 1, *[0] * NONE][:NONE]
+def edited(text: list[int], out: list[int], put: dict[int, list[int]]) -> list[int]:
+    """The definition of edits, on a list: tokens `out` are taken out, and others put into gaps."""
+    kept: list[int] = []
+    for place, token in enumerate([*(i for i in text if i > 1), 0]):
+        kept += [*put.get(place, []), 0 if place in out else token]
+    return [*[i for i in kept if i > 1][: NONE - 1], 1, *[0] * NONE][:NONE]
 
 
-def test_edits_take_a_token_out_and_put_one_in() -> None:
+def slots(out: list[int], put: dict[int, int], move: tuple[int, int, int] | None = None) -> list[list[int]]:
+    """The same as an array; `move` has first and last token of a span, and the gap that it moves to."""
+    tokens, places = [[KEEP] * (2 * NONE + 1) for _ in range(2)]
+    for place in out:
+        tokens[2 * place + 1] = 0
+    for gap, token in put.items():
+        tokens[2 * gap] = token
+    if move:
+        first, last, gap = move
+        for slot in range(2 * first + 1, 2 * last + 2):
+            places[slot] = PLACES * 2 * gap + 1 + slot - 2 * first
+    return [tokens, places]
+
+
+def test_edits_take_tokens_out_and_put_tokens_in() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(2, 50, (5, NONE)).astype(np.int32)  # the last of length L, without an end
     for row, length in zip(ids[:4], (1, 3, 5, 7), strict=True):
         row[length:] = [1, *[0] * (NONE - length - 1)]
-    out, into, token = np.full((3, 5, 40), NONE)
-    for row in range(5):
-        n = int((ids[row] > 1).sum())
-        for edit in range(40):
-            takes, puts = rng.random() < 0.7, rng.random() < 0.7
-            left = n - takes
-            out[row, edit] = rng.integers(n) if takes else NONE
-            into[row, edit] = rng.integers(left + 1) if puts and left < NONE else NONE
-            token[row, edit] = rng.integers(2, 50)
-    found = apply_edits(jnp.asarray(ids), *(jnp.asarray(x) for x in (out, into, token)))
-    for b in range(5):
-        for n in range(40):
-            expected = edited(ids[b].tolist(), *(int(x[b, n]) for x in (out, into, token)))
-            assert found[b, n].tolist() == expected, (ids[b], out[b, n], into[b, n])
+    made, expected = [], []
+    for row in ids:
+        n = int((row > 1).sum())
+        for _ in range(40):
+            out = rng.choice(n, rng.integers(min(n, 3) + 1), replace=False).tolist()
+            put = {int(gap): int(rng.integers(2, 50)) for gap in rng.integers(n + 1, size=rng.integers(3))}
+            into = {gap: [token] for gap, token in put.items()}
+            made.append(slots(out, put))
+            expected.append(edited(row.tolist(), out, into))
+    found = apply_edits(jnp.asarray(ids), jnp.asarray(made).reshape(5, 40, 2, -1))
+    np.testing.assert_array_equal(found.reshape(200, NONE), expected)
 
 
 def words(row: Any) -> list[int]:
     return [int(i) for i in row if i > 1]
 
 
+@pytest.mark.parametrize("ranked", [False, True])
 @pytest.mark.parametrize("kind", ["substitutions", "insertions", "moves", "deletions"])
-def test_candidates_are_the_edits_that_rank_first(model: InversionPipeline, given: Hypotheses, kind: str) -> None:
-    """Compared with a search over all edits of the kind, ranked by the log p of their definition."""
+def test_edits_are_those_that_rank_first(model: InversionPipeline, given: Hypotheses, kind: str, ranked: bool) -> None:
+    """Compared with a search over all edits of the kind, ranked by the scores of their definition."""
     counts = EditCounts(0, 0, 0, 0, 0)._replace(**{kind: 5})
-    params, writable = model.loop_params(), np.flatnonzero(model.vocabulary.writable).tolist()
-    found = np.asarray(propose_edits(model.config, jnp.asarray(model.vocabulary.writable), counts)(params, given, 1))
+    params, writable = dict(model.loop_params()), np.flatnonzero(model.vocabulary.writable).tolist()
+    if not ranked:
+        del params["ranker"]
+    edits = single_edits(model.config, jnp.asarray(model.vocabulary.writable), counts, None, params, given)
+    found = np.asarray(apply_edits(given.ids, edits))
     log_p = np.asarray(token_log_probabilities(model.config, params, given))
+    missing, surplus = (np.asarray(x) for x in word_ranks(model.config, params, given))
+    assert ranked == bool(np.abs(missing).max() > 0)
     for row in range(len(found)):
-        text, p = given.ids[row].tolist(), log_p[row]
+        text, p, m, s = given.ids[row].tolist(), log_p[row], missing[row], surplus[row]
         n = len(words(text))
-        edits = {
-            "substitutions": [(p[t, w], t, t, w) for t in range(n) for w in writable if w != text[t]],
-            "insertions": [(p[t, w], NONE, t, w) for t in range(n + 1) for w in writable if w != text[t]],
-            "moves": [
-                (p[j + (j >= i), text[i]] - p[i, text[i]], i, j, text[i])
-                for i in range(n)
-                for j in range(n)
-                if j not in (i, i - 1)
+        all_of_them: list[tuple[float, list[int], dict[int, list[int]]]] = {
+            "substitutions": [
+                (p[t, w] + m[w] + s[t], [t], {t: [w]}) for t in range(n) for w in writable if w != text[t]
             ],
-            "deletions": [(-p[t, text[t]], t, NONE, 0) for t in range(n) if n > 1],
+            "insertions": [(p[t, w] + m[w], [], {t: [w]}) for t in range(n + 1) for w in writable if w != text[t]],
+            "moves": [
+                (
+                    sum(p[t, text[x]] - p[x, text[x]] for t, x in ((g, i), (j + 1, g), (i, j + 1))),
+                    list(range(i, j + 1)),
+                    {g: text[i : j + 1]},
+                )
+                for i in range(n)
+                for j in range(i, n)
+                for g in range(n + 1)
+                if g - j - 1 >= j - i + 1 or i - g > j - i + 1
+            ],
+            "deletions": [(2 * s[t] - p[t, text[t]], [t], {}) for t in range(n) if n > 1],
         }[kind]
         if kind == "insertions" and n == NONE - 1:
-            edits = []  # there is no room
-        edits.sort(key=lambda edit: -edit[0])
-        expected = [edited(text, *edit[1:]) for edit in edits[:5]]
+            all_of_them = []  # there is no room
+        all_of_them.sort(key=lambda edit: -edit[0])
+        expected = [edited(text, *edit[1:]) for edit in all_of_them[:5]]
         expected += [text] * (len(found[row]) - len(expected))
         assert found[row].tolist() == expected, (row, kind)
+
+
+def test_the_best_edits_are_joined_where_they_do_not_clash() -> None:
+    edits = [slots([0], {0: 9}), slots([], {2: 8}), slots([0], {}), slots([1], {}), slots([], {3: 7})]
+    similarity = [0.6, 0.8, 0.7, 0.5, 0.9]
+    counts = EditCounts(pairs=4, unions=3)
+    found = merge_edits(jnp.asarray([edits]), jnp.asarray([similarity]), jnp.asarray([0.55]), counts)
+    pairs = [slots([], {2: 8, 3: 7}), slots([0], {3: 7}), slots([0], {0: 9, 3: 7}), slots([0], {2: 8})]
+    union = slots([0], {2: 8, 3: 7})  # of the best three; the fourth clashes and the last makes it worse
+    assert found[0].tolist() == [*pairs, union, union, union]
 
 
 def test_log_p_is_of_both_networks(model: InversionPipeline, given: Hypotheses) -> None:
@@ -141,7 +186,7 @@ def test_gain_is_the_slope_of_the_cosine(model: InversionPipeline, given: Hypoth
 
 
 def test_rounds_of_edits_come_nearer_and_never_fall_back(model: InversionPipeline, vectors: np.ndarray) -> None:
-    steps_only = v2t.invert_embeddings(model, vectors, num_steps=2, **OPTIONS)
+    steps_only = v2t.invert_embeddings(model, vectors, num_steps=2, search="corrector", **OPTIONS)
     both = v2t.invert_embeddings(model, vectors, num_steps=2, search="both", budget=900, **OPTIONS)
     alone = v2t.invert_embeddings(model, vectors, search="edits", budget=900, **OPTIONS)
     for found, before in ((both, steps_only), (alone, [one.trace[0] for one in steps_only])):
@@ -192,6 +237,13 @@ def test_an_embedder_that_is_a_black_box(model: InversionPipeline, tmp_path: Pat
     assert max(asked) > 8
 
 
+def test_what_searches_by_default(model: InversionPipeline, vectors: np.ndarray, tmp_path: Path) -> None:
+    assert model.default_search() == "both" and model.default_search("upstream") == "corrector"
+    found = v2t.invert_embeddings(model, vectors[:2], num_steps=1, budget=400, **OPTIONS)
+    assert found == v2t.invert_embeddings(model, vectors[:2], num_steps=1, budget=400, search="both", **OPTIONS)
+    assert v2t.load(str(make_model(tmp_path))).default_search() == "corrector"  # which has no ranker
+
+
 def test_an_inverter_alone_can_edit(tmp_path: Path) -> None:
     model = v2t.load(str(make_model(tmp_path, stages=("inverter",))))
     found = v2t.invert_strings(model, TEXTS[:2], search="edits", budget=600, **OPTIONS)
@@ -205,7 +257,7 @@ def test_refusals(model: InversionPipeline, vectors: np.ndarray) -> None:
         ({"search": "both", "mode": "upstream"}, 'search="corrector"'),
         (
             {"search": "both", "budget": 100, "num_steps": 2},
-            "leaves no round of edits behind 2 steps; give 159 or more",
+            f"leaves no round of edits behind 2 steps; give {48 + sum(EditCounts()) + 3} or more",
         ),
     ):
         with pytest.raises(InputError, match=message):

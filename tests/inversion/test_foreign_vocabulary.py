@@ -21,7 +21,7 @@ from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import cosines
-from v2t_jax.models.corrector import NETWORKS
+from v2t_jax.models.ranker import NETWORKS
 
 WIDTH = 16
 OPTIONS = {"num_steps": 2, "sequence_beam_width": 2, "batch_size": 8}

@@ -17,7 +17,7 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, load
-from v2t_jax.models.corrector import NETWORKS
+from v2t_jax.models.ranker import NETWORKS
 
 T5 = T5Config(vocab_size=60, d_model=64, d_kv=32, d_ff=128, num_heads=2, num_encoder_layers=1, num_decoder_layers=1)
 MODEL = ModelConfig(t5=T5, embedding_width=16, num_pseudo_tokens=2, max_length=8, standardize=True, bag_of_words=True)
@@ -65,7 +65,8 @@ def test_a_saved_model_is_the_same_model(model, saved):
 
 def test_what_a_folder_holds(saved):
     names = sorted(file.name for file in saved.iterdir())
-    assert names == ["README.md", "config.json", "corrector.safetensors", "inverter.safetensors", "pieces.safetensors"]
+    weights = [f"{name}.safetensors" for name in ("corrector", "inverter", "pieces", "ranker")]
+    assert names == ["README.md", "config.json", *weights]
     config = json.loads((saved / "config.json").read_text())
     assert config["record"] == {"recipe": {"seed": 3}}
     assert (saved / "README.md").read_text() == f"{CARD_HEAD}# A model\n"
@@ -99,9 +100,9 @@ def test_quantized(model, saved, tmp_path):
 
         jax.tree_util.tree_map_with_path(close, params, loaded.params[stage])
         tensors = load_file(tmp_path / "small" / f"{stage}.safetensors")
-        assert tensors["t5/decoder/layers/feed_forward/wi"].dtype == np.int8
+        assert tensors["hidden/kernel" if stage == "ranker" else "t5/decoder/layers/feed_forward/wi"].dtype == np.int8
         sizes = [(f / f"{stage}.safetensors").stat().st_size for f in (tmp_path / "small", saved)]
-        assert sizes[0] < 0.45 * sizes[1]
+        assert sizes[0] < (0.7 if stage == "ranker" else 0.45) * sizes[1]
 
 
 def test_a_folder_that_cannot_be_written(model, tmp_path):

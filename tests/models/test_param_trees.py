@@ -25,6 +25,7 @@ from v2t_jax.models.encoders import (
 )
 from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.layers import Network
+from v2t_jax.models.ranker import Ranker
 from v2t_jax.models.t5 import T5, T5Encoder
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "param_trees.json"
@@ -43,6 +44,7 @@ CASES: dict[str, Network] = {
     "corrector": Corrector(MODEL),
     "corrector, all options": Corrector(OPTIONS),
     "corrector without input norm": Corrector(dataclasses.replace(MODEL, input_norm=False)),
+    "ranker": Ranker(MODEL),
     "bert": TextEncoder(BERT),
     "bert with pooler": TextEncoder(dataclasses.replace(BERT, pooler=True)),
     "distilbert": TextEncoder(dataclasses.replace(BERT, type_vocab_size=0)),

@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from v2t_jax.config import T5_SIZES, ModelConfig, OptimizerConfig
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel.mesh import AXES, param_specs, state_shardings
 from v2t_jax.train.optim import make_optimizer
 

@@ -11,7 +11,7 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.inversion.api import invert_strings
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.models.corrector import NETWORKS
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import decoding_on, decoding_rows, make_mesh
 from v2t_jax.train.setup import random_params

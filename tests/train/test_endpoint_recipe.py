@@ -206,7 +206,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"hypotheses": ""}}, "make the corrector's hypotheses and their vectors with 'v2t data hypotheses'"),
     ({"data": {"span_share": 0.5}}, "vectors belongs to whole texts, not to spans: set data.span_share to 0"),
     ({"partial_hypotheses": True, "data": {"hypotheses": ""}}, "with 'v2t data hypotheses'"),
-    ({"partial_hypotheses": True}, "partial_hypotheses are made on the fly"),
+    ({"partial_hypotheses": True}, "partial_hypotheses and edited_hypotheses are made on the fly"),
     ({"initial_embedding": "embedder"}, "initial_embedding=embedder needs the tokenizer and the weights of"),
     ({"embedder": "all-MiniLM-L6-v2"}, "api is for an embedder behind an endpoint"),
     ({"api": {"model": ""}}, "No model is named for http.*: set api.model"),

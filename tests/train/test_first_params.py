@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from tests.helpers.tiny_run import make_recipe
 from v2t_jax.config import MeshConfig
 from v2t_jax.data.recipe import make_batches
-from v2t_jax.models.corrector import NETWORKS
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel.mesh import make_mesh, param_specs
 from v2t_jax.train import setup as starting
 from v2t_jax.train.setup import initial_params, prepare, random_params

@@ -313,7 +313,7 @@ def test_a_work_directory_that_is_a_file(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages": ("corrector",)}, "put inverter before it"),
+        ({"stages": ("corrector",)}, "put inverter before them"),
         ({"embedder": "no-such-embedder"}, "There is no embedder"),
         ({"model": {"max_length": 32}}, "reads texts of 31 at most"),
         ({"model": {"max_length": 3}}, "No held-out text"),
@@ -351,6 +351,40 @@ def test_a_held_out_text_of_unknown_pieces_alone_is_left_out(tmp_path, monkeypat
     assert held_out and all(text.strip() and "zyx" not in text for text in held_out)
 
 
+def test_a_ranker_joins_a_trained_model_and_guides_its_edits(finished, recipe, tmp_path):
+    model = str(finished / "model")
+    settings = dataclasses.replace(recipe.corrector, num_steps=60)
+    initial = {"initial_inverter": model, "initial_corrector": model, "corrector_from_inverter": False}
+    ranker = dataclasses.replace(recipe, stages=("ranker",), ranker=settings, edited_hypotheses=True, **initial)
+    made = v2t_jax.load(str(train(ranker, tmp_path / "ranker")))
+    before = v2t_jax.load(model)
+    for stage in ("inverter", "corrector"):
+        jax.tree.map(np.testing.assert_array_equal, made.params[stage], before.params[stage])
+    lines = [line for line in log(tmp_path / "ranker", "ranker") if "loss" in line]
+    # A random embedder tells little of single words.
+    assert lines[-1]["loss"] < 0.93 * lines[0]["loss"] and lines[-1]["token_accuracy"] > lines[0]["token_accuracy"]
+    assert "held_out_bleu" in log(tmp_path / "ranker", "ranker")[-1]
+    more = dataclasses.replace(ranker, initial_ranker=str(tmp_path / "ranker" / "model"))
+    train(more, tmp_path / "more")
+    again = [line for line in log(tmp_path / "more", "ranker") if "loss" in line]
+    assert again[0]["loss"] < 0.95 * lines[0]["loss"]
+
+
+def test_training_goes_on_from_a_model(finished, recipe, tmp_path):
+    model = str(finished / "model")
+    stage = dataclasses.replace(recipe.inverter, num_steps=5)
+    again = dataclasses.replace(
+        recipe, inverter=stage, corrector=stage, initial_inverter=model, initial_corrector=model
+    )
+    train(again, tmp_path / "again")
+    for name in ("inverter", "corrector"):
+        first = next(line["loss"] for line in log(tmp_path / "again", name) if "loss" in line)
+        last = next(line["loss"] for line in reversed(log(finished, name)) if "loss" in line)
+        assert first < 1.2 * last
+    with pytest.raises(InputError, match="has no ranker; leave initial_ranker empty"):
+        train(dataclasses.replace(again, initial_ranker=model), tmp_path / "none")
+
+
 def test_a_corrector_alone_learns_from_a_trained_inverter(finished, recipe, tmp_path):
     model = str(finished / "model")
     short = dataclasses.replace(recipe.corrector, num_steps=5)
@@ -361,7 +395,5 @@ def test_a_corrector_alone_learns_from_a_trained_inverter(finished, recipe, tmp_
     larger = dataclasses.replace(alone, model=dataclasses.replace(recipe.model, num_pseudo_tokens=3))
     with pytest.raises(InputError, match="has other sizes or another vocabulary than this recipe"):
         train(larger, tmp_path / "larger")
-    with pytest.raises(InputError, match="initial_inverter is for recipes whose only stage is the corrector"):
-        dataclasses.replace(recipe, initial_inverter=model)
     with pytest.raises(InputError, match="give a trained model as initial_inverter"):
         dataclasses.replace(recipe, stages=("corrector",))

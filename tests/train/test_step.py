@@ -13,9 +13,9 @@ from tests.helpers.tiny_run import make_embedder, make_texts
 from v2t_jax.config import MeshConfig, ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import embed_model_ids
 from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel.mesh import make_mesh, replicated
 from v2t_jax.train.step import (
     Batch,
@@ -23,10 +23,12 @@ from v2t_jax.train.step import (
     Task,
     TrainState,
     cross_entropy,
+    edited_hypotheses,
     greedy_hypotheses,
     make_step,
     mixed_hypotheses,
     shard_step,
+    word_losses,
 )
 
 T5 = T5Config(
@@ -124,7 +126,19 @@ def test_padding_does_not_count(stage, embedder, ids, frozen):
     assert float(loss) == pytest.approx(float(wide), rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["inverter", "corrector"])
+def test_word_losses_by_hand():
+    """Of the text [3, 3, 4] the hypothesis [4, 5, 5, 3] lacks one 3, and its words 5 are surplus."""
+    text, hypothesis = jnp.asarray([[3, 3, 4, 1, 0]]), jnp.asarray([[4, 5, 5, 3, 1]])
+    missing = jnp.log(jnp.asarray([[0.1, 0.1, 0.1, 0.4, 0.1, 0.2]]))
+    surplus = jnp.asarray([[-1.0, 2.0, 0.5, 0.0, 9.0]])
+    loss, (correct, words) = word_losses(missing, surplus, hypothesis, text)
+    sigmoid = 1 / (1 + np.exp(-np.asarray([-1.0, 2.0, 0.5, 0.0])))
+    assert float(loss) == pytest.approx(-np.log(0.4) - np.log(np.abs([1, 0, 0, 1] - sigmoid)).sum(), rel=1e-5)
+    assert (float(correct), float(words)) == (1.0, 1.0)
+    assert float(word_losses(missing.at[0, 4].set(3.0), surplus, hypothesis, text)[1][0]) == 0.0
+
+
+@pytest.mark.parametrize("stage", ["inverter", "corrector", "ranker"])
 def test_accumulating_changes_nothing(stage, embedder, ids, frozen):
     optimizer, loss_fn = optax.sgd(0.1), loss_of(stage, embedder)
     whole, parts = (
@@ -147,7 +161,7 @@ def test_statistics_and_frozen_weights_get_no_gradient(embedder, ids, frozen):
 
 
 def run_on(devices, shape, stage, embedder, ids, frozen):
-    """Losses of five steps, and the parameters after them, on a mesh of this shape."""
+    """Losses of five steps, and the state after them, on a mesh of this shape."""
     model = dataclasses.replace(MODEL, projection_dropout=0.1)
     mesh = make_mesh(MeshConfig(*shape), devices)
     optimizer = optax.adamw(1e-3)
@@ -160,6 +174,15 @@ def run_on(devices, shape, stage, embedder, ids, frozen):
         state, metrics = step(state, frozen, Batch(ids))
         losses.append(float(metrics.loss))
     return losses, state
+
+
+def test_eight_devices_train_the_ranker_as_one_does(embedder, ids, frozen):
+    expected, alone = run_on(jax.devices()[:1], (1, 1, 1), "ranker", embedder, ids, frozen)
+    assert expected[-1] < expected[0]
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        losses, state = run_on(jax.devices(), shape, "ranker", embedder, ids, frozen)
+        np.testing.assert_allclose(losses, expected, atol=1e-5, err_msg=str(shape))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), state.params, alone.params)
 
 
 @pytest.mark.parametrize("stage", ["inverter", "corrector"])
@@ -193,6 +216,45 @@ def test_mixed_hypotheses_hold_the_truth_and_what_the_inverter_takes_for_likelie
         changed = ((mixed != ids) & (ids > 1)).mean(axis=1)
         assert changed.min() < 0.2 < changed.max()  # from nearly right to wrong
     assert len(seen) == 4
+
+
+def test_edited_hypotheses_lose_replace_add_and_move_words(frozen, embedder, ids):
+    e = embed_model_ids(embedder.config, embedder.token_map(), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
+    made = [
+        np.asarray(edited_hypotheses(MODEL, frozen.inverter, e, jnp.asarray(ids[:, :7]), jax.random.key(seed)))
+        for seed in range(8)
+    ]
+    lost = added = moved = kept = 0
+    for edited in made:
+        assert edited.shape == ids.shape
+        for row, truth in zip(edited, ids, strict=True):
+            length = int(np.argmax(row == 1))
+            assert row[length] == 1 and (row[:length] > 1).all() and not row[length + 1 :].any()
+            words, text = row[:length].tolist(), [i for i in truth[:7].tolist() if i > 1]
+            lost, added = lost + len(set(text) - set(words)), added + len(set(words) - set(text))
+            common = [i for i in words if text.count(i) == 1 and words.count(i) == 1]
+            moved += common != sorted(common, key=text.index)
+            kept += len(common)
+    assert min(lost, added) > 100 and moved > 10 and kept > 300
+    assert len({edited.tobytes() for edited in made}) == 8
+
+
+def test_training_hypotheses_take_turns(frozen, embedder, ids):
+    """With both options: the inverter's, an edited one, a partial one, an edited one."""
+    e = embed_model_ids(embedder.config, embedder.token_map(), frozen.embedder, frozen.vocab_map, jnp.asarray(ids))
+    short, key = jnp.asarray(ids[:, :7]), jax.random.key(0)
+    task = Task("corrector", MODEL, None, None, edited_hypotheses=True)
+    found = task.hypotheses(frozen, e, short, key)
+    np.testing.assert_array_equal(found[::2], greedy_hypotheses(MODEL, frozen.inverter, e)[::2])
+    edited = edited_hypotheses(MODEL, frozen.inverter, e[1::2], short[1::2], key)
+    np.testing.assert_array_equal(found[1::2], edited)
+    both = dataclasses.replace(task, partial_hypotheses=True).hypotheses(frozen, e, short, key)
+    np.testing.assert_array_equal(both[::4], greedy_hypotheses(MODEL, frozen.inverter, e)[::4])
+    partial = mixed_hypotheses(MODEL, frozen.inverter, e[2::4], short[2::4], key)
+    np.testing.assert_array_equal(both[2::4, :7], partial)
+    for turn in (1, 3):
+        edited = edited_hypotheses(MODEL, frozen.inverter, e[turn::4], short[turn::4], key)
+        np.testing.assert_array_equal(both[turn::4], edited)
 
 
 def test_every_other_training_hypothesis_is_partial_where_asked(frozen, embedder, ids):

@@ -26,9 +26,9 @@ from v2t_jax.interop.hf_encoders import encoder_config
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
 from v2t_jax.inversion.embed_hypotheses import shared_embedder
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.embedder import Activation, EmbedderConfig, TokenMap
 from v2t_jax.models.encoders import BertConfig, EncoderConfig, encoder_network
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.models.t5 import round_weights
 from v2t_jax.parallel import mesh as layouts
 from v2t_jax.parallel.mesh import DECODING_RULES, RULES, OnMesh
@@ -163,10 +163,10 @@ class _Recipe:
         settings: StageConfig = getattr(self.config, stage)
         rows, cut, n = settings.batch_size, self.mesh.shape["model"], self.topology.num_slices
         optimizer, params = make_optimizer(settings.optimizer, settings.num_steps), self._network(stage)
-        frozen = self._frozen(stage == "corrector" and not self.config.data.hypotheses)
+        frozen = self._frozen(stage != "inverter" and not self.config.data.hypotheses)
 
         def step_of(model: ModelConfig) -> Callable:
-            options = self.config.partial_hypotheses, self.config.mesh.decode
+            options = self.config.partial_hypotheses, self.config.edited_hypotheses, self.config.mesh.decode
             task = training.Task(stage, model, self.embedder, self.token_map, *options)
             return training.make_step(task.loss, optimizer, settings.optimizer.accumulate_steps, self.config.seed)
 
@@ -209,7 +209,7 @@ class _Recipe:
         )
         frozen = self._frozen(False)
         params = {"embedder": frozen.embedder, "pieces": frozen.vocab_map}
-        params |= {stage: self._network(stage, decoding=True) for stage in NETWORKS}
+        params |= {stage: self._network(stage, decoding=True) for stage in ("inverter", "corrector")}
 
         def rows_of(count: int) -> Any:
             e = _array((count, self.model.embedding_width), jnp.float32)

@@ -43,8 +43,9 @@ class Invert:
     embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
     num_steps: int = 8  # correction steps; 0 returns the best first guess
     sequence_beam_width: int = 4  # hypotheses kept between steps
-    search: Literal["corrector", "edits", "both"] = "corrector"  # what proposes better texts; both: one, then the other
-    budget: int = 1500  # with edits: their rounds end at this many calls of the embedder for a text
+    search: Literal["corrector", "edits", "both"] | None = None
+    """what proposes better texts; both: one, then the other; by default both, if the model has a ranker"""
+    budget: int = 1000  # with edits: their rounds end at this many calls of the embedder for a text
     mode: Literal["best", "upstream"] = "best"  # best: the closest text ever seen; upstream: as vec2text selects
     batch_size: int | None = None  # vectors at a time; the default fits a small machine
     json: bool = False  # print a JSON document instead of a table
@@ -151,10 +152,11 @@ class Eval:
     embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
     split: str = "held_out"  # held_out or train
     num_steps: tuple[int, ...] = (0, 1, 8)  # correction steps
-    sequence_beam_width: tuple[int, ...] = (1, 4)  # hypotheses kept between steps
-    search: Literal["corrector", "edits", "both"] = "corrector"  # what proposes better texts; both: one, then the other
-    budget: tuple[int, ...] = (1500,)  # with edits: calls of the embedder for a text at which their rounds end
-    limit: int | None = 500  # maximum number of texts
+    sequence_beam_width: tuple[int, ...] = (4,)  # hypotheses kept between steps
+    search: Literal["corrector", "edits", "both"] | None = None
+    """what proposes better texts; both: one, then the other; by default both, if the model has a ranker"""
+    budget: tuple[int, ...] = (1000,)  # with edits: calls of the embedder for a text at which their rounds end
+    limit: int | None = 200  # maximum number of texts
     source: str = "wordnet"  # source of the texts, as in a recipe's data.sources
     plot: str | None = None  # PNG file to write, with exact match and BLEU by the embedder's calls
     json: bool = False  # print a JSON document instead of a table

@@ -19,12 +19,15 @@ from v2t_jax.errors import InputError
 Opened = tuple[Vocabulary, list[TokenDataset], list[str]]
 
 
-def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -> Opened:
+def open_texts(
+    config: Config, tokenizer: Tokenizer | None, num_held_out: int, vocab_map: np.ndarray | None = None
+) -> Opened:
     """The vocabulary, the data sets, and the held-out texts, normalized and short enough for the model.
 
     Args:
         tokenizer: the one that the recipe names; None takes that of a built data set.
         num_held_out: how many held-out texts of a built data set are needed at most.
+        vocab_map: the vocabulary of the model that training goes on with; None makes one of texts in memory.
     """
     data, max_length = config.data, config.model.max_length
     if any(is_built(source) for source in data.sources):
@@ -34,7 +37,7 @@ def open_texts(config: Config, tokenizer: Tokenizer | None, num_held_out: int) -
             "data.embeddings, data.hypotheses and data.folds need a built data set in data.sources: v2t data build."
         )
     else:
-        vocabulary, datasets, held_out = _read_sources(config, tokenizer)
+        vocabulary, datasets, held_out = _read_sources(config, tokenizer, vocab_map)
     # A text of unknown tokens alone comes back empty.
     held_out = [text for text in vocabulary.normalize(held_out, max_length) if text.strip()]
     if not held_out:
@@ -61,13 +64,13 @@ def texts_sha256(datasets: Sequence[TokenDataset]) -> str:
     return hashlib.sha256(b"".join(dataset.tokens.tobytes() for dataset in datasets)).hexdigest()
 
 
-def _read_sources(config: Config, tokenizer: Tokenizer) -> Opened:
+def _read_sources(config: Config, tokenizer: Tokenizer, vocab_map: np.ndarray | None) -> Opened:
     with progress.stage("reading the text"):
         held_out = read_texts(config.data.held_out, "held_out")
         texts = [read_texts(source, "train", avoid=held_out) for source in config.data.sources]
     with progress.stage("tokenizing the text"):
-        vocabulary = Vocabulary.full(tokenizer)
-        if config.data.vocabulary_size:
+        vocabulary = Vocabulary.full(tokenizer) if vocab_map is None else Vocabulary(tokenizer, vocab_map)
+        if vocab_map is None and config.data.vocabulary_size:
             ids = np.concatenate([row for part in texts for row in vocabulary.encode(part)])
             counts = np.bincount(ids[ids >= 0], minlength=vocabulary.size)
             vocabulary = vocabulary.pruned(counts, config.data.vocabulary_size)

@@ -40,6 +40,15 @@ def truncate_after_eos(ids: jax.Array) -> jax.Array:
     return jnp.where(_after_eos(ids), PAD, ids)
 
 
+def arranged(tokens: jax.Array, place: jax.Array, length: int) -> jax.Array:
+    """The text of `tokens` [..., S] in the order of `place` [..., S], without pads: [..., length], its end included."""
+    order = jnp.argsort(jnp.where(tokens > EOS, place, jnp.inf), axis=-1)[..., : length - 1]
+    texts = jnp.take_along_axis(jnp.where(tokens > EOS, tokens, PAD), order, axis=-1)
+    texts = jnp.pad(texts, [(0, 0)] * (texts.ndim - 1) + [(0, length - texts.shape[-1])])
+    end = jnp.sum(texts > EOS, axis=-1, keepdims=True)
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, texts.shape, texts.ndim - 1) == end, EOS, texts)
+
+
 def _after_eos(ids: jax.Array) -> jax.Array:
     return jnp.cumsum(ids == EOS, axis=-1) - (ids == EOS) > 0
 

@@ -61,7 +61,7 @@ def evaluate(
     num_steps: Sequence[int] = (0, 1, 8),
     sequence_beam_width: Sequence[int] = (1, 4),
     split: str = "held_out",
-    search: Search = "corrector",
+    search: Search | None = None,
     budget: Sequence[int] = (BUDGET,),
 ) -> dict[str, Any]:
     """Recovers `texts` from their embeddings at every number of steps and beam width; returns a report, see `report`.
@@ -78,15 +78,16 @@ def evaluate(
         raise InputError("There are no texts to evaluate on; use a split that has some.")
     check_grid(num_steps, sequence_beam_width, budget)
     rows: list[dict[str, Any]] = []
+    search = search or inverter.default_search()
     num_steps = (0,) if search == "edits" else num_steps
     most, first = max(num_steps), texts[: BATCH_SIZE * jax.device_count()]
 
     def timed(texts: list[str], width: int, steps: int, rounds: int = 0) -> tuple[list[InversionResult], float]:
         started = time.perf_counter()
         options: dict[str, Any] = {"num_steps": steps, "sequence_beam_width": width, "batch_size": BATCH_SIZE}
-        if rounds:
-            loop = inverter.correction_loop(width, search=search)
-            options |= {"search": search, "budget": loop.calls_at(steps + rounds, steps)}
+        loop = inverter.correction_loop(width, search=search)
+        edits = {"search": search, "budget": loop.calls_at(steps + rounds, steps)}
+        options |= edits if rounds else {"search": "corrector"}
         found = invert_on_all_hosts(invert_strings, inverter, texts, **options)
         return found, round(len(texts) / (time.perf_counter() - started), 3)
 

@@ -26,7 +26,7 @@ from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh
 
 BATCH_SIZE = 32
-BUDGET = 1500  # calls of the embedder for a text
+BUDGET = 1000  # calls of the embedder for a text
 MOST_CALLS = 10_000_000
 MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
 BATCH_SIZES = (1, 8, BATCH_SIZE)  # batches are padded to these, or multiples of the last: few shapes are compiled
@@ -69,7 +69,7 @@ def invert_embeddings(
     sequence_beam_width: int = 4,
     mode: Mode = "best",
     patience: int = 0,
-    search: Search = "corrector",
+    search: Search | None = None,
     budget: int = BUDGET,
     batch_size: int | None = None,
 ) -> list[InversionResult]:
@@ -83,7 +83,8 @@ def invert_embeddings(
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
         patience: stop a vector after this many steps without improvement; 0 = never.
         search: corrector, or edits of the inverter's guesses without correction steps, or both: first the steps, then
-            rounds of edits. The trace shows rounds as further steps.
+            rounds of edits. The trace shows rounds as further steps. By default both for models that have a ranker, if
+            their embedder runs here.
         budget: rounds of edits end at this many calls of the embedder for a text.
         batch_size: vectors at a time on a device, by default 32, or fewer for wide beams and edits; further ones go to
             other devices of this process at the same time. The result doesn't depend on it.
@@ -93,6 +94,7 @@ def invert_embeddings(
     """
     e = check_vectors(vectors, inverter.config.embedding_width)
     check_whole("num_steps", num_steps, 0, MOST_STEPS)
+    search = search or inverter.default_search(mode)
     if search not in get_args(Search):
         raise InputError(f"search is {search!r}; choose {', '.join(get_args(Search))}.")
     check_whole("budget", budget, 1, MOST_CALLS)

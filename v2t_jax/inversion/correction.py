@@ -5,7 +5,8 @@ deterministic functions that take the weights first, as arguments of the compile
 
     hypothesize(params, e [B, E], k)            -> ids [B, k, L]    first guesses
     propose(params, hypotheses of R rows, k)    -> ids [R, n, L]    candidates, n of each proposer's own
-    edit(params, hypotheses of R rows, k)       -> ids [R, n, L]    candidates for the rounds that follow the steps
+    edit(params, hypotheses of R rows, look)    -> Pool [R, n]      candidates of the rounds that follow the steps;
+                                                                    look(ids [R, k, L]) -> Pool embeds them
     embed(params, ids [R, L])                   -> [R, E]           the embedder under attack
 
 Shapes: B batch, L tokens, E embedding width, W sequence beam, N steps.
@@ -49,6 +50,8 @@ class Hypotheses(NamedTuple):
 Hypothesize = Callable[[Params, Array, int], Array]
 Propose = Callable[[Params, Hypotheses, int], Array]
 Embed = Callable[[Params, Array], Array]
+Look = Callable[[Array], "Pool"]
+Edit = Callable[[Params, Hypotheses, Look], "Pool"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class CorrectionLoop:
         embed: Embed,
         settings: CorrectionSettings,
         *,
-        edit: Propose | None = None,  # for rounds of edits, which follow the steps and expand one hypothesis each
+        edit: Edit | None = None,  # for rounds of edits, which follow the steps and expand one hypothesis each
         edit_calls: int = 0,  # of the embedder in a round: its candidates, and what `edit` itself asks
         similarity: Callable[[Array, Array], Array] = cosine_similarity,  # of embeddings and targets [..., E]
         solved: Callable[[Array], Array] = is_solved,  # similarity [B] -> whether a row is finished; in mode "best"
@@ -263,14 +266,14 @@ class CorrectionLoop:
         """One round of correction of every row that isn't done."""
         width = self.settings.sequence_beam_width
         if self.settings.mode == "upstream":
-            children = self._children(params, e, beam.pool, self._proposers)
+            children = self._children(params, e, beam.pool)
             if self._rank is not None and width > 1:
                 in_order = jnp.arange(children.ids.shape[1], dtype=jnp.int32)[None]
                 children = _take(children, jnp.where(step == num_steps, in_order, self._rank(children.similarity)))
             done = beam.done | _nothing_ranked(children)
             calls = beam.calls + width**2
             return Beam(_keep_distinct(children, width), jnp.full_like(beam.step, step), beam.stale, done, calls)
-        return self._expanded(params, e, beam, step, width, self._proposers, width**2)
+        return self._expanded(params, e, beam, step, width, self._children, width**2)
 
     def edit(self, params: Params, e: Array, beam: Beam, step: Array, num_steps: Array) -> Beam:
         """One round of edits of every row that isn't done: they are made of the nearest hypothesis not yet edited."""
@@ -278,8 +281,7 @@ class CorrectionLoop:
         pool = beam.pool._replace(expanded=beam.pool.expanded & ~first)
         done = jnp.where(first, self._solved(pool.similarity[:, 0]), beam.done)
         beam = beam._replace(pool=pool, done=done, stale=jnp.where(first, 0, beam.stale))
-        assert self._edit is not None
-        return self._expanded(params, e, beam, step, 1, (self._edit,), self.edit_calls)
+        return self._expanded(params, e, beam, step, 1, self._edits, self.edit_calls)
 
     def _expanded(
         self,
@@ -288,7 +290,7 @@ class CorrectionLoop:
         beam: Beam,
         step: Array,
         width: int,
-        proposers: Sequence[Propose],
+        expand: Callable[[Params, Array, Pool], Pool],
         calls: int,
     ) -> Beam:
         """The beam with the candidates of its `width` nearest hypotheses that haven't been expanded."""
@@ -296,7 +298,7 @@ class CorrectionLoop:
         # The proposers are deterministic: a second time they would make the same children.
         unexpanded = jnp.where(beam.pool.expanded, -jnp.inf, beam.pool.similarity)
         index = lax.top_k(unexpanded, width)[1]
-        children = self._children(params, e, _take(beam.pool, index), proposers)
+        children = expand(params, e, _take(beam.pool, index))
         chosen = jnp.any(index[:, :, None] == jnp.arange(memory)[None, None], axis=1)
         held = beam.pool._replace(expanded=beam.pool.expanded | chosen)
         # What is held comes first: a child that repeats it is the duplicate, and among ties the older stays. What was
@@ -316,12 +318,20 @@ class CorrectionLoop:
 
         return jax.tree.map(unless_done, beam, moved)
 
-    def _children(self, params: Params, e: Array, parents: Pool, proposers: Sequence[Propose]) -> Pool:
+    def _edits(self, params: Params, e: Array, parents: Pool) -> Pool:
+        """A round's edits of parents [B, 1]."""
+        ids, embedding, similarity, expanded = (x[:, 0] for x in parents)
+        childless = (expanded | (similarity == -jnp.inf))[:, None]
+        assert self._edit is not None
+        given = Hypotheses(e, ids, embedding, similarity)
+        return self._edit(params, given, lambda candidates: self._pool(params, e, candidates, childless))
+
+    def _children(self, params: Params, e: Array, parents: Pool) -> Pool:
         """The candidates of every proposer for parents [B, W]."""
         batch, width, length = parents.ids.shape
         rows = [x.reshape(batch * width, *x.shape[2:]) for x in (parents.ids, parents.embedding, parents.similarity)]
         hypotheses = Hypotheses(jnp.repeat(e, width, axis=0), *rows)
-        ids = jnp.concatenate([propose(params, hypotheses, width) for propose in proposers], axis=1)
+        ids = jnp.concatenate([propose(params, hypotheses, width) for propose in self._proposers], axis=1)
         each = ids.shape[1]
         ids = truncate_after_eos(ids.reshape(batch, width * each, length).astype(jnp.int32))
         childless = parents.expanded | (parents.similarity == -jnp.inf)  # fillers repeat the first
@@ -345,7 +355,7 @@ def _nothing_ranked(pool: Pool) -> Array:
 def _keep_distinct(pool: Pool, width: int) -> Pool:
     """The `width` best distinct hypotheses of each pool, the first among equals; then fillers: the best, with -inf."""
     present = pool.similarity > -jnp.inf
-    duplicate = _repeats(pool.ids, present)
+    duplicate = repeats(pool.ids, present)
     size = min(width, pool.ids.shape[1])
     top, index = lax.top_k(jnp.where(present & ~duplicate, pool.similarity, -jnp.inf), size)
     missing = ((0, 0), (0, width - size))
@@ -355,7 +365,7 @@ def _keep_distinct(pool: Pool, width: int) -> Pool:
     return kept._replace(similarity=jnp.where(filler, -jnp.inf, kept.similarity))
 
 
-def _repeats(ids: Array, present: Array) -> Array:
+def repeats(ids: Array, present: Array) -> Array:
     """[B, P]: which of ids [B, P, L] equal one before them that is `present`."""
     weights = jnp.asarray(np.random.default_rng(0).integers(1, 1 << 32, ids.shape[-1], np.uint32) | np.uint32(1))
     order = jnp.lexsort(

@@ -1,9 +1,10 @@
-"""Guided edits: hypotheses improved one token at a time.
+"""Guided edits: hypotheses improved by a word at a time, or by a span of words that finds its place.
 
-An edit takes at most one token out of a text and puts at most one in: substitution, insertion, deletion or move. What
-to put where is read off three rankings of every token at every place, each from one pass over the hypothesis: log p of
-inverter and corrector, which name words that are missing, and the embedder's gradient, which finds words of a similar
-meaning (after HotFlip, Ebrahimi et al. 2018). The edits that rank first are candidates of the correction loop.
+An edit substitutes, inserts or deletes a token, or moves a span of tokens. What goes where is read off rankings of
+every token at every place, each from one pass over the hypothesis: log p of inverter and corrector, which name what
+belongs there; what the ranker takes for missing or surplus; and the embedder's gradient, which finds words of a similar
+meaning (after HotFlip, Ebrahimi et al. 2018). The edits that rank first are embedded, and those that help most are
+tried together: all are candidates of the correction loop.
 """
 
 from collections.abc import Callable
@@ -11,18 +12,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from v2t_jax.config import ModelConfig
-from v2t_jax.decode.state import EOS, PAD
-from v2t_jax.inversion.correction import Hypotheses, Params, Propose, cosine_similarity
+from v2t_jax.decode.state import EOS, PAD, arranged
+from v2t_jax.inversion.correction import Edit, Hypotheses, Look, Params, Pool, cosine_similarity, repeats
 from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, token_gradient
 from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.ranker import Ranker
 from v2t_jax.models.t5 import stack_decoder
 
 GRADIENT_CALLS = 3  # what a gradient costs, in calls of the embedder: forward, and backward twice that
 TOKENS_A_PLACE = 64  # that a ranking offers at most
+BEST = 10  # edits of a round that are tried together
+MISSING_WEIGHT, SURPLUS_WEIGHT = 2.0, 1.0  # of the ranker's logits, beside log p of the networks
+LONGEST_SPAN = 8  # tokens that are moved at once
+PLACES = 1024  # between slots, for what is moved there
+KEEP = -1  # of a slot that an edit leaves as it is
 
 Gain = Callable[[Params, Hypotheses], Array]  # [R, L, V], to first order, of each token at each place
 
@@ -30,15 +38,17 @@ Gain = Callable[[Params, Hypotheses], Array]  # [R, L, V], to first order, of ea
 class EditCounts(NamedTuple):
     """Candidates of one hypothesis."""
 
-    substitutions: int = 28
-    insertions: int = 30
-    moves: int = 16
-    deletions: int = 4
-    by_gradient: int = 30
+    substitutions: int = 24
+    insertions: int = 24
+    moves: int = 24
+    deletions: int = 6
+    by_gradient: int = 16  # substitutions
+    pairs: int = 16  # of two of the best
+    unions: int = 8  # of the best three, the best four, ...
 
 
 # Where the embedder can't be differentiated, as many.
-BLACK_BOX = EditCounts(substitutions=44, insertions=44, moves=16, deletions=4, by_gradient=0)
+BLACK_BOX = EditCounts(substitutions=32, insertions=32, by_gradient=0)
 
 
 def embedder_gain(config: EmbedderConfig, token_map: TokenMap) -> Gain:
@@ -53,57 +63,117 @@ def embedder_gain(config: EmbedderConfig, token_map: TokenMap) -> Gain:
     return gain
 
 
-def propose_edits(config: ModelConfig, writable: Array, counts: EditCounts, gain: Gain | None = None) -> Propose:
-    """The edits that rank first, [R, sum(counts), L]; where a text has fewer, it fills the shape itself.
+def guided_edits(config: ModelConfig, writable: Array, counts: EditCounts, gain: Gain | None = None) -> Edit:
+    """A correction loop's round of edits: sum(counts) candidates; where a text has fewer, it fills the shape itself.
 
     Args:
         writable: bool [V], the ids that may be put into a text.
         gain: ranks the substitutions `by_gradient`.
     """
 
-    def propose(params: Params, given: Hypotheses, k: int) -> Array:
-        ids, size = given.ids, len(writable)
-        known = jnp.minimum(ids, size - 1)  # T5's table may have rows that are no token's
-        rows, none = jnp.arange(len(ids))[:, None], ids.shape[1]
-        place = jnp.arange(none)[None]
-        length = jnp.sum(ids > EOS, axis=1, keepdims=True)
-        is_text, has_room = place < length, (place <= length) & (length < none - 1)
+    def edit(params: Params, given: Hypotheses, look: Look) -> Pool:
+        edits = single_edits(config, writable, counts, gain, params, given)
+        singles = look(apply_edits(given.ids, edits))
+        # Two rankings often name the same edit.
+        distinct = jnp.where(repeats(singles.ids, singles.similarity > -jnp.inf), -jnp.inf, singles.similarity)
+        merged = look(apply_edits(given.ids, merge_edits(edits, distinct, given.similarity, counts)))
+        return Pool(*(jnp.concatenate(pair, axis=1) for pair in zip(singles, merged, strict=True)))
 
-        def best(scores: Array, count: int) -> tuple[Array, Array]:
-            """Scores and ids [R, L, K] of the best other tokens at each place."""
-            others = jnp.where(writable[None, None], scores, -jnp.inf).at[rows, place, known].set(-jnp.inf)
-            return jax.lax.top_k(others, min(count, TOKENS_A_PLACE, others.shape[2]))
+    return edit
 
-        candidates = []
 
-        def add(count: int, scores: Array, *edit: Any) -> None:
-            """The `count` best by score of edits (out, into, token), all of the scores' shape or broadcast to it."""
-            flat, *parts = (jnp.broadcast_to(x, scores.shape).reshape(len(ids), -1) for x in (scores, *edit))
-            top, index = jax.lax.top_k(flat, min(count, flat.shape[1]))
-            chosen = (jnp.where(top == -jnp.inf, none, jnp.take_along_axis(x, index, axis=1)) for x in parts)
-            candidates.append(apply_edits(ids, *chosen))
+def single_edits(
+    config: ModelConfig, writable: Array, counts: EditCounts, gain: Gain | None, params: Params, given: Hypotheses
+) -> Array:
+    """Edits of each hypothesis, [R, n, 2, 2 L + 1]: see `apply_edits`."""
+    ids, size = given.ids, len(writable)
+    known = jnp.minimum(ids, size - 1)  # T5's table may have rows that are no token's
+    rows, none = jnp.arange(len(ids))[:, None], ids.shape[1]
+    place, slot = jnp.arange(none)[None], jnp.arange(2 * none + 1)[None, None]
+    length = jnp.sum(ids > EOS, axis=1, keepdims=True)
+    is_text, has_room = place < length, (place <= length) & (length < none - 1)
 
-        log_p = token_log_probabilities(config, params, given)[..., :size]
-        scores, token = best(log_p, max(counts.substitutions, counts.insertions))
-        at = place[..., None]
-        add(counts.substitutions, jnp.where(is_text[..., None], scores, -jnp.inf), at, at, token)
-        add(counts.insertions, jnp.where(has_room[..., None], scores, -jnp.inf), none, at, token)
-        if gain is not None:
-            scores, token = best(gain(params, given), counts.by_gradient)
-            add(counts.by_gradient, jnp.where(is_text[..., None], scores, -jnp.inf), at, at, token)
-        own = jnp.take_along_axis(log_p, known[..., None], axis=2)
-        add(counts.deletions, jnp.where(is_text & (length > 1), -own[..., 0], -jnp.inf), place, none, PAD)
-        # Moves [R, from, to] gain the token's log p in front of what stands there now, and lose that at its old place.
-        stands = jnp.minimum(place + (place >= place[0, :, None]), none - 1)  # [from, to]
-        elsewhere = jnp.take_along_axis(log_p, jnp.broadcast_to(known[:, None], (*ids.shape, none)), axis=2)
-        gained = jnp.swapaxes(elsewhere, 1, 2)[:, jnp.arange(none)[:, None], stands] - own
-        # A token moved to the place before it is the one there moved to the next.
-        differs = (at != place[:, None]) & (at != place[:, None] + 1)
-        possible = is_text[..., None] & is_text[:, None] & differs
-        add(counts.moves, jnp.where(possible, gained, -jnp.inf), at, place[:, None], ids[..., None])
-        return jnp.concatenate(candidates, axis=1)
+    def best(scores: Array, count: int) -> tuple[Array, Array]:
+        """Scores and ids [R, L, K] of the best other tokens at each place."""
+        others = jnp.where(writable[None, None], scores, -jnp.inf).at[rows, place, known].set(-jnp.inf)
+        return jax.lax.top_k(others, min(count, TOKENS_A_PLACE, others.shape[2]))
 
-    return propose
+    edits = []
+
+    def best_of(count: int, scores: Array, *parts: Any) -> tuple[Array, ...]:
+        """Whether there are so many, and the `count` best by score of what describes an edit, each [R, count, 1]."""
+        flat = scores.reshape(len(ids), -1)
+        top, index = jax.lax.top_k(flat, min(count, flat.shape[1]))
+        shaped = (jnp.broadcast_to(x, scores.shape).reshape(len(ids), -1) for x in parts)
+        return (top > -jnp.inf)[..., None], *(jnp.take_along_axis(x, index, axis=1)[..., None] for x in shaped)
+
+    def write(count: int, scores: Array, where: Array, token: Any) -> None:
+        """Adds the edits, best by score, that write a token into a slot."""
+        exists, chosen, written = best_of(count, scores, where, token)
+        tokens = jnp.where(exists & (slot == chosen), written, KEEP)
+        edits.append(jnp.stack([tokens, jnp.full_like(tokens, KEEP)], axis=2))
+
+    log_p = token_log_probabilities(config, params, given)[..., :size]
+    missing, surplus = word_ranks(config, params, given)
+    scores, token = best(log_p + missing[:, None, :size], max(counts.substitutions, counts.insertions))
+    at = place[..., None]
+    wrong = jnp.where(is_text, surplus, -jnp.inf)
+    write(counts.substitutions, scores + wrong[..., None], 2 * at + 1, token)
+    write(counts.insertions, jnp.where(has_room[..., None], scores, -jnp.inf), 2 * at, token)
+    if gain is not None:
+        scores, token = best(gain(params, given), counts.by_gradient)
+        write(counts.by_gradient, jnp.where(is_text[..., None], scores, -jnp.inf), 2 * at + 1, token)
+    own = jnp.take_along_axis(log_p, known[..., None], axis=2)
+    write(counts.deletions, jnp.where(length > 1, 2 * wrong - own[..., 0], -jnp.inf), 2 * place + 1, PAD)
+    # The span from i to j moves in front of token g: then i, g and the token behind j follow other tokens than before.
+    elsewhere = jnp.take_along_axis(log_p, jnp.broadcast_to(known[:, None], (*ids.shape, none)), axis=2)
+    gains = elsewhere - own[..., 0][:, None]  # [R, place, token]
+    i, j, g = jnp.meshgrid(*3 * [jnp.arange(none)], indexing="ij")
+    span, behind = j - i + 1, jnp.minimum(j + 1, none - 1)
+    gained = gains[:, g, i] + gains[:, behind, g] + gains[:, i, behind]
+    # To move a span over the next one is to move that one back: the shorter of the two is moved.
+    possible = ((g - j - 1 >= span) | (i - g > span)) & (span >= 1) & (span <= LONGEST_SPAN)
+    possible = possible[None] & (j[None] < length[..., None, None]) & (g[None] <= length[..., None, None])
+    exists, start, end, gap = best_of(counts.moves, jnp.where(possible, gained, -jnp.inf), i[None], j[None], g[None])
+    in_span = exists & (slot >= 2 * start + 1) & (slot <= 2 * end + 1)
+    places = jnp.where(in_span, PLACES * 2 * gap + 1 + slot - 2 * start, KEEP)
+    edits.append(jnp.stack([jnp.full_like(places, KEEP), places], axis=2))
+    return jnp.concatenate(edits, axis=1)
+
+
+def merge_edits(edits: Array, similarity: Array, before: Array, counts: EditCounts) -> Array:
+    """Edits [R, counts.pairs + counts.unions, 2, S] that join the best of edits [R, n, 2, S] by similarity [R, n].
+
+    Two that change the same slot don't join. Unions grow by edits that raised the similarity of `before` [R] alone.
+    """
+    top, index = jax.lax.top_k(similarity, min(BEST, similarity.shape[1]))
+    best = jnp.take_along_axis(edits, index[..., None, None], axis=1)
+    first, second = np.triu_indices(best.shape[1], 1)
+
+    def join(a: Array, b: Array) -> tuple[Array, Array]:
+        """The joint edit, and whether a and b clash."""
+        clash = jnp.any(jnp.any(a != KEEP, axis=-2) & jnp.any(b != KEEP, axis=-2), axis=-1)
+        return jnp.where(a == KEEP, b, a), clash
+
+    pairs, clash = join(best[:, first], best[:, second])
+    scores = jnp.where(clash, -jnp.inf, top[:, first] + top[:, second])
+    pairs = jnp.take_along_axis(pairs, jax.lax.top_k(scores, counts.pairs)[1][..., None, None], axis=1)
+    union, unions = best[:, 0], []
+    for k in range(1, best.shape[1]):
+        joint, clash = join(union, best[:, k])
+        union = jnp.where((clash | (top[:, k] <= before))[:, None, None], union, joint)
+        unions.append(union)
+    return jnp.concatenate([pairs, jnp.stack(unions[1 : 1 + counts.unions], axis=1)], axis=1)
+
+
+def word_ranks(config: ModelConfig, params: Params, given: Hypotheses) -> tuple[Array, Array]:
+    """The ranker's part in the scores of words that go in [R, V] and out [R, L]; zero for a model without one."""
+    table = params["inverter"]["t5"]["token_embedding"]
+    if "ranker" not in params:
+        return jnp.zeros((len(given.ids), len(table))), jnp.zeros(given.ids.shape)
+    inputs = table, given.e, given.ids, given.embedding
+    missing, surplus = Ranker(config).apply({"params": params["ranker"]}, *inputs)
+    return MISSING_WEIGHT * jax.nn.log_softmax(missing), SURPLUS_WEIGHT * surplus
 
 
 def token_log_probabilities(config: ModelConfig, params: Params, given: Hypotheses) -> Array:
@@ -114,21 +184,20 @@ def token_log_probabilities(config: ModelConfig, params: Params, given: Hypothes
         return jax.nn.log_softmax(network(config).apply({"params": weights}, *inputs, given.ids))
 
     total = log_p(Inverter, "inverter", given.e)
-    return (
-        total + log_p(Corrector, "corrector", given.e, given.ids, given.embedding) if "corrector" in params else total
-    )
+    if "corrector" in params:
+        total += log_p(Corrector, "corrector", given.e, given.ids, given.embedding)
+    return total
 
 
-def apply_edits(ids: Array, out: Array, into: Array, token: Array) -> Array:
-    """Texts [R, n, L]: ids [R, L] with the token at `out` taken out and then `token` put in at `into`, each [R, n].
+def apply_edits(ids: Array, edits: Array) -> Array:
+    """Texts [R, n, L] of ids [R, L] with edits [R, n, 2, 2 L + 1] made.
 
-    L stands for nowhere, of `out` or `into`. What leaves room for an end token ends with one.
+    Slot 2 i is the gap in front of token i, and slot 2 i + 1 that token. An edit holds what it writes into each slot,
+    an id, or a pad to take a token out, and the slot's new place, where slot s has place PLACES * s; or KEEP.
     """
-    place = jnp.arange(ids.shape[1])[None, None]
-    source = place - (place > into[..., None])
-    source = source + (source >= out[..., None])
-    padded = jnp.pad(ids, ((0, 0), (0, 1)), constant_values=PAD)
-    kept = jnp.take_along_axis(padded[:, None], jnp.minimum(source, ids.shape[1]), axis=2)
-    texts = jnp.where(place == into[..., None], token[..., None], kept)
-    length = jnp.sum(texts > EOS, axis=2, keepdims=True)
-    return jnp.where(place == length, EOS, texts)
+    text = jnp.where(jnp.cumsum(ids == EOS, axis=1) == 0, ids, PAD)
+    slots = jnp.pad(jnp.stack([jnp.zeros_like(text), text], axis=2).reshape(len(ids), -1), ((0, 0), (0, 1)))
+    places = PLACES * jnp.arange(edits.shape[3])[None, None]
+    tokens, moved = edits[:, :, 0], edits[:, :, 1]
+    tokens = jnp.where(tokens == KEEP, slots[:, None], tokens)
+    return arranged(tokens, jnp.where(moved == KEEP, places, moved), ids.shape[1])

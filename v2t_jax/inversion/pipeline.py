@@ -35,12 +35,12 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import open_weights, read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode, Search
-from v2t_jax.inversion.edits import BLACK_BOX, GRADIENT_CALLS, EditCounts, embedder_gain, propose_edits
+from v2t_jax.inversion.edits import BLACK_BOX, GRADIENT_CALLS, EditCounts, embedder_gain, guided_edits
 from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
 from v2t_jax.inversion.upstream import topk_order, upstream_lengths
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.models.t5 import round_weights, unstack_decoder
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
@@ -64,7 +64,7 @@ class InversionPipeline:
 
     name: str
     config: ModelConfig
-    params: dict[Stage, Params]  # "inverter" always, "corrector" where there is one
+    params: dict[Stage, Params]  # "inverter" always, others where there are
     embedder: TextEmbedder
     vocabulary: Vocabulary
     shares_vocabulary: bool = True
@@ -108,14 +108,20 @@ class InversionPipeline:
     def _prepared(self) -> dict[str, Any]:
         weights: dict[str, Any] = {}
         for stage, params in self.params.items():
-            params = {**params, "t5": round_weights(self.config.t5, params["t5"])}  # in the end it would be anyway
+            if "t5" in params:
+                params = {**params, "t5": round_weights(self.config.t5, params["t5"])}  # in the end it would be anyway
             if self.mesh is not None:
                 specs = param_specs(params, NETWORKS[stage].PARAM_AXES, DECODING_RULES[self.decode])
                 params = processes.put(params, state_shardings(self.mesh, params, specs))
-            weights[stage] = {**params, "t5": unstack_decoder(params["t5"])}
+            weights[stage] = {**params, "t5": unstack_decoder(params["t5"])} if "t5" in params else params
         embedder = self.embedder.params if isinstance(self.embedder, JaxEmbedder) else {}
         others = {"embedder": embedder, "pieces": jnp.asarray(self.vocabulary.vocab_map)}
         return weights | (others if self.mesh is None else processes.put(others, replicated(self.mesh)))
+
+    def default_search(self, mode: Mode = "best") -> Search:
+        """Edits too, where a ranker guides them and asking the embedder costs nothing."""
+        edits = "ranker" in self.params and isinstance(self.embedder, JaxEmbedder) and mode == "best"
+        return "both" if edits else "corrector"
 
     def correction_loop(
         self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0, search: Search = "corrector"
@@ -141,7 +147,7 @@ class InversionPipeline:
         if isinstance(self.embedder, JaxEmbedder) and self.shares_vocabulary:
             counts, gain = EditCounts(), embedder_gain(self.embedder.config, self.embedder.token_map())
             cost = GRADIENT_CALLS
-        edit = propose_edits(self.config, jnp.asarray(self.vocabulary.writable), counts, gain)
+        edit = guided_edits(self.config, jnp.asarray(self.vocabulary.writable), counts, gain)
         return {"edit": edit, "edit_calls": sum(counts) + cost}
 
     def save(self, folder: Path, record: dict[str, Any], quantize: bool = False, card: str = "") -> None:
@@ -230,11 +236,16 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
             for stage, network in NETWORKS.items()
             if (file := f"{stage}.safetensors") in files
         }
-        pieces = open_weights([files["pieces.safetensors"]])
-        vocab_map = pieces["pieces"][:] if "pieces" in pieces else np.empty(())
-        if vocab_map.ndim != 1 or not np.issubdtype(vocab_map.dtype, np.integer):
-            raise InputError(f"{folder}/pieces.safetensors doesn't hold a row of integers; download the model again.")
-    return StoredModel(header, config, params, vocab_map, tokenizer)
+    return StoredModel(header, config, params, read_pieces(folder), tokenizer)
+
+
+def read_pieces(folder: Path) -> np.ndarray:
+    """A model's vocab_map: see Vocabulary."""
+    pieces = open_weights([folder / "pieces.safetensors"])
+    vocab_map = pieces["pieces"][:] if "pieces" in pieces else np.empty(())
+    if vocab_map.ndim != 1 or not np.issubdtype(vocab_map.dtype, np.integer):
+        raise InputError(f"{folder}/pieces.safetensors doesn't hold a row of integers; download the model again.")
+    return vocab_map
 
 
 def _checked_files(folder: Path, files: dict[str, str]) -> dict[str, Path]:

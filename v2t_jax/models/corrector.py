@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from v2t_jax.config import Stage
 from v2t_jax.decode.state import EOS, PAD
-from v2t_jax.models.inverter import Condition, EmbeddingToText, Inverter, Projection
+from v2t_jax.models.inverter import Condition, EmbeddingToText, Projection
 from v2t_jax.models.layers import LayerNorm
 
 
@@ -63,6 +62,3 @@ class Corrector(EmbeddingToText):
         if c.bag_of_words:
             offset = self.bag_offset((target, self.bag_of_words), (difference, self.bag_of_words_difference))
         return self.t5.encode(embeds, mask), mask, offset
-
-
-NETWORKS: dict[Stage, type[EmbeddingToText]] = {"inverter": Inverter, "corrector": Corrector}

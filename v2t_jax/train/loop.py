@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from v2t_jax import progress
-from v2t_jax.config import Config, Stage, StageConfig, to_dict
+from v2t_jax.config import STAGES, Config, Stage, StageConfig, to_dict
 from v2t_jax.data.batches import Batches
 from v2t_jax.data.dataset import resumable
 from v2t_jax.data.recipe import make_batches
@@ -36,8 +36,8 @@ from v2t_jax.eval.metrics import text_scores
 from v2t_jax.eval.model_card import model_card
 from v2t_jax.inversion.api import invert_on_all_hosts, invert_strings
 from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, norm_statistics
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import OnMesh, batch_sharding, make_mesh
 from v2t_jax.train.checkpoint import Checkpoints
@@ -49,7 +49,7 @@ from v2t_jax.train.setup import (
     column_names,
     initial_params,
     prepare,
-    trained_inverter,
+    trained_network,
 )
 from v2t_jax.train.step import (
     Batch,
@@ -63,6 +63,7 @@ from v2t_jax.train.step import (
 )
 from v2t_jax.train.workdir import Log, check_workdir, claim_workdir, open_log
 
+EDITED_CALLS = 400  # of the embedder for a held-out text, where evaluation during training edits
 StopSignal = Callable[[], int]  # SIGINT or SIGTERM once it has arrived, 0 before
 
 
@@ -88,8 +89,9 @@ def train(config: Config, workdir: Path) -> Path:
         context = prepare(config)
         claim_workdir(config, workdir, context.hashes())
         params: dict[Stage, Params] = {}
-        if config.initial_inverter:
-            params["inverter"] = trained_inverter(context, mesh)
+        for stage in STAGES:
+            if stage not in config.stages and getattr(config, f"initial_{stage}"):
+                params[stage] = trained_network(context, stage, mesh)
         with stop_signals() as stop_signal:
             for stage in config.stages:
                 params[stage] = train_stage(context, stage, workdir / stage, params, stop_signal)
@@ -124,8 +126,8 @@ def train_stage(
     batches = make_batches(config, context.datasets, settings.batch_size, columns)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
     step_fn, state = _start(context, stage, trained, batches, checkpoints)
-    decodes = stage == "corrector" and not config.data.hypotheses
-    frozen = context.frozen(trained["inverter"] if decodes else None)
+    reads = stage == "ranker" or (stage == "corrector" and not config.data.hypotheses)
+    frozen = context.frozen(trained["inverter"] if reads else None)
     frozen = processes.put(frozen, frozen_shardings(mesh, frozen))
     feed, vote = Feed(context, stage, batches, frozen, mesh), processes.Vote(mesh)
     watch = _Watch(stage, settings.optimizer.skip_bad_updates, checkpoints)
@@ -221,7 +223,7 @@ class Feed:
         self._size, self._sharding = settings.batch_size, batch_sharding(mesh)
         self._rows = processes.local_rows(self._sharding, self._size)
         self._hypothesize: OnMesh | None = None
-        if context.retokenizes and frozen.inverter is not None:
+        if context.retokenizes and frozen.inverter is not None and not context.config.data.hypotheses:
             parts, seed = settings.optimizer.accumulate_steps, context.config.seed
             self._hypothesize = make_hypothesize(context.task(stage), parts, seed, mesh)
 
@@ -302,12 +304,14 @@ class _Watch:
 
 
 def evaluate_stage(context: TrainContext, inverter: InversionPipeline, samples: Log, step: int) -> dict[str, float]:
-    """Scores on held-out texts with the current parameters: greedy, with one correction step for the corrector."""
+    """Scores on held-out texts with the current parameters: greedy, then one correction step, or edits by a ranker."""
     references = context.held_out[: context.config.evaluation.num_examples]
     options: dict[str, Any] = {"num_steps": int(inverter.has_corrector), "sequence_beam_width": 1}
     # This mode scores the corrected text even where the first guess was better; with a vocabulary of its own, a model
     # would write up to 127 tokens in it.
-    if inverter.shares_vocabulary:
+    if "ranker" in inverter.params:
+        options |= {"search": "edits", "budget": EDITED_CALLS}
+    elif inverter.shares_vocabulary:
         options["mode"] = "upstream"
     predictions = [one.text for one in invert_on_all_hosts(invert_strings, inverter, references, **options)]
     scores = text_scores(predictions, references)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from v2t_jax.config import ApiConfig, Config, ModelConfig, Stage, T5Config, is_endpoint
+from v2t_jax.config import STAGES, ApiConfig, Config, ModelConfig, Stage, T5Config, is_endpoint
 from v2t_jax.data.batches import Batches
 from v2t_jax.data.columns import Column, open_column
 from v2t_jax.data.dataset import TokenDataset
@@ -25,10 +25,9 @@ from v2t_jax.interop.files import folder_tokenizer, sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.inversion.embed_hypotheses import retokenizer
-from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model
-from v2t_jax.models.corrector import NETWORKS
-from v2t_jax.models.inverter import Inverter
+from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_pieces
 from v2t_jax.models.layers import Params
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
 from v2t_jax.train.precompute import EMBEDDING, check_column
@@ -64,7 +63,8 @@ class TrainContext:
         embedder = self.in_step
         network = embedder.config if embedder else None
         token_map = embedder.token_map() if embedder and self.shares_vocabulary else None
-        return Task(stage, self.model, network, token_map, self.config.partial_hypotheses, self.config.mesh.decode)
+        mixed_in = self.config.partial_hypotheses, self.config.edited_hypotheses
+        return Task(stage, self.model, network, token_map, *mixed_in, self.config.mesh.decode)
 
     def frozen(self, inverter: Params | None = None) -> FrozenParams:
         """What a step reads but doesn't train, on the host."""
@@ -105,8 +105,12 @@ class TrainContext:
         }
         for name, column in self.columns.items():
             found[f"column {name}"] = hashlib.sha256(json.dumps(column.made_by).encode()).hexdigest()
-        if config.initial_inverter:
-            found["initial_inverter"] = sha256_of([locate_model(config.initial_inverter) / "inverter.safetensors"])
+        for stage in STAGES:
+            if name := getattr(config, f"initial_{stage}"):
+                file = locate_model(name) / f"{stage}.safetensors"
+                if not file.is_file():
+                    raise InputError(f"{name} has no {stage}; leave initial_{stage} empty.")
+                found[f"initial_{stage}"] = sha256_of([file])
         if config.initial_t5:
             found["initial_t5"] = sha256_of(weight_files(folder_of(config.initial_t5)))
         return found
@@ -144,7 +148,9 @@ def prepare(config: Config) -> TrainContext:
         files = ("*.json", "*.model", "*.txt")
         tokenizer = load_tokenizer(name) if name in KNOWN else folder_tokenizer(folder_of(name, files))
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
-    vocabulary, datasets, held_out = open_texts(config, tokenizer, num_held_out)
+    initial = config.initial_inverter or config.initial_corrector
+    vocab_map = read_pieces(locate_model(initial)) if initial else None
+    vocabulary, datasets, held_out = open_texts(config, tokenizer, num_held_out, vocab_map)
     columns: dict[str, Column] = {}
     for stage in config.stages:
         columns |= {name: open_column(datasets[0], name) for name in column_names(config, stage).values()}
@@ -173,7 +179,7 @@ def prepare(config: Config) -> TrainContext:
 def column_names(config: Config, stage: Stage) -> dict[str, str]:
     """The data set's columns that a stage reads, by the batch's field that each fills."""
     found = {"embedding": config.data.embeddings}
-    if stage == "corrector" and config.data.hypotheses:
+    if stage != "inverter" and config.data.hypotheses:
         found |= {"hypothesis": config.data.hypotheses, "hypothesis_embedding": config.data.hypotheses + EMBEDDING}
     return {field: name for field, name in found.items() if name}
 
@@ -193,19 +199,19 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
     return dataclasses.replace(loaded, **kept)
 
 
-def trained_inverter(context: TrainContext, mesh: Mesh) -> Params:
-    """Parameters of `initial_inverter`, sharded over the mesh."""
-    name = context.config.initial_inverter
+def trained_network(context: TrainContext, stage: Stage, mesh: Mesh) -> Params:
+    """A stage's parameters in the model that the recipe names as its initial one, sharded over the mesh."""
+    name, network = getattr(context.config, f"initial_{stage}"), NETWORKS[stage]
     found = load(name, context.embedder, put=lambda array: array)
-    params, expected = found.params["inverter"], Inverter(context.model).abstract_params()
+    params, expected = found.params[stage], network(context.model).abstract_params()
     shapes = [jax.tree.map(lambda p: p.shape, tree) for tree in (params, expected)]
     pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, context.vocabulary)]
     if found.shares_vocabulary != context.shares_vocabulary or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
         raise InputError(
-            f"The inverter of {name} has other sizes or another vocabulary than this recipe: give both the same "
+            f"The {stage} of {name} has other sizes or another vocabulary than this recipe: give both the same "
             "model, data.sources and data.vocabulary_size, or train a new one."
         )
-    return processes.put(params, state_shardings(mesh, params, param_specs(params, Inverter.PARAM_AXES)))
+    return processes.put(params, state_shardings(mesh, params, param_specs(params, network.PARAM_AXES)))
 
 
 def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
@@ -242,9 +248,13 @@ def initial_params(
 ) -> Params:
     """A stage's parameters before the first step, sharded over the mesh: random where the recipe names no source."""
     config, model = context.config, context.model
+    if getattr(config, f"initial_{stage}"):
+        return trained_network(context, stage, mesh)
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
     program, shardings = random_params(stage, model, mesh)
     params = program(np.asarray(jax.random.key_data(key)))
+    if stage == "ranker":
+        return params
     if config.initial_t5:
         places = iter(jax.tree.leaves(shardings["t5"]))  # arrays are read one at a time, in this order
         _, params["t5"] = load_t5(config.initial_t5, put=lambda array: processes.put(array, next(places)))

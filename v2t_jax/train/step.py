@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from v2t_jax.config import DecodeLayout, ModelConfig, Stage
 from v2t_jax.decode.sample import first_argmax, greedy
-from v2t_jax.decode.state import EOS, PAD, truncate_after_eos
-from v2t_jax.models.corrector import NETWORKS
+from v2t_jax.decode.state import EOS, PAD, arranged, truncate_after_eos
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed_model_ids
 from v2t_jax.models.embedder import embed as embed_tokens
 from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.layers import Params
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.models.t5 import round_weights
 from v2t_jax.parallel.mesh import (
     OnMesh,
@@ -33,6 +33,9 @@ from v2t_jax.parallel.mesh import (
     spread_rows,
     state_shardings,
 )
+
+MOST_EDITED = 0.8  # share of a text's tokens that `edited_hypotheses` edits at most
+MOVE_DEVIATION = 3.0  # by how many places it moves one
 
 
 class TrainState(NamedTuple):
@@ -63,7 +66,7 @@ class FrozenParams(NamedTuple):
 
     embedder: Any  # None: its network doesn't run here, and batches bring the embeddings
     vocab_map: jax.Array  # [V] int32, model id -> embedder id
-    inverter: Any = None  # makes the corrector's hypotheses
+    inverter: Any = None  # makes hypotheses
 
 
 class Metrics(NamedTuple):
@@ -93,7 +96,31 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, tupl
     return jnp.sum(losses * weights), (jnp.sum(correct * weights), jnp.sum(weights))
 
 
-def greedy_hypotheses(config: ModelConfig, params: Params, e: jax.Array, decode: DecodeLayout = "batch") -> jax.Array:
+def word_losses(
+    missing: jax.Array, surplus: jax.Array, hypothesis: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The ranker's logits [B, V] and [B, L], ids of hypothesis and text -> summed loss, (correct words, words).
+
+    The loss is the cross entropy of the text's words that the hypothesis lacks, and of whether each word of the
+    hypothesis is surplus. Where the likeliest word is missing indeed, all that are missing count as correct.
+    """
+
+    def count(ids: jax.Array) -> jax.Array:
+        words = jnp.zeros(missing.shape).at[jnp.arange(len(ids))[:, None], ids].add(1.0)
+        return words.at[:, : EOS + 1].set(0.0)
+
+    lacking = count(labels) - count(hypothesis)
+    is_missing, total = jnp.maximum(lacking, 0.0), jnp.sum(jnp.maximum(lacking, 0.0), axis=1)
+    is_surplus = jnp.take_along_axis(lacking, hypothesis, axis=1) < 0
+    loss = jnp.sum(is_missing * -jax.nn.log_softmax(missing))
+    loss += jnp.sum(jnp.where(hypothesis > EOS, optax.sigmoid_binary_cross_entropy(surplus, is_surplus), 0.0))
+    best = jnp.where(is_missing > 0, missing, -jnp.inf).max(axis=1) >= missing.max(axis=1)
+    return loss, (jnp.sum(jnp.where(best, total, 0.0)), jnp.sum(total))
+
+
+def greedy_hypotheses(
+    config: ModelConfig, params: Params, e: jax.Array, *_: Any, decode: DecodeLayout = "batch"
+) -> jax.Array:
     """The inverter's greedy outputs, ids [B, L]; on a mesh in the layout `decode` (parallel/mesh.py)."""
     params = decoding_params({**params, "t5": round_weights(config.t5, params["t5"])}, Inverter.PARAM_AXES, decode)
 
@@ -118,6 +145,27 @@ def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax
     return truncate_after_eos(jnp.where(replace & (ids != EOS) & (ids != PAD), guess, ids))
 
 
+def edited_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
+    """The texts `ids` [B, L] with tokens lost, replaced, added and moved: [B, max_length].
+
+    A search by guided edits stands at such hypotheses: most words right, some missing, some out of place. New tokens
+    are drawn from the inverter's prediction for their place. How much is edited differs from text to text.
+    """
+    k_share, k_fate, k_token, k_added, k_moved, k_distance = jax.random.split(key, 6)
+    logits = Inverter(config).apply({"params": params}, e, ids)
+    new, added = jax.random.categorical(k_token, logits, shape=(2, *ids.shape))
+    share = MOST_EDITED * jax.random.uniform(k_share, (ids.shape[0], 1))
+    fate = jax.random.uniform(k_fate, ids.shape) / share  # below 0.4 a token is replaced, below 0.7 lost
+    kept = jnp.where(ids > EOS, jnp.where(fate < 0.4, new, jnp.where(fate < 0.7, PAD, ids)), PAD)
+    added = jnp.where((jax.random.uniform(k_added, ids.shape) < 0.3 * share) & (ids != PAD), added, PAD)
+    place = jnp.arange(ids.shape[1], dtype=jnp.float32)[None]
+    moved = jax.random.uniform(k_moved, ids.shape) < 0.3 * share
+    behind = place + jnp.where(moved, MOVE_DEVIATION * jax.random.normal(k_distance, ids.shape), 0.0)
+    before = jnp.broadcast_to(place - 0.5, ids.shape)
+    tokens, places = jnp.concatenate([added, kept], axis=1), jnp.concatenate([before, behind], axis=1)
+    return arranged(tokens, places, config.max_length)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a stage's step computes: losses, and before them embeddings and the corrector's hypotheses."""
@@ -127,6 +175,7 @@ class Task:
     embedder: EmbedderConfig | None  # None: it can't run inside the step
     token_map: TokenMap | None  # None: it has another vocabulary than the model
     partial_hypotheses: bool = False
+    edited_hypotheses: bool = False
     decode: DecodeLayout = "batch"
 
     def embed(self, frozen: FrozenParams, ids: Any, tokens: Tokens | None = None, embedding: Any = None) -> jax.Array:
@@ -143,27 +192,32 @@ class Task:
         return jax.lax.stop_gradient(spread_rows(run, "batch", *rows))
 
     def hypotheses(self, frozen: FrozenParams, e: jax.Array, ids: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The corrector's input [B, max_length]: the inverter's outputs; partial ones, with a key, are every other."""
-        if key is None or not self.partial_hypotheses:
-            return greedy_hypotheses(self.model, frozen.inverter, e, self.decode)
-        # Every other row rather than one half, so that a device keeps its own rows.
-        e, ids = e.reshape(-1, 2, e.shape[1]), ids.reshape(-1, 2, ids.shape[1])
-        partial = mixed_hypotheses(self.model, frozen.inverter, e[:, 1], ids[:, 1], key)
-        partial = jnp.pad(partial, ((0, 0), (0, self.model.max_length - partial.shape[1])))
-        both = jnp.stack([greedy_hypotheses(self.model, frozen.inverter, e[:, 0], self.decode), partial], axis=1)
-        return both.reshape(-1, self.model.max_length)
+        """The corrector's input [B, max_length]: the inverter's outputs, and, with a key, what the recipe mixes in."""
+        kinds: list[Callable[..., jax.Array]] = [functools.partial(greedy_hypotheses, decode=self.decode)]
+        if key is not None:
+            edited, partial = [edited_hypotheses] * self.edited_hypotheses, [mixed_hypotheses] * self.partial_hypotheses
+            kinds += edited + partial + edited * bool(partial)
+        # Rows in turn rather than in blocks, so that a device keeps its own rows.
+        rows = [x.reshape(-1, len(kinds), x.shape[1]) for x in (e, ids)]
+        made = [kind(self.model, frozen.inverter, *(x[:, i] for x in rows), key) for i, kind in enumerate(kinds)]
+        made = [jnp.pad(x, ((0, 0), (0, self.model.max_length - x.shape[1]))) for x in made]
+        return jnp.stack(made, axis=1).reshape(-1, self.model.max_length)
 
     def loss(self, params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
         """Summed loss, (correct tokens, tokens); without a key there is no dropout."""
         e = self.embed(frozen, batch.ids, batch.tokens, batch.embedding)
         inputs: tuple[jax.Array, ...] = (e,)
-        if self.stage == "corrector":
+        if self.stage != "inverter":
             partial_key, key = (None, None) if key is None else jax.random.split(key)
             hypothesis = batch.hypothesis
             if hypothesis is None:
                 hypothesis = self.hypotheses(frozen, e, batch.ids, partial_key)
             inputs = e, hypothesis, self.embed(frozen, hypothesis, batch.hypothesis_tokens, batch.hypothesis_embedding)
         network, rngs = NETWORKS[self.stage](self.model), {} if key is None else {"dropout": key}
+        if self.stage == "ranker":
+            table = jax.lax.stop_gradient(frozen.inverter["t5"]["token_embedding"])
+            missing, surplus = network.apply({"params": params}, table, *inputs)
+            return word_losses(missing, surplus, inputs[1], batch.ids)
         return cross_entropy(network.apply({"params": params}, *inputs, batch.ids, rngs=rngs), batch.ids)
 
 

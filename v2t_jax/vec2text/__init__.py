@@ -120,4 +120,5 @@ def invert_embeddings_and_return_hypotheses(
 def _options(num_steps: int | None, sequence_beam_width: int, mode: str) -> dict[str, Any]:
     if num_steps is None and sequence_beam_width:
         raise InputError("sequence_beam_width needs num_steps: without steps there is only one hypothesis.")
-    return {"num_steps": num_steps or 0, "sequence_beam_width": sequence_beam_width or 1, "mode": mode}
+    width = sequence_beam_width or 1
+    return {"num_steps": num_steps or 0, "sequence_beam_width": width, "mode": mode, "search": "corrector"}

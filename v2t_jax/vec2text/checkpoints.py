@@ -33,8 +33,8 @@ from v2t_jax.interop.files import (
 )
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface, t5_to_huggingface
 from v2t_jax.interop.hub import folder_of
-from v2t_jax.models.corrector import NETWORKS
 from v2t_jax.models.layers import Params
+from v2t_jax.models.ranker import NETWORKS
 
 Settings = dict[str, Any]  # a checkpoint's config.json
 KINDS: dict[Stage, str] = {"inverter": "InversionModel", "corrector": "CorrectorEncoderModel"}
