@@ -257,7 +257,7 @@ class Config(_Section):
     initial_inverter: str = ""
     """trained model whose inverter the training goes on with, or that makes the corrector's hypotheses alone"""
     initial_corrector: str = ""  # the same for the corrector; kept as it is if stages has none
-    initial_ranker: str = ""
+    initial_ranker: str = ""  # the same for the ranker
     corrector_from_inverter: bool = False  # start the corrector's T5 from the inverter's, not the pretrained one
     partial_hypotheses: bool = False  # make every other training hypothesis partly correct, as in later steps
     edited_hypotheses: bool = False

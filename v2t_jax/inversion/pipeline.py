@@ -241,7 +241,10 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
 
 def read_pieces(folder: Path) -> np.ndarray:
     """A model's vocab_map: see Vocabulary."""
-    pieces = open_weights([folder / "pieces.safetensors"])
+    file = folder / "pieces.safetensors"
+    if not file.is_file():
+        raise InputError(f"{folder} holds no model: it lacks {file.name}.")
+    pieces = open_weights([file])
     vocab_map = pieces["pieces"][:] if "pieces" in pieces else np.empty(())
     if vocab_map.ndim != 1 or not np.issubdtype(vocab_map.dtype, np.integer):
         raise InputError(f"{folder}/pieces.safetensors doesn't hold a row of integers; download the model again.")

@@ -148,7 +148,7 @@ def prepare(config: Config) -> TrainContext:
         files = ("*.json", "*.model", "*.txt")
         tokenizer = load_tokenizer(name) if name in KNOWN else folder_tokenizer(folder_of(name, files))
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
-    initial = config.initial_inverter or config.initial_corrector
+    initial = config.initial_inverter or config.initial_corrector or config.initial_ranker
     vocab_map = read_pieces(locate_model(initial)) if initial else None
     vocabulary, datasets, held_out = open_texts(config, tokenizer, num_held_out, vocab_map)
     columns: dict[str, Column] = {}
