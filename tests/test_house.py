@@ -26,7 +26,7 @@ BUDGETS = {
     "embedders": 1170,
     "eval": 370,
     "interop": 890,
-    "inversion": 1565,
+    "inversion": 1579,
     "models": 1290,
     "parallel": 550,
     "train": 1415,

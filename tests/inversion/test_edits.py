@@ -13,7 +13,7 @@ from tests.helpers.tiny_model import MAX_LENGTH, make_model
 from tests.helpers.tiny_run import make_texts
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.correction import Hypotheses
+from v2t_jax.inversion.correction import Hypotheses, Pool
 from v2t_jax.inversion.edits import (
     KEEP,
     PLACES,
@@ -143,14 +143,43 @@ def test_edits_are_those_that_rank_first(model: InversionPipeline, given: Hypoth
         assert found[row].tolist() == expected, (row, kind)
 
 
-def test_the_best_edits_are_joined_where_they_do_not_clash() -> None:
-    edits = [slots([0], {0: 9}), slots([], {2: 8}), slots([0], {}), slots([1], {}), slots([], {3: 7})]
-    similarity = [0.6, 0.8, 0.7, 0.5, 0.9]
-    counts = EditCounts(pairs=4, unions=3)
-    found = merge_edits(jnp.asarray([edits]), jnp.asarray([similarity]), jnp.asarray([0.55]), counts)
-    pairs = [slots([], {2: 8, 3: 7}), slots([0], {3: 7}), slots([0], {0: 9, 3: 7}), slots([0], {2: 8})]
-    union = slots([0], {2: 8, 3: 7})  # of the best three; the fourth clashes and the last makes it worse
-    assert found[0].tolist() == [*pairs, union, union, union]
+def test_edits_are_joined_whose_changes_add_up() -> None:
+    """Against a search over all pairs, and over all edits that a union may grow by, in float64."""
+    rng = np.random.default_rng(0)
+    edits = [slots([0], {0: 9}), slots([], {2: 8}), slots([0], {}), slots([1], {}), slots([], {3: 7}), slots([2], {})]
+    n, width, counts = len(edits), 5, EditCounts(pairs=4, unions=3)
+    v, changes = (rng.normal(size=(count, width)).astype(np.float32) for count in (1, n))
+    one, e = v + 0.3 * changes, v + 0.5 * changes.mean(axis=0)
+    similarity = np.asarray([[cosine(x, e[0]) for x in one]], np.float32)
+    similarity[0, 3] = -np.inf  # is another one again
+    singles = Pool(*(jnp.asarray(x) for x in (np.zeros((1, n, 1), int), one[None], similarity, np.zeros((1, n), bool))))
+    given = Hypotheses(jnp.asarray(e), jnp.zeros((1, 1), jnp.int32), jnp.asarray(v), jnp.asarray([0.0]))
+    found = merge_edits(jnp.asarray([edits]), given, singles, counts)[0].tolist()
+
+    def touched(joined: list[int]) -> list[int]:
+        return [slot for i in joined for slot, *written in zip(range(99), *edits[i], strict=False) if max(written) >= 0]
+
+    def nearness(joined: list[int]) -> float:
+        if 3 in joined or len(set(touched(joined))) < len(touched(joined)):
+            return -1.0
+        return cosine(v[0] + sum(one[i] - v[0] for i in joined), e[0])
+
+    def joint(joined: list[int]) -> list[list[int]]:
+        return np.max([edits[i] for i in joined], axis=0).tolist()
+
+    pairs = sorted(([i, j] for i in range(n) for j in range(i)), key=nearness)[::-1]
+    assert nearness(pairs[3]) > -1 and found[:4] == [joint(pair) for pair in pairs[:4]]
+    union, unions = [int(similarity.argmax())], []
+    for _ in range(4):
+        more = max(([*union, i] for i in range(n)), key=nearness)
+        union = more if nearness(more) > nearness(union) else union
+        unions.append(joint(union))
+    assert len(union) > 2 and found[4:] == unions[1:]
+
+
+def cosine(a: Any, b: Any) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def test_log_p_is_of_both_networks(model: InversionPipeline, given: Hypotheses) -> None:
@@ -171,16 +200,16 @@ def test_gain_is_the_slope_of_the_cosine(model: InversionPipeline, given: Hypoth
     old = int(given.ids[row, place])
     assert np.count_nonzero(np.asarray(given.ids[row]) == old) == 1
 
-    def cosine(step: float) -> float:
+    def cosine_at(step: float) -> float:
         moved = table.copy()
         moved[pieces[old]] += step * (table[pieces[new]] - table[pieces[old]])
         params = {**embedder.params, "encoder": {**embedder.params["encoder"], "word_embedding": jnp.asarray(moved)}}
         weights = {**model.loop_params(), "embedder": params}
         v = np.asarray(model.correction_loop(2)._embed(weights, given.ids[row : row + 1]))[0].astype(np.float64)
         e = np.asarray(given.e[row], np.float64)
-        return float(v @ e / np.linalg.norm(v) / np.linalg.norm(e))
+        return cosine(v, e)
 
-    slope = (cosine(0.01) - cosine(-0.01)) / 0.02
+    slope = (cosine_at(0.01) - cosine_at(-0.01)) / 0.02
     np.testing.assert_allclose(gain[row, place, new], slope, atol=2e-4)
     assert gain[row, place, old] == pytest.approx(0, abs=1e-6) and abs(slope) > 1e-3
 

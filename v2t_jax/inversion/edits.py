@@ -3,8 +3,8 @@
 An edit substitutes, inserts or deletes a token, or moves a span of tokens. What goes where is read off rankings of
 every token at every place, each from one pass over the hypothesis: log p of inverter and corrector, which name what
 belongs there; what the ranker takes for missing or surplus; and the embedder's gradient, which finds words of a similar
-meaning (after HotFlip, Ebrahimi et al. 2018). The edits that rank first are embedded, and those that help most are
-tried together: all are candidates of the correction loop.
+meaning (after HotFlip, Ebrahimi et al. 2018). The edits that rank first are embedded, and those whose changes add up
+best are tried together: all are candidates of the correction loop.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,6 @@ from v2t_jax.models.t5 import stack_decoder
 
 GRADIENT_CALLS = 3  # what a gradient costs, in calls of the embedder: forward, and backward twice that
 TOKENS_A_PLACE = 64  # that a ranking offers at most
-BEST = 10  # edits of a round that are tried together
 MISSING_WEIGHT, SURPLUS_WEIGHT = 2.0, 1.0  # of the ranker's logits, beside log p of the networks
 LONGEST_SPAN = 8  # tokens that are moved at once
 PLACES = 1024  # between slots, for what is moved there
@@ -43,8 +42,8 @@ class EditCounts(NamedTuple):
     moves: int = 24
     deletions: int = 6
     by_gradient: int = 16  # substitutions
-    pairs: int = 16  # of two of the best
-    unions: int = 8  # of the best three, the best four, ...
+    pairs: int = 16  # of two edits
+    unions: int = 8  # of three edits, four, ...
 
 
 # Where the embedder can't be differentiated, as many.
@@ -76,7 +75,7 @@ def guided_edits(config: ModelConfig, writable: Array, counts: EditCounts, gain:
         singles = look(apply_edits(given.ids, edits))
         # Two rankings often name the same edit.
         distinct = jnp.where(repeats(singles.ids, singles.similarity > -jnp.inf), -jnp.inf, singles.similarity)
-        merged = look(apply_edits(given.ids, merge_edits(edits, distinct, given.similarity, counts)))
+        merged = look(apply_edits(given.ids, merge_edits(edits, given, singles._replace(similarity=distinct), counts)))
         return Pool(*(jnp.concatenate(pair, axis=1) for pair in zip(singles, merged, strict=True)))
 
     return edit
@@ -141,29 +140,45 @@ def single_edits(
     return jnp.concatenate(edits, axis=1)
 
 
-def merge_edits(edits: Array, similarity: Array, before: Array, counts: EditCounts) -> Array:
-    """Edits [R, counts.pairs + counts.unions, 2, S] that join the best of edits [R, n, 2, S] by similarity [R, n].
+def merge_edits(edits: Array, given: Hypotheses, singles: Pool, counts: EditCounts) -> Array:
+    """Edits [R, counts.pairs + counts.unions, 2, S] that join some of edits [R, n, 2, S], whose results are `singles`.
 
-    Two that change the same slot don't join. Unions grow by edits that raised the similarity of `before` [R] alone.
+    What edits change in an embedding adds up, nearly, so that of joint edits is foretold. The pairs are those that
+    should come nearest; a union grows, from the best edit, by the one that should help most, while one does. Edits that
+    change the same slot don't join.
     """
-    top, index = jax.lax.top_k(similarity, min(BEST, similarity.shape[1]))
-    best = jnp.take_along_axis(edits, index[..., None, None], axis=1)
-    first, second = np.triu_indices(best.shape[1], 1)
+    v, e, one, rows = given.embedding[:, None], given.e[:, None], singles.embedding, jnp.arange(len(edits))
 
-    def join(a: Array, b: Array) -> tuple[Array, Array]:
-        """The joint edit, and whether a and b clash."""
-        clash = jnp.any(jnp.any(a != KEEP, axis=-2) & jnp.any(b != KEEP, axis=-2), axis=-1)
-        return jnp.where(a == KEEP, b, a), clash
+    def dot(a: Array, b: Array) -> Array:
+        return jnp.einsum("rie,rje->rij", a, b, precision=jax.lax.Precision.HIGHEST)
 
-    pairs, clash = join(best[:, first], best[:, second])
-    scores = jnp.where(clash, -jnp.inf, top[:, first] + top[:, second])
-    pairs = jnp.take_along_axis(pairs, jax.lax.top_k(scores, counts.pairs)[1][..., None, None], axis=1)
-    union, unions = best[:, 0], []
-    for k in range(1, best.shape[1]):
-        joint, clash = join(union, best[:, k])
-        union = jnp.where((clash | (top[:, k] <= before))[:, None, None], union, joint)
+    touched = jnp.any(edits != KEEP, axis=2).astype(jnp.float32)
+    clash = dot(touched, touched) > 0
+    absent = singles.similarity == -jnp.inf
+    # The cosine, but for |e|, of one_i + one_j - v: by inner products, as all these sums would fill the memory.
+    products, along, back = dot(one, one), dot(one, e)[..., 0], dot(one, v)[..., 0]
+    square = jnp.diagonal(products, axis1=1, axis2=2) - 2 * back + dot(v, v)[..., 0] / 2
+    norm = jnp.sqrt(jnp.maximum(square[:, :, None] + square[:, None] + 2 * products, jnp.finfo(jnp.float32).tiny))
+    cosine = (along[:, :, None] + along[:, None] - dot(v, e)) / norm
+    once = jnp.asarray(np.triu(np.ones(products.shape[1:], bool), 1))[None]
+    joins = once & ~clash & ~absent[:, :, None] & ~absent[:, None]
+    index = jax.lax.top_k(jnp.where(joins, cosine, -jnp.inf).reshape(len(edits), -1), counts.pairs)[1]
+
+    def join(a: Array, b: Array) -> Array:
+        return jnp.where(a == KEEP, b, a)
+
+    first, second = (jnp.take_along_axis(edits, i[..., None, None], axis=1) for i in divmod(index, one.shape[1]))
+    best = jnp.argmax(singles.similarity, axis=1)
+    union, vector, barred, unions = edits[rows, best], one[rows, best], clash[rows, best] | absent, []
+    for _ in range(1 + counts.unions):
+        grown = cosine_similarity(vector[:, None] + one - v, e)
+        k = jnp.argmax(jnp.where(barred, -jnp.inf, grown), axis=1)
+        helps = ~barred[rows, k] & (grown[rows, k] > cosine_similarity(vector, given.e))
+        union = jnp.where(helps[:, None, None], join(union, edits[rows, k]), union)
+        vector = jnp.where(helps[:, None], vector + one[rows, k] - v[:, 0], vector)
+        barred |= helps[:, None] & clash[rows, k]
         unions.append(union)
-    return jnp.concatenate([pairs, jnp.stack(unions[1 : 1 + counts.unions], axis=1)], axis=1)
+    return jnp.concatenate([join(first, second), jnp.stack(unions[1:], axis=1)], axis=1)  # the first is a pair
 
 
 def word_ranks(config: ModelConfig, params: Params, given: Hypotheses) -> tuple[Array, Array]:
