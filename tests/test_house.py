@@ -26,10 +26,10 @@ BUDGETS = {
     "embedders": 1170,
     "eval": 370,
     "interop": 890,
-    "inversion": 1579,
-    "models": 1290,
+    "inversion": 1610,
+    "models": 1375,
     "parallel": 550,
-    "train": 1415,
+    "train": 1565,
     "vec2text": 531,
 }
 

@@ -119,6 +119,8 @@ class ModelConfig(_Section, section="model"):
     standardize: bool = False  # feed (e - mean) / std, with statistics of the training texts; the original does not
     bag_of_words: bool = False  # add a linear term e A E^T to the logits; the original does not
     input_norm: bool = True  # layer-normalize the corrector's input; the oldest published correctors do not
+    num_ranker_layers: Count = 2
+    state_width: CountOrZero = 0  # of the hidden states that the ranker reads; training takes it from the embedder
 
 
 @dataclass(frozen=True)
@@ -259,9 +261,10 @@ class Config(_Section):
     initial_corrector: str = ""  # the same for the corrector; kept as it is if stages has none
     initial_ranker: str = ""  # the same for the ranker
     corrector_from_inverter: bool = False  # start the corrector's T5 from the inverter's, not the pretrained one
+    shared_table: bool = False  # the corrector keeps the inverter's token embeddings, which a folder then holds once
     partial_hypotheses: bool = False  # make every other training hypothesis partly correct, as in later steps
     edited_hypotheses: bool = False
-    """make every other training hypothesis the text with random edits, as guided edits leave it; with
+    """make every other training hypothesis of the corrector the text with random edits, as guided edits leave it; with
     partial_hypotheses, the inverter's outputs and the partial ones share the other half"""
     data: DataConfig = DataConfig()
     inverter: StageConfig = StageConfig()

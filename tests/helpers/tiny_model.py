@@ -24,7 +24,8 @@ def make_model(folder: Path, stages: tuple[Stage, ...] = ("inverter", "corrector
     t5 = T5Config(
         vocab_size=vocabulary.size, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_encoder_layers=1, num_decoder_layers=1
     )
-    config = ModelConfig(t5=t5, embedding_width=WIDTH, num_pseudo_tokens=2, max_length=MAX_LENGTH)
+    sizes = {"embedding_width": WIDTH, "state_width": embedder.config.state_width}
+    config = ModelConfig(t5=t5, num_pseudo_tokens=2, max_length=MAX_LENGTH, num_ranker_layers=1, **sizes)
     params: dict[Stage, Params] = {
         stage: NETWORKS[stage](config).init_params(jax.random.key(seed)) for seed, stage in enumerate(stages)
     }

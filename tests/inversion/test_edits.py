@@ -16,6 +16,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import Hypotheses, Pool
 from v2t_jax.inversion.edits import (
     KEEP,
+    NETWORKS_WEIGHT,
     PLACES,
     EditCounts,
     apply_edits,
@@ -27,7 +28,9 @@ from v2t_jax.inversion.edits import (
 )
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.models.corrector import Corrector
+from v2t_jax.models.encoders import encoder_network
 from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.ranker import Ranker
 
 TEXTS = make_texts(6)
 NONE = MAX_LENGTH
@@ -109,19 +112,19 @@ def test_edits_are_those_that_rank_first(model: InversionPipeline, given: Hypoth
     params, writable = dict(model.loop_params()), np.flatnonzero(model.vocabulary.writable).tolist()
     if not ranked:
         del params["ranker"]
-    edits = single_edits(model.config, jnp.asarray(model.vocabulary.writable), counts, None, params, given)
+    gain = embedder_gain(model.embedder.config, model.embedder.token_map())
+    edits = single_edits(model.config, jnp.asarray(model.vocabulary.writable), counts, gain, params, given)
     found = np.asarray(apply_edits(given.ids, edits))
     log_p = np.asarray(token_log_probabilities(model.config, params, given))
-    missing, surplus = (np.asarray(x) for x in word_ranks(model.config, params, given))
-    assert ranked == bool(np.abs(missing).max() > 0)
+    scores = word_ranks(model.config, params, given, gain(params, given)[1], jnp.asarray(log_p))
+    inserted, substituted, surplus = (np.asarray(x) for x in scores)
+    assert ranked == bool(np.abs(inserted - log_p).max() > 0)
     for row in range(len(found)):
-        text, p, m, s = given.ids[row].tolist(), log_p[row], missing[row], surplus[row]
+        text, p, put, taken = given.ids[row].tolist(), log_p[row], inserted[row], substituted[row]
         n = len(words(text))
         all_of_them: list[tuple[float, list[int], dict[int, list[int]]]] = {
-            "substitutions": [
-                (p[t, w] + m[w] + s[t], [t], {t: [w]}) for t in range(n) for w in writable if w != text[t]
-            ],
-            "insertions": [(p[t, w] + m[w], [], {t: [w]}) for t in range(n + 1) for w in writable if w != text[t]],
+            "substitutions": [(taken[t, w], [t], {t: [w]}) for t in range(n) for w in writable if w != text[t]],
+            "insertions": [(put[t, w], [], {t: [w]}) for t in range(n + 1) for w in writable if w != text[t]],
             "moves": [
                 (
                     sum(p[t, text[x]] - p[x, text[x]] for t, x in ((g, i), (j + 1, g), (i, j + 1))),
@@ -133,7 +136,7 @@ def test_edits_are_those_that_rank_first(model: InversionPipeline, given: Hypoth
                 for g in range(n + 1)
                 if g - j - 1 >= j - i + 1 or i - g > j - i + 1
             ],
-            "deletions": [(2 * s[t] - p[t, text[t]], [t], {}) for t in range(n) if n > 1],
+            "deletions": [(surplus[row, t], [t], {}) for t in range(n) if n > 1],
         }[kind]
         if kind == "insertions" and n == NONE - 1:
             all_of_them = []  # there is no room
@@ -193,7 +196,9 @@ def test_log_p_is_of_both_networks(model: InversionPipeline, given: Hypotheses) 
 def test_gain_is_the_slope_of_the_cosine(model: InversionPipeline, given: Hypotheses) -> None:
     """Against a small step of the embedding from one token towards another, in float32."""
     embedder = model.embedder
-    gain = np.asarray(embedder_gain(embedder.config, embedder.token_map())(model.loop_params(), given))
+    gain, states = (
+        np.asarray(x) for x in embedder_gain(embedder.config, embedder.token_map())(model.loop_params(), given)
+    )
     table = np.array(embedder.params["encoder"]["word_embedding"])
     pieces = model.vocabulary.vocab_map
     row, place, new = 3, 1, int(np.flatnonzero(model.vocabulary.writable)[-1])
@@ -212,6 +217,34 @@ def test_gain_is_the_slope_of_the_cosine(model: InversionPipeline, given: Hypoth
     slope = (cosine_at(0.01) - cosine_at(-0.01)) / 0.02
     np.testing.assert_allclose(gain[row, place, new], slope, atol=2e-4)
     assert gain[row, place, old] == pytest.approx(0, abs=1e-6) and abs(slope) > 1e-3
+    for text, here in zip(given.ids, states, strict=True):  # what the encoder says of the text alone
+        n = len(words(text))
+        tokens = jnp.asarray(
+            [[*embedder.token_map().before, *pieces[np.asarray(text[:n])], embedder.token_map().after]]
+        )
+        encoder = encoder_network(embedder.config.encoder)
+        alone = encoder.apply({"params": embedder.params["encoder"]}, tokens, jnp.ones_like(tokens))[0]
+        np.testing.assert_allclose(here[: n + 1], alone[len(embedder.token_map().before) :], atol=1e-5)
+
+
+def test_a_ranking_has_words_for_gaps_and_tokens(model: InversionPipeline, given: Hypotheses) -> None:
+    """Log p of a word in its slot, and of the slot's being open, beside a part of the networks' log p."""
+    rng = np.random.default_rng(0)
+    states = jnp.asarray(rng.normal(size=(*given.ids.shape, model.config.state_width)).astype(np.float32))
+    log_p = jnp.asarray(rng.normal(size=(*given.ids.shape, model.vocabulary.size)).astype(np.float32))
+    inputs = model.params["inverter"]["t5"]["token_embedding"], given.e, given.ids, given.embedding, states
+    ranking = Ranker(model.config).apply({"params": model.params["ranker"]}, *inputs)
+    inserted, substituted, surplus = word_ranks(model.config, model.params, given, states, log_p)
+    row, place, word = 4, 2, 17
+    rest = NETWORKS_WEIGHT * float(log_p[row, place, word])
+    for slot, logit, found in ((4, ranking.gap, inserted), (5, ranking.surplus, substituted)):
+        p = np.exp(np.asarray(ranking.words[row, slot], np.float64))
+        is_open = 1 / (1 + np.exp(-float(logit[row, place])))
+        assert float(found[row, place, word]) == pytest.approx(np.log(p[word] / p.sum() * is_open) + rest, abs=1e-4)
+    own = float(log_p[row, place, given.ids[row, place]])
+    assert float(surplus[row, place]) == pytest.approx(float(ranking.surplus[row, place]) - NETWORKS_WEIGHT * own)
+    blind = Ranker(model.config).apply({"params": model.params["ranker"]}, *inputs[:4], jnp.zeros_like(states))
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(blind[1:], ranking[1:], strict=True))
 
 
 def test_rounds_of_edits_come_nearer_and_never_fall_back(model: InversionPipeline, vectors: np.ndarray) -> None:

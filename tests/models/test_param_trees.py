@@ -45,6 +45,7 @@ CASES: dict[str, Network] = {
     "corrector, all options": Corrector(OPTIONS),
     "corrector without input norm": Corrector(dataclasses.replace(MODEL, input_norm=False)),
     "ranker": Ranker(MODEL),
+    "ranker that reads states": Ranker(dataclasses.replace(MODEL, state_width=5, num_ranker_layers=1)),
     "bert": TextEncoder(BERT),
     "bert with pooler": TextEncoder(dataclasses.replace(BERT, pooler=True)),
     "distilbert": TextEncoder(dataclasses.replace(BERT, type_vocab_size=0)),

@@ -392,6 +392,15 @@ def test_a_corrector_alone_learns_from_a_trained_inverter(finished, recipe, tmp_
     made = v2t_jax.load(str(train(alone, tmp_path / "alone")))
     jax.tree.map(np.testing.assert_array_equal, made.params["inverter"], v2t_jax.load(model).params["inverter"])
     assert made.has_corrector and not (tmp_path / "alone" / "inverter").exists()
+    tables = [params["t5"]["token_embedding"] for params in made.params.values()]
+    assert np.abs(tables[0] - tables[1]).max() > 1e-3
+    folder = train(dataclasses.replace(alone, shared_table=True), tmp_path / "shared")
+    shared = v2t_jax.load(str(folder))
+    jax.tree.map(np.testing.assert_array_equal, shared.params["inverter"], made.params["inverter"])
+    np.testing.assert_array_equal(shared.params["corrector"]["t5"]["token_embedding"], tables[0])
+    assert "t5/token_embedding" not in load_file(folder / "corrector.safetensors")
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *(m.params["corrector"]["t5"] for m in (shared, made)))
+    assert moved["decoder"]["layers"]["feed_forward"]["wi"] > 0
     larger = dataclasses.replace(alone, model=dataclasses.replace(recipe.model, num_pseudo_tokens=3))
     with pytest.raises(InputError, match="has other sizes or another vocabulary than this recipe"):
         train(larger, tmp_path / "larger")

@@ -83,6 +83,13 @@ def test_weight_decay_is_of_matrices_and_scales_with_the_rate(name):
     assert unchanged["statistics"] == {"mean": 0.0, "std": 0.0}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shared_table_does_not_decay(name):
+    optimizer, weights = make_optimizer(dataclasses.replace(CONSTANT, name=name, weight_decay=0.5), 10, True), params()
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, weights), optimizer.init(weights), weights)
+    assert not np.asarray(updates["t5"]["token_embedding"]).any() and np.asarray(updates["projection"]["kernel"]).all()
+
+
 def test_muon_orthogonalises_each_layer_of_a_stack():
     optimizer, weights = make_optimizer(dataclasses.replace(CONSTANT, name="muon", learning_rate=1.0), 10), params()
     updates, _ = optimizer.update(weights, optimizer.init(weights), weights)

@@ -113,7 +113,8 @@ class _Recipe:
             if not config.initial_t5:
                 vocab_size = config.data.vocabulary_size or self.embedder.encoder.vocab_size
                 t5 = dataclasses.replace(t5, vocab_size=vocab_size)
-            self.model = dataclasses.replace(config.model, t5=t5, embedding_width=self.embedder.width)
+            width, states = self.embedder.width, self.embedder.state_width
+            self.model = dataclasses.replace(config.model, t5=t5, embedding_width=width, state_width=states)
         # Chips that share a network's weights while decoding do the same on the same rows.
         self.sharing = self.mesh.shape["model"] if config.mesh.decode == "model" else 1
 

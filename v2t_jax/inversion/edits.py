@@ -1,8 +1,8 @@
 """Guided edits: hypotheses improved by a word at a time, or by a span of words that finds its place.
 
 An edit substitutes, inserts or deletes a token, or moves a span of tokens. What goes where is read off rankings of
-every token at every place, each from one pass over the hypothesis: log p of inverter and corrector, which name what
-belongs there; what the ranker takes for missing or surplus; and the embedder's gradient, which finds words of a similar
+every token at every place, each from one pass over the hypothesis: log p of inverter and corrector; the ranker, which
+was trained to find what is missing or surplus where; and the embedder's gradient, which finds words of a similar
 meaning (after HotFlip, Ebrahimi et al. 2018). The edits that rank first are embedded, and those whose changes add up
 best are tried together: all are candidates of the correction loop.
 """
@@ -26,12 +26,13 @@ from v2t_jax.models.t5 import stack_decoder
 
 GRADIENT_CALLS = 3  # what a gradient costs, in calls of the embedder: forward, and backward twice that
 TOKENS_A_PLACE = 64  # that a ranking offers at most
-MISSING_WEIGHT, SURPLUS_WEIGHT = 2.0, 1.0  # of the ranker's logits, beside log p of the networks
+NETWORKS_WEIGHT = 0.35  # of log p of inverter and corrector, beside the ranker's
 LONGEST_SPAN = 8  # tokens that are moved at once
 PLACES = 1024  # between slots, for what is moved there
 KEEP = -1  # of a slot that an edit leaves as it is
 
-Gain = Callable[[Params, Hypotheses], Array]  # [R, L, V], to first order, of each token at each place
+# To first order, of each token at each place [R, L, V]; and the embedder's hidden states [R, L, H].
+Gain = Callable[[Params, Hypotheses], tuple[Array, Array]]
 
 
 class EditCounts(NamedTuple):
@@ -53,7 +54,7 @@ BLACK_BOX = EditCounts(substitutions=32, insertions=32, by_gradient=0)
 def embedder_gain(config: EmbedderConfig, token_map: TokenMap) -> Gain:
     """The gain in cosine, by the gradient of an embedder that shares the model's vocabulary."""
 
-    def gain(params: Params, given: Hypotheses) -> Array:
+    def gain(params: Params, given: Hypotheses) -> tuple[Array, Array]:
         def cosine(embedding: Array) -> Array:
             return cosine_similarity(embedding, given.e)
 
@@ -112,18 +113,19 @@ def single_edits(
         tokens = jnp.where(exists & (slot == chosen), written, KEEP)
         edits.append(jnp.stack([tokens, jnp.full_like(tokens, KEEP)], axis=2))
 
+    gains, states = (None, jnp.zeros((*ids.shape, config.state_width))) if gain is None else gain(params, given)
     log_p = token_log_probabilities(config, params, given)[..., :size]
-    missing, surplus = word_ranks(config, params, given)
-    scores, token = best(log_p + missing[:, None, :size], max(counts.substitutions, counts.insertions))
+    inserted, substituted, surplus = word_ranks(config, params, given, states, log_p)
     at = place[..., None]
-    wrong = jnp.where(is_text, surplus, -jnp.inf)
-    write(counts.substitutions, scores + wrong[..., None], 2 * at + 1, token)
+    scores, token = best(substituted, counts.substitutions)
+    write(counts.substitutions, jnp.where(is_text[..., None], scores, -jnp.inf), 2 * at + 1, token)
+    scores, token = best(inserted, counts.insertions)
     write(counts.insertions, jnp.where(has_room[..., None], scores, -jnp.inf), 2 * at, token)
-    if gain is not None:
-        scores, token = best(gain(params, given), counts.by_gradient)
+    if gains is not None:
+        scores, token = best(gains, counts.by_gradient)
         write(counts.by_gradient, jnp.where(is_text[..., None], scores, -jnp.inf), 2 * at + 1, token)
     own = jnp.take_along_axis(log_p, known[..., None], axis=2)
-    write(counts.deletions, jnp.where(length > 1, 2 * wrong - own[..., 0], -jnp.inf), 2 * place + 1, PAD)
+    write(counts.deletions, jnp.where(is_text & (length > 1), surplus, -jnp.inf), 2 * place + 1, PAD)
     # The span from i to j moves in front of token g: then i, g and the token behind j follow other tokens than before.
     elsewhere = jnp.take_along_axis(log_p, jnp.broadcast_to(known[:, None], (*ids.shape, none)), axis=2)
     gains = elsewhere - own[..., 0][:, None]  # [R, place, token]
@@ -181,14 +183,25 @@ def merge_edits(edits: Array, given: Hypotheses, singles: Pool, counts: EditCoun
     return jnp.concatenate([join(first, second), jnp.stack(unions[1:], axis=1)], axis=1)  # the first is a pair
 
 
-def word_ranks(config: ModelConfig, params: Params, given: Hypotheses) -> tuple[Array, Array]:
-    """The ranker's part in the scores of words that go in [R, V] and out [R, L]; zero for a model without one."""
-    table = params["inverter"]["t5"]["token_embedding"]
+def word_ranks(
+    config: ModelConfig, params: Params, given: Hypotheses, states: Array, log_p: Array
+) -> tuple[Array, Array, Array]:
+    """Scores of each word put in front of a token [R, L, V] or in its place, and of each token's going [R, L].
+
+    Args:
+        states: the embedder's hidden states, or zeros [R, L, H].
+        log_p: of inverter and corrector [R, L, V]; all that there is for a model without a ranker.
+    """
+    own = jnp.take_along_axis(log_p, jnp.minimum(given.ids, log_p.shape[2] - 1)[..., None], axis=2)[..., 0]
     if "ranker" not in params:
-        return jnp.zeros((len(given.ids), len(table))), jnp.zeros(given.ids.shape)
-    inputs = table, given.e, given.ids, given.embedding
-    missing, surplus = Ranker(config).apply({"params": params["ranker"]}, *inputs)
-    return MISSING_WEIGHT * jax.nn.log_softmax(missing), SURPLUS_WEIGHT * surplus
+        return log_p, log_p, -own
+    inputs = params["inverter"]["t5"]["token_embedding"], given.e, given.ids, given.embedding, states
+    ranking = Ranker(config).apply({"params": params["ranker"]}, *inputs)
+    words = jax.nn.log_softmax(ranking.words)[..., : log_p.shape[2]]
+    inserted = words[:, ::2] + jax.nn.log_sigmoid(ranking.gap)[..., None]
+    substituted = words[:, 1::2] + jax.nn.log_sigmoid(ranking.surplus)[..., None]
+    rest = NETWORKS_WEIGHT * log_p
+    return inserted + rest, substituted + rest, ranking.surplus - NETWORKS_WEIGHT * own
 
 
 def token_log_probabilities(config: ModelConfig, params: Params, given: Hypotheses) -> Array:

@@ -41,7 +41,7 @@ from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
 from v2t_jax.inversion.upstream import topk_order, upstream_lengths
 from v2t_jax.models.layers import Params
 from v2t_jax.models.ranker import NETWORKS
-from v2t_jax.models.t5 import round_weights, unstack_decoder
+from v2t_jax.models.t5 import TABLE, round_weights, unstack_decoder
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
 
@@ -156,7 +156,7 @@ class InversionPipeline:
             raise InputError(f"{folder} holds files that aren't a model's and would be lost; pass another folder.")
         with whole_folder(folder, replace=True) as building:
             for stage, params in self.params.items():
-                save_file(_flatten(params, quantize), building / f"{stage}.safetensors")
+                save_file(self._stored(stage, params, quantize), building / f"{stage}.safetensors")
             save_file({"pieces": self.vocabulary.vocab_map}, building / "pieces.safetensors")
             if not self.shares_vocabulary:
                 (building / TOKENIZER).write_text(self.vocabulary.tokenizer.to_str(), encoding="utf-8")
@@ -171,6 +171,12 @@ class InversionPipeline:
             }
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (building / "README.md").write_text(CARD_HEAD + (card or f"# {self.name}\n\nNot evaluated yet.\n"))
+
+    def _stored(self, stage: Stage, params: Params, quantize: bool) -> dict[str, np.ndarray]:
+        """A stage's parameters for its file, but for token embeddings that are the inverter's."""
+        if stage == "corrector" and np.array_equal(params["t5"][TABLE], self.params["inverter"]["t5"][TABLE]):
+            params = {**params, "t5": {name: p for name, p in params["t5"].items() if name != TABLE}}
+        return _flatten(params, quantize)
 
 
 Inverter = InversionPipeline  # its name in version 0.1; to be removed in 0.3
@@ -231,11 +237,14 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
         if not {"inverter.safetensors", "pieces.safetensors"} <= set(files):
             raise InputError(f"{folder} lacks inverter.safetensors or pieces.safetensors; download the model again.")
         tokenizer = read_tokenizer(files[TOKENIZER]) if TOKENIZER in files else None
-        params = {
-            stage: _unflatten(open_weights([files[file]]), network(config).abstract_params(), stage, put)
-            for stage, network in NETWORKS.items()
-            if (file := f"{stage}.safetensors") in files
-        }
+        params: dict[Stage, Params] = {}
+        for stage, network in NETWORKS.items():
+            if (file := f"{stage}.safetensors") in files:
+                like, shared = (
+                    network(config).abstract_params(),
+                    {} if stage == "inverter" else params["inverter"]["t5"],
+                )
+                params[stage] = _unflatten(open_weights([files[file]]), like, stage, put, shared)
     return StoredModel(header, config, params, read_pieces(folder), tokenizer)
 
 
@@ -333,18 +342,23 @@ def _flatten(params: Params, quantize: bool) -> dict[str, np.ndarray]:
         if not quantize or array.ndim < 2 or array.size < 4096:
             flat[name] = array
             continue
-        axis = -1 if name.endswith("token_embedding") else -2
+        axis = -1 if name.endswith(TABLE) else -2
         scale = np.maximum(np.abs(array).max(axis=axis, keepdims=True), 1e-12) / 127
         flat[name] = np.round(array / scale).astype(np.int8)
         flat[f"{name}.scale"] = scale
     return flat
 
 
-def _unflatten(flat: dict[str, Any], like: Params, stage: str, put: Callable[[np.ndarray], Any]) -> Params:
-    """The inverse of `_flatten`, float32, checked against the shapes of `like`."""
+def _unflatten(
+    flat: dict[str, Any], like: Params, stage: str, put: Callable[[np.ndarray], Any], inverters: Params
+) -> Params:
+    """The inverse of `_flatten`, float32, checked against the shapes of `like`; a table left out is the inverter's."""
     shapes: dict[str, Any] = flatten_dict(like, sep="/")
     params: dict[str, Any] = {}
     for name, shape in shapes.items():
+        if name not in flat and name == f"t5/{TABLE}" and TABLE in inverters:
+            params[name] = inverters[TABLE]
+            continue
         if name not in flat:
             raise InputError(f"The {stage} lacks the parameter {name!r}; download the model again.")
         array = flat[name][:].astype(np.float32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from v2t_jax.config import T5Config
 from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.models.encoders import EncoderConfig, encoder_network
 from v2t_jax.models.layers import MASKED, Network, Params, Tokens, for_axes, look_up, matmul_float32
@@ -31,6 +32,11 @@ class EmbedderConfig:
     width: int = 384
     """E; where it is less than the network gives, the first E dimensions are kept (Matryoshka, Kusupati et al. 2022)"""
 
+    @property
+    def state_width(self) -> int:
+        """H, of the encoder's hidden states."""
+        return self.encoder.d_model if isinstance(self.encoder, T5Config) else self.encoder.hidden_size
+
 
 class EmbedderNetwork(Network):
     """Tokens and mask [B, L] -> embeddings [B, E], float32.
@@ -41,20 +47,21 @@ class EmbedderNetwork(Network):
     config: EmbedderConfig
 
     @nn.compact
-    def __call__(self, ids: Tokens, mask: Int[Array, "B L"]) -> Float[Array, "B E"]:
+    def __call__(self, ids: Tokens, mask: Int[Array, "B L"], states: bool = False) -> Any:
+        """With `states`, the encoder's last hidden states [B, L, H] too."""
         c = self.config
         encoder: Any = encoder_network(c.encoder, name="encoder")
-        if c.pooling == "pooler":
-            x = encoder(ids, mask, pooled=True)
-        else:
-            x = pool(c.pooling, encoder(ids, mask).astype(jnp.float32), mask)
+        # What nobody asked for, the compiler leaves out.
+        hidden = encoder(ids, mask).astype(jnp.float32)
+        x = encoder(ids, mask, pooled=True) if c.pooling == "pooler" else pool(c.pooling, hidden, mask)
         layers: Any = [] if self.is_initializing() else self.get_variable("params", "dense", ())
         for activation, layer in zip(c.dense, layers, strict=not self.is_initializing()):
             x = matmul_float32(x, layer["kernel"], jnp.float32)
             x = x + for_axes(layer["bias"], x) if "bias" in layer else x
             x = jnp.tanh(x) if activation == "tanh" else x
         x = x[:, : c.width]
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if c.normalize else x
+        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if c.normalize else x
+        return (x, hidden) if states else x
 
 
 def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"]) -> Float[Array, "B D"]:
@@ -113,6 +120,21 @@ def embed_model_ids(
     return embed(config, params, *embedder_input(config, token_map, vocab_map, ids))
 
 
+def embed_with_states(
+    config: EmbedderConfig, token_map: TokenMap, params: Params, vocab_map: Int[Array, " V"], ids: Int[Array, "B L"]
+) -> tuple[Float[Array, "B E"], Float[Array, "B L H"]]:
+    """The same, and the encoder's last hidden states at the ids' places; zeros where the embedder doesn't read one."""
+    tokens = embedder_input(config, token_map, vocab_map, ids)
+    e, states = EmbedderNetwork(config).apply({"params": params}, *tokens, states=True)
+    return e, _at_ids(token_map, states, ids)
+
+
+def _at_ids(token_map: TokenMap, x: jax.Array, ids: jax.Array) -> jax.Array:
+    """What the embedder has at the places of ids [B, L], of all places [B, M, ...]."""
+    x = x[:, len(token_map.before) :][:, : ids.shape[1]]
+    return jnp.pad(x, ((0, 0), (0, ids.shape[1] - x.shape[1]), (0, 0)))
+
+
 def token_gradient(
     config: EmbedderConfig,
     token_map: TokenMap,
@@ -120,17 +142,21 @@ def token_gradient(
     vocab_map: Int[Array, " V"],
     ids: Int[Array, "B L"],
     objective: Callable[[jax.Array], jax.Array],
-) -> Float[Array, "B L V"]:
+) -> tuple[Float[Array, "B L V"], Float[Array, "B L H"]]:
     """How much `objective` (of embeddings [B, E], summed over rows) grows, to first order, by each id at each place.
 
     After HotFlip (Ebrahimi et al. 2018): the gradient at a token's embedding, times the difference to every other's.
+    Also the last hidden states, as in `embed_with_states`.
     """
     tokens, mask = embedder_input(config, token_map, vocab_map, ids)
-    table = params["encoder"]["word_embedding"]
+    table, network = params["encoder"]["word_embedding"], EmbedderNetwork(config)
+
+    def total(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        e, states = network.apply({"params": params}, x, mask, states=True)
+        return jnp.sum(objective(e)), states
+
     here = look_up(table, tokens)
-    gradient = jax.grad(lambda x: jnp.sum(objective(embed(config, params, x, mask))))(here)
-    first = len(token_map.before)
-    cut = ids.shape[1] - (tokens.shape[1] - first - 1)  # places that the embedder doesn't read
-    gradient, here = (jnp.pad(x[:, first:-1], ((0, 0), (0, cut), (0, 0))) for x in (gradient, here))
+    gradient, states = jax.grad(total, has_aux=True)(here)
+    gradient, here, states = (_at_ids(token_map, x, ids) for x in (gradient, here, states))
     gain = matmul_float32(gradient, look_up(table, vocab_map), jnp.float32, True)
-    return gain - jnp.sum(gradient * here, axis=-1, keepdims=True)
+    return gain - jnp.sum(gradient * here, axis=-1, keepdims=True), states

@@ -9,7 +9,7 @@ Public T5 has ONE relative-position table per stack, shared by its layers, and n
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from v2t_jax.decode.state import START
 from v2t_jax.models.layers import (
     MATMUL_OUTPUT,
     Attention,
+    AxesTable,
     Dropout,
     FeedForward,
     Network,
@@ -34,6 +35,8 @@ from v2t_jax.models.layers import (
     relative_bias,
     window_bias,
 )
+
+TABLE = "token_embedding"  # the parameter's name
 
 # Activation and matrices, by `feed_forward`.
 FEED_FORWARD: dict[str, tuple[Callable[[jax.Array], jax.Array], tuple[str, ...]]] = {
@@ -111,6 +114,16 @@ class T5Stack(nn.Module):
     config: T5Config
     is_decoder: bool
 
+    PARAM_AXES: ClassVar[AxesTable] = (
+        (r"relative_bias", (None, "heads")),
+        (r"final_norm/scale", (None,)),
+        (r"layers/\w+_norm/scale", ("layers", None)),
+        (r"layers/(self|cross)_attention/[qkv]", ("layers", "embed", "heads")),
+        (r"layers/(self|cross)_attention/o", ("layers", "heads", "embed")),
+        (r"layers/feed_forward/wi(_[01])?", ("layers", "embed", "mlp")),
+        (r"layers/feed_forward/wo", ("layers", "mlp", "embed")),
+    )
+
     def setup(self) -> None:
         c = self.config
         layer: Any = T5Layer
@@ -157,13 +170,7 @@ class T5(Network):
         # The table is sharded over the vocabulary only: sharding its width too makes XLA rematerialize the lookup.
         (r"token_embedding", ("vocab", None)),
         (r"lm_head", ("embed", "vocab")),
-        (r"(encoder|decoder)/relative_bias", (None, "heads")),
-        (r"(encoder|decoder)/final_norm/scale", (None,)),
-        (r"(encoder|decoder)/layers/\w+_norm/scale", ("layers", None)),
-        (r"(encoder|decoder)/layers/(self|cross)_attention/[qkv]", ("layers", "embed", "heads")),
-        (r"(encoder|decoder)/layers/(self|cross)_attention/o", ("layers", "heads", "embed")),
-        (r"(encoder|decoder)/layers/feed_forward/wi(_[01])?", ("layers", "embed", "mlp")),
-        (r"(encoder|decoder)/layers/feed_forward/wo", ("layers", "mlp", "embed")),
+        *((f"(encoder|decoder)/{path}", axes) for path, axes in T5Stack.PARAM_AXES),
     )
 
     def setup(self) -> None:

@@ -169,7 +169,7 @@ def decoding_params(params: Any, table: Table, layout: DecodeLayout) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, params, specs)
 
 
-def spread_rows(run: Callable[..., jax.Array], layout: DecodeLayout, *rows: jax.Array) -> jax.Array:
+def spread_rows(run: Callable[..., Any], layout: DecodeLayout, *rows: jax.Array) -> Any:
     """`run(*rows)`; inside a program on a mesh, with the rows laid out for decoding, if they can be split so."""
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(DECODING_RULES[layout])
     if mesh.empty:

@@ -184,7 +184,8 @@ def _start(
     """A stage's step, and the state it begins with: new, or the newest checkpoint's."""
     settings: StageConfig = getattr(context.config, stage)
     mesh, options = make_mesh(context.config.mesh), settings.optimizer
-    optimizer, loss = make_optimizer(options, settings.num_steps), context.task(stage).loss
+    task = context.task(stage)
+    optimizer, loss = make_optimizer(options, settings.num_steps, task.shared_table), task.loss
     step_fn = make_step(loss, optimizer, options.accumulate_steps, context.config.seed, options.skip_bad_updates > 0)
 
     def first_state(params: Params) -> TrainState:

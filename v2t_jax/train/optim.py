@@ -6,6 +6,7 @@ import jax
 import optax
 
 from v2t_jax.config import OptimizerConfig
+from v2t_jax.models.t5 import TABLE
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -31,15 +32,18 @@ def _orthogonalized(params: Any) -> Any:
 
     Embeddings, the output layer and position tables are lookup tables, not linear maps: Adam updates them, as is usual.
     """
-    tables = ("token_embedding", "lm_head", "relative_bias")
+    tables = (TABLE, "lm_head", "relative_bias")
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return jax.tree_util.tree_map_with_path(
         lambda path, is_matrix: axes if is_matrix and str(path[-1].key) not in tables else None, _is_matrix(params)
     )
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The recipe's optimizer; weight decay is scaled by the learning rate in all of them."""
+def make_optimizer(config: OptimizerConfig, num_steps: int, shared_table: bool = False) -> optax.GradientTransformation:
+    """The recipe's optimizer; weight decay is scaled by the learning rate in all of them.
+
+    A `shared_table` stays as it is: it has no gradient, and mustn't decay.
+    """
     schedule, b1, b2, decay = learning_rate(config, num_steps), config.b1, config.b2, config.weight_decay
     if config.name == "adamw":
         core = optax.adamw(schedule, b1, b2, weight_decay=decay, mask=_is_matrix)
@@ -59,4 +63,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             weight_decay_mask=_is_matrix,
             muon_weight_dimension_numbers=_orthogonalized,
         )
+    if shared_table:
+        core = optax.chain(core, optax.masked(optax.set_to_zero(), _is_table))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm else core
+
+
+def _is_table(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) == TABLE, params)

@@ -28,6 +28,7 @@ from v2t_jax.inversion.embed_hypotheses import retokenizer
 from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_pieces
 from v2t_jax.models.layers import Params
 from v2t_jax.models.ranker import NETWORKS
+from v2t_jax.models.t5 import TABLE
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import make_mesh, param_specs, state_shardings
 from v2t_jax.train.precompute import EMBEDDING, check_column
@@ -63,8 +64,9 @@ class TrainContext:
         embedder = self.in_step
         network = embedder.config if embedder else None
         token_map = embedder.token_map() if embedder and self.shares_vocabulary else None
-        mixed_in = self.config.partial_hypotheses, self.config.edited_hypotheses
-        return Task(stage, self.model, network, token_map, *mixed_in, self.config.mesh.decode)
+        config, shared = self.config, self.config.shared_table and stage == "corrector"
+        mixed_in = config.partial_hypotheses, config.edited_hypotheses
+        return Task(stage, self.model, network, token_map, *mixed_in, config.mesh.decode, shared)
 
     def frozen(self, inverter: Params | None = None) -> FrozenParams:
         """What a step reads but doesn't train, on the host."""
@@ -163,6 +165,8 @@ def prepare(config: Config) -> TrainContext:
     resized = dataclasses.replace(config.model.t5, vocab_size=vocabulary.size)
     t5 = check_t5(config, vocabulary) if config.initial_t5 else resized
     model = dataclasses.replace(config.model, t5=t5, embedding_width=embedder.width)
+    if local is not None and shares_vocabulary(local, vocabulary.tokenizer):
+        model = dataclasses.replace(model, state_width=local.config.state_width)
     context = TrainContext(config, model, embedder, vocabulary, datasets, columns, held_out)
     if local is not None and context.shares_vocabulary:
         check_length(model.max_length, local)
@@ -249,7 +253,7 @@ def initial_params(
     """A stage's parameters before the first step, sharded over the mesh: random where the recipe names no source."""
     config, model = context.config, context.model
     if getattr(config, f"initial_{stage}"):
-        return trained_network(context, stage, mesh)
+        return _with_table(config, stage, trained_network(context, stage, mesh), trained)
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
     program, shardings = random_params(stage, model, mesh)
     params = program(np.asarray(jax.random.key_data(key)))
@@ -275,4 +279,11 @@ def initial_params(
         source = trained["inverter"]
         params |= {"t5": source["t5"], "projection_target": source["projection"]}
         params |= {name: source[name] for name in ("statistics", "bag_of_words") if name in source}
-    return processes.put(params, shardings)
+    return processes.put(_with_table(config, stage, params, trained), shardings)
+
+
+def _with_table(config: Config, stage: Stage, params: Params, trained: dict[Stage, Params]) -> Params:
+    """A stage's parameters, with the inverter's token embeddings where the recipe says that they are shared."""
+    if stage != "corrector" or not config.shared_table:
+        return params
+    return {**params, "t5": {**params["t5"], TABLE: trained["inverter"]["t5"][TABLE]}}

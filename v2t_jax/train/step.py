@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 from v2t_jax.config import DecodeLayout, ModelConfig, Stage
 from v2t_jax.decode.sample import first_argmax, greedy
 from v2t_jax.decode.state import EOS, PAD, arranged, truncate_after_eos
-from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed_model_ids
+from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed_model_ids, embed_with_states
 from v2t_jax.models.embedder import embed as embed_tokens
 from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.layers import Params
-from v2t_jax.models.ranker import NETWORKS
-from v2t_jax.models.t5 import round_weights
+from v2t_jax.models.ranker import NETWORKS, Ranker
+from v2t_jax.models.t5 import TABLE, round_weights
 from v2t_jax.parallel.mesh import (
     OnMesh,
     batch_sharding,
@@ -33,9 +33,13 @@ from v2t_jax.parallel.mesh import (
     spread_rows,
     state_shardings,
 )
+from v2t_jax.train.ranking import align, learned_slots, ranking_losses
 
-MOST_EDITED = 0.8  # share of a text's tokens that `edited_hypotheses` edits at most
+LEAST_EDITED, MOST_EDITED = 0.06, 0.7  # share of a text's tokens that `edited_hypotheses` edits
 MOVE_DEVIATION = 3.0  # by how many places it moves one
+LIKELY = 64  # tokens that it draws from
+STATES_A_TEXT = 2  # edited hypotheses of each text that the ranker learns from
+BLIND_SHARE = 0.12  # of them, whose hidden states the ranker doesn't see, as with a black box
 
 
 class TrainState(NamedTuple):
@@ -96,28 +100,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, tupl
     return jnp.sum(losses * weights), (jnp.sum(correct * weights), jnp.sum(weights))
 
 
-def word_losses(
-    missing: jax.Array, surplus: jax.Array, hypothesis: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The ranker's logits [B, V] and [B, L], ids of hypothesis and text -> summed loss, (correct words, words).
-
-    The loss is the cross entropy of the text's words that the hypothesis lacks, and of whether each word of the
-    hypothesis is surplus. Where the likeliest word is missing indeed, all that are missing count as correct.
-    """
-
-    def count(ids: jax.Array) -> jax.Array:
-        words = jnp.zeros(missing.shape).at[jnp.arange(len(ids))[:, None], ids].add(1.0)
-        return words.at[:, : EOS + 1].set(0.0)
-
-    lacking = count(labels) - count(hypothesis)
-    is_missing, total = jnp.maximum(lacking, 0.0), jnp.sum(jnp.maximum(lacking, 0.0), axis=1)
-    is_surplus = jnp.take_along_axis(lacking, hypothesis, axis=1) < 0
-    loss = jnp.sum(is_missing * -jax.nn.log_softmax(missing))
-    loss += jnp.sum(jnp.where(hypothesis > EOS, optax.sigmoid_binary_cross_entropy(surplus, is_surplus), 0.0))
-    best = jnp.where(is_missing > 0, missing, -jnp.inf).max(axis=1) >= missing.max(axis=1)
-    return loss, (jnp.sum(jnp.where(best, total, 0.0)), jnp.sum(total))
-
-
 def greedy_hypotheses(
     config: ModelConfig, params: Params, e: jax.Array, *_: Any, decode: DecodeLayout = "batch"
 ) -> jax.Array:
@@ -145,25 +127,39 @@ def mixed_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax
     return truncate_after_eos(jnp.where(replace & (ids != EOS) & (ids != PAD), guess, ids))
 
 
-def edited_hypotheses(config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
-    """The texts `ids` [B, L] with tokens lost, replaced, added and moved: [B, max_length].
+def edited_hypotheses(
+    config: ModelConfig, params: Params, e: jax.Array, ids: jax.Array, key: jax.Array, copies: int = 1
+) -> jax.Array:
+    """The texts `ids` [B, L] with tokens lost, replaced, added and moved: [B * copies, L + 2], or max_length if less.
 
     A search by guided edits stands at such hypotheses: most words right, some missing, some out of place. New tokens
-    are drawn from the inverter's prediction for their place. How much is edited differs from text to text.
+    are drawn from those that the inverter takes for likely at their place, or repeat the text's own. How much is edited
+    differs from text to text.
     """
-    k_share, k_fate, k_token, k_added, k_moved, k_distance = jax.random.split(key, 6)
+    k_share, k_fate, k_new, k_added, k_moved, k_distance, k_where, k_own, k_place = jax.random.split(key, 9)
+    rows = jnp.repeat(ids, copies, axis=0)
     logits = Inverter(config).apply({"params": params}, e, ids)
-    new, added = jax.random.categorical(k_token, logits, shape=(2, *ids.shape))
-    share = MOST_EDITED * jax.random.uniform(k_share, (ids.shape[0], 1))
-    fate = jax.random.uniform(k_fate, ids.shape) / share  # below 0.4 a token is replaced, below 0.7 lost
-    kept = jnp.where(ids > EOS, jnp.where(fate < 0.4, new, jnp.where(fate < 0.7, PAD, ids)), PAD)
-    added = jnp.where((jax.random.uniform(k_added, ids.shape) < 0.3 * share) & (ids != PAD), added, PAD)
+    # In the order of ids: in that of logits, where they nearly tie, a draw would depend on the devices' rounding.
+    likely = jnp.sort(jax.lax.top_k(logits, min(LIKELY, logits.shape[2]))[1], axis=2)
+    top = jnp.take_along_axis(logits, likely, axis=2)
+    top, likely = (jnp.repeat(x, copies, axis=0) for x in (top, likely))
+
+    def drawn(key: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(likely, jax.random.categorical(key, top)[..., None], axis=2)[..., 0]
+
+    is_token, uniform = rows > EOS, lambda key: jax.random.uniform(key, rows.shape)
+    share = LEAST_EDITED + (MOST_EDITED - LEAST_EDITED) * jax.random.uniform(k_share, (len(rows), 1)) ** 1.5
+    fate = uniform(k_fate) / share  # below 0.4 a token is replaced, below 0.65 lost
+    kept = jnp.where(is_token, jnp.where(fate < 0.4, drawn(k_new), jnp.where(fate < 0.65, PAD, rows)), PAD)
+    own = (uniform(k_own) * jnp.sum(is_token, axis=1, keepdims=True)).astype(jnp.int32)
+    added = jnp.where(uniform(k_place) < 0.3, jnp.take_along_axis(rows, own, axis=1), drawn(k_added))
+    added = jnp.where((uniform(k_where) < 0.45 * share) & (rows != PAD), added, PAD)
     place = jnp.arange(ids.shape[1], dtype=jnp.float32)[None]
-    moved = jax.random.uniform(k_moved, ids.shape) < 0.3 * share
-    behind = place + jnp.where(moved, MOVE_DEVIATION * jax.random.normal(k_distance, ids.shape), 0.0)
-    before = jnp.broadcast_to(place - 0.5, ids.shape)
+    far = MOVE_DEVIATION * jax.random.normal(k_distance, rows.shape)
+    behind = place + jnp.where(uniform(k_moved) < 0.3 * share, far, 0.0)
+    before = jnp.broadcast_to(place - 0.5, rows.shape)
     tokens, places = jnp.concatenate([added, kept], axis=1), jnp.concatenate([before, behind], axis=1)
-    return arranged(tokens, places, config.max_length)
+    return arranged(tokens, places, min(ids.shape[1] + 2, config.max_length))
 
 
 @dataclass(frozen=True)
@@ -177,6 +173,7 @@ class Task:
     partial_hypotheses: bool = False
     edited_hypotheses: bool = False
     decode: DecodeLayout = "batch"
+    shared_table: bool = False  # whose token embeddings aren't trained
 
     def embed(self, frozen: FrozenParams, ids: Any, tokens: Tokens | None = None, embedding: Any = None) -> jax.Array:
         """[B, E], from the last argument that isn't None."""
@@ -192,9 +189,14 @@ class Task:
         return jax.lax.stop_gradient(spread_rows(run, "batch", *rows))
 
     def hypotheses(self, frozen: FrozenParams, e: jax.Array, ids: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The corrector's input [B, max_length]: the inverter's outputs, and, with a key, what the recipe mixes in."""
+        """What is to be corrected [B, max_length]: the inverter's outputs, and, with a key, what the recipe mixes in.
+
+        The ranker learns from edited hypotheses alone.
+        """
         kinds: list[Callable[..., jax.Array]] = [functools.partial(greedy_hypotheses, decode=self.decode)]
-        if key is not None:
+        if key is not None and self.stage == "ranker":
+            kinds = [edited_hypotheses]
+        elif key is not None:
             edited, partial = [edited_hypotheses] * self.edited_hypotheses, [mixed_hypotheses] * self.partial_hypotheses
             kinds += edited + partial + edited * bool(partial)
         # Rows in turn rather than in blocks, so that a device keeps its own rows.
@@ -206,6 +208,8 @@ class Task:
     def loss(self, params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array | None) -> Any:
         """Summed loss, (correct tokens, tokens); without a key there is no dropout."""
         e = self.embed(frozen, batch.ids, batch.tokens, batch.embedding)
+        if self.stage == "ranker":
+            return self.ranker_loss(params, frozen, batch, e, key)
         inputs: tuple[jax.Array, ...] = (e,)
         if self.stage != "inverter":
             partial_key, key = (None, None) if key is None else jax.random.split(key)
@@ -213,12 +217,37 @@ class Task:
             if hypothesis is None:
                 hypothesis = self.hypotheses(frozen, e, batch.ids, partial_key)
             inputs = e, hypothesis, self.embed(frozen, hypothesis, batch.hypothesis_tokens, batch.hypothesis_embedding)
+        if self.shared_table:
+            params = {**params, "t5": {**params["t5"], TABLE: jax.lax.stop_gradient(params["t5"][TABLE])}}
         network, rngs = NETWORKS[self.stage](self.model), {} if key is None else {"dropout": key}
-        if self.stage == "ranker":
-            table = jax.lax.stop_gradient(frozen.inverter["t5"]["token_embedding"])
-            missing, surplus = network.apply({"params": params}, table, *inputs)
-            return word_losses(missing, surplus, inputs[1], batch.ids)
         return cross_entropy(network.apply({"params": params}, *inputs, batch.ids, rngs=rngs), batch.ids)
+
+    def ranker_loss(
+        self, params: Params, frozen: FrozenParams, batch: Batch, e: jax.Array, key: jax.Array | None
+    ) -> Any:
+        """As `loss`, of several hypotheses a text where they are made and embedded here."""
+        k_edits, k_blind, k_slots = (None,) * 3 if key is None else jax.random.split(key, 3)
+        text, hypothesis, tokens = batch.ids, batch.hypothesis, batch.hypothesis_tokens
+        if hypothesis is None and k_edits is not None:
+            hypothesis = edited_hypotheses(self.model, frozen.inverter, e, text, k_edits, STATES_A_TEXT)
+            e, text = (jnp.repeat(x, STATES_A_TEXT, axis=0) for x in (e, text))
+        elif hypothesis is None:
+            hypothesis = self.hypotheses(frozen, e, text, None)
+        states = jnp.zeros((*hypothesis.shape, self.model.state_width))
+        if not self.model.state_width:
+            embedding = self.embed(frozen, hypothesis, tokens, batch.hypothesis_embedding)
+        else:
+            assert self.embedder is not None and self.token_map is not None
+            weights = frozen.embedder, frozen.vocab_map
+            run = functools.partial(embed_with_states, self.embedder, self.token_map, *weights)
+            embedding, states = jax.lax.stop_gradient(spread_rows(run, "batch", hypothesis))
+            if k_blind is not None:
+                states *= jax.random.bernoulli(k_blind, 1 - BLIND_SHARE, (len(states), 1, 1))
+        found = align(hypothesis, text)
+        slots = learned_slots(found, k_slots)
+        table = jax.lax.stop_gradient(frozen.inverter["t5"][TABLE])
+        ranking = Ranker(self.model).apply({"params": params}, table, e, hypothesis, embedding, states, slots)
+        return ranking_losses(ranking, slots, found, hypothesis, text)
 
 
 def make_hypothesize(task: Task, accumulate_steps: int, seed: int, mesh: Mesh) -> OnMesh:
