@@ -163,12 +163,13 @@ class _Recipe:
         """The training step of a stage, at the recipe's batch size and the longest texts."""
         settings: StageConfig = getattr(self.config, stage)
         rows, cut, n = settings.batch_size, self.mesh.shape["model"], self.topology.num_slices
-        optimizer, params = make_optimizer(settings.optimizer, settings.num_steps), self._network(stage)
+        shared = self.config.shared_table and stage == "corrector"
+        optimizer, params = make_optimizer(settings.optimizer, settings.num_steps, shared), self._network(stage)
         frozen = self._frozen(stage != "inverter" and not self.config.data.hypotheses)
 
         def step_of(model: ModelConfig) -> Callable:
             options = self.config.partial_hypotheses, self.config.edited_hypotheses, self.config.mesh.decode
-            task = training.Task(stage, model, self.embedder, self.token_map, *options)
+            task = training.Task(stage, model, self.embedder, self.token_map, *options, shared)
             return training.make_step(task.loss, optimizer, settings.optimizer.accumulate_steps, self.config.seed)
 
         state = training.TrainState(_array((), jnp.int32), params, jax.eval_shape(optimizer.init, params))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from v2t_jax.config import ModelConfig, Stage
 from v2t_jax.decode.state import EOS
@@ -91,23 +91,20 @@ class Ranker(Network):
         def bias(name: str) -> jax.Array:
             return self.param(name, nn.initializers.zeros, (len(table),))
 
-        own, word_bias = look_up(table, hypothesis), bias("missing_bias")
+        own, word_bias, place = look_up(table, hypothesis), bias("missing_bias"), is_place(hypothesis)
         missing = point("linear", inputs[0]) + point("missing", h)
         surplus = jnp.sum(point("surplus", h)[:, None] * own, axis=2) + look_up(bias("surplus_bias"), hypothesis)
         at = Dense(width, name="token")(own) + Dense(width, name="shift")(h)[:, None]
         if c.state_width:
             state = Dense(width, name="state")(LayerNorm(epsilon=1e-5, name="state_norm")(states))
             at = at + state * (1 + Dense(width, name="scale")(h))[:, None]
-        # The place behind the last token counts: its gap is the text's end.
-        is_place = jnp.arange(hypothesis.shape[1])[None] <= jnp.sum(hypothesis > EOS, axis=1, keepdims=True)
         layers = dataclasses.replace(c.t5, num_encoder_layers=c.num_ranker_layers, dtype="float32", dropout_rate=0.0)
         stack = T5Stack(layers, is_decoder=False, name="encoder")
-        here = stack(jnp.where(is_place[..., None], at, 0.0), is_place.astype(jnp.int32))
+        here = stack(jnp.where(place[..., None], at, 0.0), place.astype(jnp.int32))
         before = jnp.pad(here[:, :-1], ((0, 0), (1, 0), (0, 0)))
         gap = nn.gelu(Dense(width, name="gap")(jnp.concatenate([before, here], axis=2)))
         token = nn.gelu(Dense(width, name="place")(here))
-        points = jnp.stack([point("insert", gap), point("substitute", token)], axis=2)
-        points = points.reshape(len(e), -1, width)
+        points = jnp.stack([point("insert", gap), point("substitute", token)], axis=2).reshape(len(e), -1, width)
         if slots is not None:
             points = jnp.take_along_axis(points, slots[..., None], axis=1)
 
@@ -121,6 +118,11 @@ class Ranker(Network):
             Dense(1, name="missing_place")(gap)[..., 0],
             words(points + missing[:, None]),
         )
+
+
+def is_place(hypothesis: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    """Where a hypothesis has a gap in front: at its tokens, and behind the last one, at the text's end."""
+    return jnp.arange(hypothesis.shape[1])[None] <= jnp.sum(hypothesis > EOS, axis=1, keepdims=True)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from v2t_jax.decode.state import EOS
-from v2t_jax.models.ranker import Ranking
+from v2t_jax.models.ranker import Ranking, is_place
 
 LEARNED_SLOTS = 6  # of a hypothesis, drawn among those in which words are missing: each costs a row of logits
 MISSING_WEIGHT = 0.5  # of the missing words as a bag, beside the same words place by place
@@ -29,10 +29,9 @@ def align(hypothesis: Int[Array, "B n"], text: Int[Array, "B m"]) -> Alignments:
     front = _common_lengths(equal)  # [B, n + 1, m + 1]
     back = _common_lengths(equal[:, ::-1, ::-1])[:, ::-1, ::-1]
     longest, in_text = front[:, -1:, -1:], (text > EOS)[:, None]
-    is_place = jnp.arange(hypothesis.shape[1])[None] <= jnp.sum(is_token, axis=1, keepdims=True)
     kept = jnp.any(equal & (front[:, :-1, :-1] + 1 + back[:, 1:, 1:] == longest), axis=2)
     lost = jnp.any(front[:, :-1] + back[:, 1:] == longest, axis=2) & is_token
-    inserted = (front[:, :-1, :-1] + back[:, :-1, 1:] == longest) & in_text & is_place[..., None]
+    inserted = (front[:, :-1, :-1] + back[:, :-1, 1:] == longest) & in_text & is_place(hypothesis)[..., None]
     substituted = (front[:, :-1, :-1] + back[:, 1:, 1:] == longest) & in_text & lost[..., None]
     words = jnp.stack([inserted, substituted], axis=2)
     return Alignments(words.reshape(len(text), -1, text.shape[1]), kept, lost)
@@ -87,13 +86,12 @@ def ranking_losses(
     right = jnp.where(labels, at, -jnp.inf).max(axis=2) >= ranking.words.max(axis=2)
     lacking = jnp.maximum(count(text) - count(hypothesis), 0.0)
     is_token = (hypothesis > EOS).astype(jnp.float32)
-    is_place = (jnp.arange(hypothesis.shape[1])[None] <= jnp.sum(is_token, axis=1, keepdims=True)).astype(jnp.float32)
     surplus = (found.lost.astype(jnp.float32) + ~found.kept) / 2
     gaps = jnp.any(found.words[:, ::2], axis=2)
     losses = (
         mean(words, is_open)
         + MISSING_WEIGHT * mean(-jax.nn.log_softmax(ranking.missing), lacking)
         + mean(optax.sigmoid_binary_cross_entropy(ranking.surplus, surplus), is_token)
-        + mean(optax.sigmoid_binary_cross_entropy(ranking.gap, gaps), is_place)
+        + mean(optax.sigmoid_binary_cross_entropy(ranking.gap, gaps), is_place(hypothesis))
     )
     return jnp.sum(losses), (jnp.sum(mean(right, is_open)), jnp.float32(len(text)))
