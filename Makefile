@@ -52,7 +52,7 @@ format: install ## put the code into shape
 	$(VENV)/bin/ruff format .
 
 types: install ## check types
-	$(VENV)/bin/mypy v2t_jax $(wildcard configs)
+	$(VENV)/bin/mypy v2t_jax $(wildcard configs) $(wildcard docs/*.py)
 
 oracle: $(ORACLE)/.installed $(UPSTREAM)/.installed ## compare with torch, transformers and vec2text, live (installs them)
 	$(ORACLE)/bin/pytest -m oracle -n 2 --dist loadfile

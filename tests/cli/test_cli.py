@@ -73,7 +73,7 @@ def test_invert_vectors(run: Run) -> None:
     found = json.loads(out)
     assert status == 0 and len(found) == 3
     for one in found:
-        assert set(one) == {"text", "cosine", "step", "trace"}
+        assert set(one) == {"text", "cosine", "step", "trace", "runner_up"}
         assert [set(step) for step in one["trace"]] == [{"step", "text", "cosine", "embedder_calls"}] * 3
 
 
@@ -295,6 +295,9 @@ MISTAKES = [
         "16 dimensions; 99 of them can't be kept",
     ),
     (("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--precision", "int4"), "int4"),
+    (("calibrate", "nowhere"), "no model folder 'nowhere'"),
+    (("calibrate", "M/tiny", "--source", "M/texts.txt", "--limit", "4"), "give 8 or more"),
+    (("calibrate", "M/tiny", "--source", "M/texts.txt", "--noise", "-1"), "levels of at least 0"),
     (("eval", *TINY, "--split", "test"), "no split 'test'"),
     (("eval", *TINY, "--limit", "0"), "limit is 0"),
     (("eval", *TINY, "--num-steps", "0", "-2"), "num_steps is -2; give a number from 0"),

@@ -118,7 +118,7 @@ def test_the_trace_ends_in_the_answer(model: InversionPipeline, vectors: np.ndar
         assert one.trace[one.step].text == one.text
         values = [step.cosine for step in one.trace]
         assert values == sorted(values)
-        assert set(one.to_dict()) == {"text", "cosine", "step", "trace"}
+        assert set(one.to_dict()) == {"text", "cosine", "step", "trace", "runner_up"}
 
 
 def test_cosines_are_of_the_texts_embedded_again(model: InversionPipeline, vectors: np.ndarray) -> None:
@@ -184,7 +184,7 @@ def test_known_texts_come_with_their_reference(model: InversionPipeline) -> None
     (one,) = recover_texts(model, ["The RED  Cats"], num_steps=0)
     assert one.reference == "the red cats"
     assert one.exact_match == (one.text == "the red cats")
-    assert set(one.to_dict()) == {"text", "cosine", "step", "trace", "reference", "exact_match"}
+    assert set(one.to_dict()) == {"text", "cosine", "step", "trace", "reference", "exact_match", "runner_up"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import v2t_jax
@@ -16,6 +17,7 @@ from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
+from v2t_jax.inversion import pipeline
 from v2t_jax.inversion.pipeline import CARD_HEAD, InversionPipeline, load
 from v2t_jax.models.ranker import NETWORKS
 
@@ -103,6 +105,21 @@ def test_quantized(model, saved, tmp_path):
         assert tensors["hidden/kernel" if stage == "ranker" else "t5/decoder/layers/feed_forward/wi"].dtype == np.int8
         sizes = [(f / f"{stage}.safetensors").stat().st_size for f in (tmp_path / "small", saved)]
         assert sizes[0] < (0.7 if stage == "ranker" else 0.45) * sizes[1]
+
+
+def test_quantized_vectors_are_half_precision(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "QUANTIZED_SIZE", 8)
+    model.save(tmp_path / "small", record={}, quantize=True)
+    loaded, halves = load(str(tmp_path / "small")).params, 0
+    for stage, params in model.params.items():
+        tensors = load_file(tmp_path / "small" / f"{stage}.safetensors")
+        found = flatten_dict(loaded[stage], sep="/")
+        for name, true in flatten_dict(params, sep="/").items():
+            if np.ndim(true) == 1 and np.size(true) >= 8:
+                assert tensors[name].dtype == np.float16
+                np.testing.assert_allclose(found[name], true, rtol=2**-11, atol=1e-7)
+                halves += 1
+    assert halves
 
 
 def test_a_folder_that_cannot_be_written(model, tmp_path):

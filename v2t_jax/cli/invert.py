@@ -1,4 +1,4 @@
-"""The commands invert, embed, eval and demo. The comment or docstring at an option is its help text."""
+"""The commands invert, embed, eval, calibrate and demo. The comment or docstring at an option is its help text."""
 
 import contextlib
 import json
@@ -184,6 +184,39 @@ class Eval:
             print(json.dumps(report | {"rows": rows}, ensure_ascii=False, indent=1))
         else:
             Console().print(table(report))
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Learn how likely a model's texts are exact, from held-out texts, and store that in the model's folder."""
+
+    model: Annotated[str, tyro.conf.Positional]  # the model's folder
+    embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
+    limit: int = 200  # maximum number of texts
+    source: str = "wordnet"  # source of the texts, as in a recipe's data.sources
+    noise: tuple[float, ...] = (0.0, 0.003, 0.01, 0.03)
+    """on the embeddings, as shares of their length; the texts take these in turn; int8 vectors are off by about 0.01"""
+    budget: int = 1000  # calls of the embedder for a text at which rounds of edits end
+    plot: str | None = None  # PNG file to write, with the share of exact texts by the probability given
+    api: ApiConfig = ApiConfig()
+
+    def run(self) -> None:
+        from v2t_jax.eval import calibrate
+        from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts
+        from v2t_jax.inversion.pipeline import load
+
+        folder = Path(self.model)
+        if not folder.is_dir():
+            raise InputError(f"There is no model folder {self.model!r}; give that of a model you have here.")
+        if self.plot is not None:
+            check_plot_file(Path(self.plot))
+        inverter = load(self.model, open_embedder(self.embedder, self.api))
+        texts = evaluation_texts(inverter, limit=self.limit, source=self.source)
+        weights, report = calibrate.calibrate(inverter, texts, self.noise, budget=self.budget)
+        calibrate.store(folder, weights, report)
+        if self.plot is not None:
+            calibrate.plot_reliability(report, Path(self.plot))
+        print(json.dumps(report, indent=1))
 
 
 @dataclass(frozen=True)

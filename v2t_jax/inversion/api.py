@@ -19,7 +19,8 @@ from v2t_jax import progress
 from v2t_jax.config import MeshConfig
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.errors import InputError, check_texts, check_whole
-from v2t_jax.inversion.correction import MOST_STEPS, Mode, Search
+from v2t_jax.inversion.confidence import probability
+from v2t_jax.inversion.correction import MOST_STEPS, Correction, Mode, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors
 from v2t_jax.parallel import processes
@@ -54,6 +55,10 @@ class InversionResult:
     trace: tuple[TraceStep, ...]
     reference: str | None = None
     exact_match: bool | None = None
+    runner_up: float | None = None
+    """the cosine of the second nearest hypothesis"""
+    confidence: float | None = None
+    """the probability that the text is exact; None for a model without calibration"""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; without the reference's fields where the text isn't known."""
@@ -151,15 +156,13 @@ def invert_batches(
             with nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode):
                 found = loop(weights, place(filled), num_steps, on_step if watched else None, rounds)
             update(first + len(rows), cosine=round(float(found.similarity[: len(rows)].mean()), 4))
-            yield _results(inverter, rows, found.trace_ids[: len(rows)], found.trace_calls, mode)
+            yield _results(inverter, rows, found, mode)
 
 
-def _results(
-    inverter: InversionPipeline, e: np.ndarray, trace_ids: np.ndarray, calls: np.ndarray, mode: Mode
-) -> list[InversionResult]:
-    """Results of traces [n, N + 1, L]; the cosines are of the texts, which the embedder's own tokenizer reads again."""
-    n, steps = trace_ids.shape[:2]
-    texts = inverter.vocabulary.decode(trace_ids.reshape(n * steps, -1))
+def _results(inverter: InversionPipeline, e: np.ndarray, found: Correction, mode: Mode) -> list[InversionResult]:
+    """Results for the first n targets e [n, E]; cosines are of the texts, which the embedder's own tokenizer reads."""
+    n, steps = len(e), found.trace_ids.shape[1]
+    texts = inverter.vocabulary.decode(found.trace_ids[:n].reshape(n * steps, -1))
     values = cosines(embed_decoded(inverter, texts), np.repeat(e, steps, axis=0))
     results = []
     for row, first in enumerate(range(0, n * steps, steps)):
@@ -167,8 +170,11 @@ def _results(
         for i in range(first, first + steps):
             if mode == "upstream" or values[i] > values[best] + 1e-6:  # which is more than rounding
                 best = i
-            trace.append(TraceStep(i - first, texts[best], float(values[best]), int(calls[row, i - first])))
-        results.append(InversionResult(texts[best], float(values[best]), best - first, tuple(trace)))
+            trace.append(TraceStep(i - first, texts[best], float(values[best]), int(found.trace_calls[row, i - first])))
+        cosine, second = float(values[best]), float(found.runner_up[row])
+        sure = inverter.calibration and float(probability(inverter.calibration, cosine, second))
+        text, step = texts[best], best - first
+        results.append(InversionResult(text, cosine, step, tuple(trace), runner_up=second, confidence=sure))
     return results
 
 

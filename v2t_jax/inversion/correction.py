@@ -81,6 +81,7 @@ class Correction(NamedTuple):
 
     ids: np.ndarray  # [B, L] int32
     similarity: np.ndarray  # [B] float32, of the embedded ids and the target
+    runner_up: np.ndarray  # [B] float32, of the second nearest hypothesis at the end; -1 if there is none
     step: np.ndarray  # [B] int32, the step at which ids was found
     trace_ids: np.ndarray  # [B, N + 1, L] int32; steps that early exit saved repeat the last one run
     trace_similarity: np.ndarray  # [B, N + 1] float32
@@ -185,13 +186,13 @@ class CorrectionLoop:
                 if now == total:
                     break
                 before, state = now, self.advance(params, e, state, now + 1, steps, np.int32(total))
-        found, now, *traces = fetch(
-            (state.beam.step, state.step, state.trace_ids, state.trace_similarity, state.trace_calls)
-        )
+        ended = state.beam.step, state.step, state.beam.pool.similarity, *state[2:]
+        found, now, last, *traces = fetch(ended)
         self._check()
         shown = np.minimum(np.arange(total + 1), now)
         ids, similarity, calls = (trace[:, shown] for trace in traces)
-        return Correction(ids[:, -1], similarity[:, -1], found, ids, similarity, calls, int(now))
+        runner_up = last[:, 1:2].max(axis=1, initial=-1.0)
+        return Correction(ids[:, -1], similarity[:, -1], runner_up, found, ids, similarity, calls, int(now))
 
     def calls_at(self, step: int, num_steps: int) -> int:
         """Calls of the embedder for a text up to a step; steps behind `num_steps` are rounds of edits."""

@@ -34,6 +34,7 @@ from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.files import open_weights, read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
+from v2t_jax.inversion.confidence import Weights
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode, Search
 from v2t_jax.inversion.edits import BLACK_BOX, GRADIENT_CALLS, EditCounts, embedder_gain, guided_edits
 from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
@@ -46,6 +47,7 @@ from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
 
 FORMAT_VERSION = 1
+QUANTIZED_SIZE = 4096  # numbers of a parameter from which on it is quantized
 PACKAGED = Path(__file__).parent.parent / "assets" / "models"
 TOKENIZER = "tokenizer.json"
 CARD_HEAD = "---\nlibrary_name: v2t_jax\ntags: [embedding-inversion, privacy]\n---\n"  # what the hub files models by
@@ -69,6 +71,7 @@ class InversionPipeline:
     vocabulary: Vocabulary
     shares_vocabulary: bool = True
     embedding_norm: tuple[float, float] | None = None  # mean and deviation of the training vectors' lengths
+    calibration: Weights | None = None  # how likely its texts are exact
     mesh: Mesh | None = None
     decode: DecodeLayout = "batch"
 
@@ -165,6 +168,7 @@ class InversionPipeline:
                 "name": self.name,
                 "embedder": self.embedder.identity.to_dict(),
                 "embedding_norm": self.embedding_norm,
+                "calibration": self.calibration,
                 "model": to_dict(self.config),
                 "files": {file.name: sha256_of([file]) for file in sorted(building.iterdir())},
                 "record": record,
@@ -191,6 +195,7 @@ class Header(msgspec.Struct):
     model: Any  # of `from_dict`
     files: dict[str, str]
     embedding_norm: tuple[float, float] | None = None
+    calibration: Weights | None = None
     record: dict[str, Any] = {}  # recipe, scores, or what it was converted from
 
 
@@ -318,7 +323,7 @@ def load(
             stacklevel=2,
         )
     made_of = header.name, config, params, embedder, Vocabulary(tokenizer, vocab_map)
-    return InversionPipeline(*made_of, shares_vocabulary, header.embedding_norm)
+    return InversionPipeline(*made_of, shares_vocabulary, header.embedding_norm, header.calibration)
 
 
 def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:
@@ -335,12 +340,15 @@ def check_length(max_length: int, embedder: JaxEmbedder) -> None:
 
 
 def _flatten(params: Params, quantize: bool) -> dict[str, np.ndarray]:
-    """Nested parameters -> flat names. Quantized matrices are int8, one scale per output column (rows of tables)."""
+    """Nested parameters -> flat names. Quantized matrices are int8, one scale per output column (rows of tables), and
+    long vectors float16.
+    """
     flat: dict[str, np.ndarray] = {}
     for name, leaf in flatten_dict(params, sep="/").items():
         array = np.asarray(leaf, np.float32)
-        if not quantize or array.ndim < 2 or array.size < 4096:
-            flat[name] = array
+        quantized = quantize and array.size >= QUANTIZED_SIZE
+        if not quantized or array.ndim < 2:
+            flat[name] = array.astype(np.float16) if quantized else array
             continue
         axis = -1 if name.endswith(TABLE) else -2
         scale = np.maximum(np.abs(array).max(axis=axis, keepdims=True), 1e-12) / 127

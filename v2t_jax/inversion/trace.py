@@ -25,6 +25,8 @@ def show_trace(found: Any, title: str, console: Console | None = None) -> None:
             text = _changed(before, words, marks)
             console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {text}")
         before = words
+    if found.confidence is not None:
+        console.print(f"  probability that this is exact: {found.confidence:.1%}")
     if found.reference is not None:
         verdict, style = ("recovered exactly", "green") if found.exact_match else ("true text", "bold")
         console.print(f"  [{style}]{verdict:<22}[/{style}]  {escape(found.reference)}")
