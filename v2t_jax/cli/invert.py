@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +207,8 @@ class Calibrate:
         from v2t_jax.inversion.pipeline import load
 
         folder = Path(self.model)
-        if not folder.is_dir():
-            raise InputError(f"There is no model folder {self.model!r}; give that of a model you have here.")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"There is no model folder {self.model!r} to write to; give that of a model here.")
         if self.plot is not None:
             check_plot_file(Path(self.plot))
         inverter = load(self.model, open_embedder(self.embedder, self.api))

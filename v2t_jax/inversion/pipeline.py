@@ -245,10 +245,7 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
         params: dict[Stage, Params] = {}
         for stage, network in NETWORKS.items():
             if (file := f"{stage}.safetensors") in files:
-                like, shared = (
-                    network(config).abstract_params(),
-                    {} if stage == "inverter" else params["inverter"]["t5"],
-                )
+                like, shared = network(config).abstract_params(), params["inverter"]["t5"] if params else {}
                 params[stage] = _unflatten(open_weights([files[file]]), like, stage, put, shared)
     return StoredModel(header, config, params, read_pieces(folder), tokenizer)
 
