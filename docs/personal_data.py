@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 
 import v2t_jax
+from v2t_jax import progress
 from v2t_jax.parallel.compile_cache import enable_compilation_cache
 
 WORDS = {
@@ -40,6 +41,7 @@ def sentence(draw: random.Random) -> tuple[str, dict[str, str]]:
 
 
 def main(count: int = 64) -> None:
+    progress.enable()
     enable_compilation_cache()
     made = [sentence(random.Random(i)) for i in range(count)]
     found = v2t_jax.invert_strings(v2t_jax.load(), [text for text, _ in made])
