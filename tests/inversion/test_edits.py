@@ -1,5 +1,6 @@
 """Guided edits: what an edit does to a text, how edits are ranked, and rounds of them in the compiled loop."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import v2t_jax as v2t
 from tests.helpers.tiny_model import MAX_LENGTH, make_model
 from tests.helpers.tiny_run import make_texts
+from v2t_jax.decode.state import EOS
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.correction import Hypotheses, Pool
+from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Hypotheses, Pool
 from v2t_jax.inversion.edits import (
     KEEP,
     NETWORKS_WEIGHT,
@@ -276,6 +278,37 @@ def test_batches_and_devices_change_nothing(model: InversionPipeline, vectors: n
     options: dict[str, Any] = {"search": "both", "num_steps": 2, "budget": 900, "sequence_beam_width": 2}
     whole, parts = (v2t.invert_embeddings(model, vectors, batch_size=size, **options) for size in (8, 3))
     assert [one.text for one in parts] == [one.text for one in whole]  # of batches on two devices
+
+
+def test_rows_are_edited_part_by_part(
+    model: InversionPipeline, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row at a time, as on one device, gives what all at once give: here the eight devices' rows make a part."""
+    one = dataclasses.replace(model)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    results = [
+        v2t.invert_embeddings(pipeline, vectors, search="both", num_steps=2, budget=900, **OPTIONS)
+        for pipeline in (model, one)
+    ]
+    assert (model.correction_loop(2, search="both").edit_rows, one.correction_loop(2, search="both").edit_rows) == (
+        8,
+        1,
+    )
+    for whole, part in zip(*results, strict=True):
+        assert [step.embedder_calls for step in part.trace] == [step.embedder_calls for step in whole.trace]
+        assert [step.text for step in part.trace] == [step.text for step in whole.trace]
+
+
+@pytest.mark.parametrize(("longest", "read"), [(0, 4), (4, 4), (5, 6), (6, 6), (7, 8), (8, 8)])
+def test_the_longest_text_decides_how_much_is_read(longest: int, read: int) -> None:
+    def embed(params: Any, ids: jax.Array) -> jax.Array:
+        return jnp.full((len(ids), 3), ids.shape[1])
+
+    ids = np.zeros((2, 8), np.int32)
+    ids[0, 0], ids[1, :longest] = 5, 9
+    ids[1, longest : longest + 1] = EOS
+    loop = CorrectionLoop(lambda p, e, k: ids, (), embed, CorrectionSettings(2))
+    assert int(loop.trimmed((), jnp.asarray(ids))[0, 0]) == read
 
 
 def test_an_embedder_that_is_a_black_box(model: InversionPipeline, tmp_path: Path) -> None:

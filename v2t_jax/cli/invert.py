@@ -18,7 +18,7 @@ from v2t_jax.inversion.trace import show_trace
 
 PACKAGED_MODEL = "minilm-wordnet"
 # One batch, enough to show progress, done in two minutes on a laptop's two cores.
-DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM, DEMO_BUDGET = 24, 3, 4, 4, 640
+DEMO_TEXTS, DEMO_SHOWN, DEMO_STEPS, DEMO_BEAM, DEMO_BUDGET = 24, 3, 2, 4, 660
 TABLE_ONLY = ("token_f1_sem", "cosine_sem")  # the fields of a report's row that `eval --json` leaves out
 
 
@@ -42,7 +42,7 @@ class Invert:
     embeddings: str | None = None  # a .npy file of vectors [n, E] to recover
     model: str = PACKAGED_MODEL  # name of a packaged model, or a model folder
     embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
-    num_steps: int = 8  # correction steps; 0 returns the best first guess
+    num_steps: int | None = None  # correction steps, by default 8, or 2 before edits; 0 returns the best first guess
     sequence_beam_width: int = 4  # hypotheses kept between steps
     search: Literal["corrector", "edits", "both"] | None = None
     """what proposes better texts; both: one, then the other; by default both, if the model has a ranker"""
@@ -152,7 +152,7 @@ class Eval:
     model: str = PACKAGED_MODEL  # name of a packaged model, or a model folder
     embedder: str | None = None  # the model's embedder, if it has moved: a folder, or an endpoint's base URL
     split: str = "held_out"  # held_out or train
-    num_steps: tuple[int, ...] = (0, 1, 8)  # correction steps
+    num_steps: tuple[int, ...] | None = None  # correction steps; by default 0, and as many as v2t invert takes
     sequence_beam_width: tuple[int, ...] = (4,)  # hypotheses kept between steps
     search: Literal["corrector", "edits", "both"] | None = None
     """what proposes better texts; both: one, then the other; by default both, if the model has a ranker"""
@@ -169,7 +169,7 @@ class Eval:
         from v2t_jax.inversion.pipeline import load
         from v2t_jax.parallel.processes import is_main
 
-        check_grid(self.num_steps, self.sequence_beam_width, self.budget)
+        check_grid((0,) if self.num_steps is None else self.num_steps, self.sequence_beam_width, self.budget)
         if self.plot is not None:
             check_plot_file(Path(self.plot))
         inverter = load(self.model, open_embedder(self.embedder, self.api))

@@ -74,12 +74,12 @@ def plot_reliability(report: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 4), layout="constrained")
-    axis = figure.subplots()
+    axis = figure.subplots(subplot_kw={"xmargin": 0.12, "ymargin": 0.12})
     axis.plot([0, 1], [0, 1], color="0.7")
     given, seen, counts = ([part[key] for part in report["bins"]] for key in ("probability", "exact_match", "n"))
     errors = [(share * (1 - share) / count) ** 0.5 for share, count in zip(seen, counts, strict=True)]
     axis.errorbar(given, seen, errors, marker="o", capsize=3)
-    for x, y, count in zip(given, seen, counts, strict=True):
-        axis.annotate(f"n = {count}", (x, y), textcoords="offset points", xytext=(6, -12))
+    for i, (x, y, count) in enumerate(zip(given, seen, counts, strict=True)):  # neighbors may be close
+        axis.annotate(f"n = {count}", (x, y), textcoords="offset points", xytext=(0, (8, -16)[i % 2]), ha="center")
     axis.set(xlabel="probability given", ylabel="share of exact texts", title=f"{report['n']} texts, cross-validated")
     figure.savefig(file, dpi=120, format="png")

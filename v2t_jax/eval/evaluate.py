@@ -15,7 +15,7 @@ from v2t_jax.data.split import read_texts
 from v2t_jax.errors import InputError, check_whole
 from v2t_jax.eval.metrics import score, text_scores
 from v2t_jax.inversion.api import BATCH_SIZE, BUDGET, MOST_CALLS, InversionResult, invert_on_all_hosts, invert_strings
-from v2t_jax.inversion.correction import MOST_STEPS, TRACE_STEPS, CorrectionSettings, Search
+from v2t_jax.inversion.correction import MOST_STEPS, STEPS, TRACE_STEPS, CorrectionSettings, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
 
 
@@ -58,13 +58,15 @@ def check_grid(num_steps: Sequence[int], sequence_beam_width: Sequence[int], bud
 def evaluate(
     inverter: InversionPipeline,
     texts: list[str],
-    num_steps: Sequence[int] = (0, 1, 8),
+    num_steps: Sequence[int] | None = None,
     sequence_beam_width: Sequence[int] = (1, 4),
     split: str = "held_out",
     search: Search | None = None,
     budget: Sequence[int] = (BUDGET,),
 ) -> dict[str, Any]:
     """Recovers `texts` from their embeddings at every number of steps and beam width; returns a report, see `report`.
+
+    By default before all steps and after as many as `invert_embeddings` takes.
 
     With edits, every budget gives one more row: rounds of them behind the largest number of steps.
 
@@ -76,10 +78,11 @@ def evaluate(
     """
     if not texts:
         raise InputError("There are no texts to evaluate on; use a split that has some.")
+    search = search or inverter.default_search()
+    if num_steps is None or search == "edits":
+        num_steps = (0, STEPS[search]) if inverter.has_corrector else (0,)
     check_grid(num_steps, sequence_beam_width, budget)
     rows: list[dict[str, Any]] = []
-    search = search or inverter.default_search()
-    num_steps = (0,) if search == "edits" else num_steps
     most, first = max(num_steps), texts[: BATCH_SIZE * jax.device_count()]
 
     def timed(texts: list[str], width: int, steps: int, rounds: int = 0) -> tuple[list[InversionResult], float]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from v2t_jax.decode.state import PAD, truncate_after_eos
+from v2t_jax.decode.state import EOS, PAD, truncate_after_eos
 from v2t_jax.errors import InputError, check_whole
 from v2t_jax.parallel.processes import fetch
 
@@ -35,6 +35,7 @@ TOLERANCE = 1e-5
 
 Mode = Literal["best", "upstream"]
 Search = Literal["corrector", "edits", "both"]  # both: rounds of edits behind the corrector's steps
+STEPS: dict[Search, int] = {"corrector": 8, "edits": 0, "both": 2}  # by default; edits go on faster than more steps
 Params = Any  # any pytree of arrays
 
 
@@ -143,6 +144,7 @@ class CorrectionLoop:
         *,
         edit: Edit | None = None,  # for rounds of edits, which follow the steps and expand one hypothesis each
         edit_calls: int = 0,  # of the embedder in a round: its candidates, and what `edit` itself asks
+        edit_rows: int | None = None,  # edited at a time, if they divide a batch; None: all
         similarity: Callable[[Array, Array], Array] = cosine_similarity,  # of embeddings and targets [..., E]
         solved: Callable[[Array], Array] = is_solved,  # similarity [B] -> whether a row is finished; in mode "best"
         # similarity [B, P] -> indices, best first, in mode "upstream" before its last step; None: ties in place
@@ -152,7 +154,7 @@ class CorrectionLoop:
         self.settings = settings
         self._hypothesize, self._proposers, self._embed = hypothesize, tuple(proposers), embed
         self._similarity, self._solved, self._rank, self._check = similarity, solved, rank, check
-        self._edit, self.edit_calls = edit, edit_calls
+        self._edit, self.edit_calls, self.edit_rows = edit, edit_calls, edit_rows
         self.run = jax.jit(self._run, static_argnames="room")
         self.start = jax.jit(self._start, static_argnames="room")
         self.advance = jax.jit(self._advance, donate_argnames="state")
@@ -282,7 +284,15 @@ class CorrectionLoop:
         pool = beam.pool._replace(expanded=beam.pool.expanded & ~first)
         done = jnp.where(first, self._solved(pool.similarity[:, 0]), beam.done)
         beam = beam._replace(pool=pool, done=done, stale=jnp.where(first, 0, beam.stale))
-        return self._expanded(params, e, beam, step, 1, self._edits, self.edit_calls)
+
+        def edited(e: Array, beam: Beam) -> Beam:
+            return self._expanded(params, e, beam, step, 1, self._edits, self.edit_calls)
+
+        # Part by part, so that those whose rows are all done cost nothing. On a mesh, a part has rows of every device.
+        rows = len(e) if self.edit_rows is None or len(e) % self.edit_rows else self.edit_rows
+        split = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), (e, beam))
+        parts = lax.map(lambda part: lax.cond(jnp.all(part[1].done), lambda e, beam: beam, edited, *part), split)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
     def _expanded(
         self,
@@ -325,7 +335,8 @@ class CorrectionLoop:
         childless = (expanded | (similarity == -jnp.inf))[:, None]
         assert self._edit is not None
         given = Hypotheses(e, ids, embedding, similarity)
-        return self._edit(params, given, lambda candidates: self._pool(params, e, candidates, childless))
+        embed = self._embed if self.edit_rows is None else self.trimmed
+        return self._edit(params, given, lambda candidates: self._pool(params, e, candidates, childless, embed))
 
     def _children(self, params: Params, e: Array, parents: Pool) -> Pool:
         """The candidates of every proposer for parents [B, W]."""
@@ -338,10 +349,17 @@ class CorrectionLoop:
         childless = parents.expanded | (parents.similarity == -jnp.inf)  # fillers repeat the first
         return self._pool(params, e, ids, absent=jnp.repeat(childless, each, axis=1))
 
-    def _pool(self, params: Params, e: Array, ids: Array, absent: Array | bool = False) -> Pool:
+    def trimmed(self, params: Params, ids: Array) -> Array:
+        """Embeddings of edited texts. The longest of them decides how many tokens the embedder is given of each."""
+        lengths = [-(-ids.shape[1] * quarters // 4) for quarters in (2, 3, 4)]
+        long = [jnp.any(ids[:, n:] > EOS) for n in lengths[:-1]]
+        embeds = [lambda params, ids, n=n: self._embed(params, ids[:, :n]) for n in lengths]
+        return lax.switch(sum(long), embeds, params, ids)
+
+    def _pool(self, params: Params, e: Array, ids: Array, absent: Any = False, embed: Embed | None = None) -> Pool:
         """Hypotheses ids [B, P, L], embedded and compared with e; those `absent` [B, P] only fill the shape."""
         batch, size, length = ids.shape
-        embedding = self._embed(params, ids.reshape(batch * size, length))
+        embedding = (embed or self._embed)(params, ids.reshape(batch * size, length))
         embedding = embedding.astype(jnp.float32).reshape(batch, size, -1)
         similarity = self._similarity(embedding, e[:, None, :])
         similarity = jnp.where(absent | jnp.isnan(similarity), -jnp.inf, similarity)

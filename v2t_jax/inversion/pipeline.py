@@ -47,6 +47,7 @@ from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
 
 FORMAT_VERSION = 1
+EDITED_AT_ONCE = 1024  # texts that an accelerator's device embeds; a CPU embeds few as fast
 QUANTIZED_SIZE = 4096  # numbers of a parameter from which on it is quantized
 PACKAGED = Path(__file__).parent.parent / "assets" / "models"
 TOKENIZER = "tokenizer.json"
@@ -146,12 +147,14 @@ class InversionPipeline:
     def _edits(self, mode: Mode) -> dict[str, Any]:
         if mode == "upstream":
             raise InputError('Mode "upstream" knows no edits; use search="corrector".')
-        counts, gain, cost = BLACK_BOX, None, 0
+        counts, gain, calls, rows = BLACK_BOX, None, sum(BLACK_BOX), None  # what is asked of the host is asked at once
         if isinstance(self.embedder, JaxEmbedder) and self.shares_vocabulary:
             counts, gain = EditCounts(), embedder_gain(self.embedder.config, self.embedder.token_map())
-            cost = GRADIENT_CALLS
+            calls = sum(counts) + GRADIENT_CALLS
+            devices = jax.local_device_count() if self.mesh is None else self.mesh.size
+            rows = devices * (1 if jax.default_backend() == "cpu" else max(1, EDITED_AT_ONCE // calls))
         edit = guided_edits(self.config, jnp.asarray(self.vocabulary.writable), counts, gain)
-        return {"edit": edit, "edit_calls": sum(counts) + cost}
+        return {"edit": edit, "edit_calls": calls, "edit_rows": rows}
 
     def save(self, folder: Path, record: dict[str, Any], quantize: bool = False, card: str = "") -> None:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json."""
