@@ -1,12 +1,13 @@
-"""The packaged model: inverter and corrector for all-MiniLM-L6-v2, texts of up to 16 word-pieces, trained on WordNet.
+"""The packaged model: inverter, corrector and ranker for all-MiniLM-L6-v2, texts of up to 16 word-pieces.
 
-    v2t data corpus runs/gcide.txt.gz --sources gcide
+    v2t data corpus runs/wide.txt.gz
     v2t train configs/minilm_wordnet.py --workdir runs/minilm_wordnet
 
-A part of GCIDE (Webster 1913, GPL-2+) joins each epoch, for variety: the inverter sees every WordNet line about three
-times. (The packaged weights were trained on GCIDE as an earlier version split it into sentences.)
+WordNet's glosses, and for variety 562,000 sentences of other kinds, from the packages that `v2t data corpus` lists.
+Not yet run in one go: the packaged weights come from several runs, each of which went on from the last. For what they
+were, their hardware, times and scores see the model card (v2t_jax/assets/models/minilm-wordnet).
 
-Hardware, time and scores: see the README's table and the model card in v2t_jax/assets/models/minilm-wordnet.
+On a CPU without bfloat16 units add `--model.t5.dtype float32 --embedder-dtype float32`.
 """
 
 from v2t_jax.config import (
@@ -46,14 +47,16 @@ def get_config() -> Config:
             bag_of_words=True,
         ),
         initial_embedding="embedder",
+        stages=("inverter", "corrector", "ranker"),
         corrector_from_inverter=True,
+        shared_table=True,
         partial_hypotheses=True,
+        edited_hypotheses=True,
         data=DataConfig(
-            sources=("wordnet", "runs/gcide.txt.gz"),
-            weights=(1.0, 0.15),
-            vocabulary_size=19_200,  # the largest round number at which the model stays below 40 MB
-            span_share=0.2,
-            bucket_lengths=(6, 9, 11, 13, 15, 17),
+            sources=("wordnet", "runs/wide.txt.gz"),
+            weights=(1.0, 0.25),
+            span_share=0.1,
+            bucket_lengths=(10, 17),
         ),
         inverter=StageConfig(
             num_steps=7500,
@@ -61,9 +64,14 @@ def get_config() -> Config:
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=200, b2=0.98),
         ),
         corrector=StageConfig(
-            num_steps=2700,
+            num_steps=4000,
             batch_size=64,
             optimizer=OptimizerConfig(learning_rate=7e-4, schedule="cosine", warmup_steps=200, b2=0.98),
+        ),
+        ranker=StageConfig(
+            num_steps=5000,
+            batch_size=64,
+            optimizer=OptimizerConfig(learning_rate=6e-4, schedule="linear", warmup_steps=200, b2=0.98),
         ),
         evaluation=EvalConfig(every_steps=1500, num_examples=100),
         checkpoint=CheckpointConfig(every_steps=250),
