@@ -15,7 +15,7 @@ from v2t_jax.data.split import read_texts
 from v2t_jax.errors import InputError, check_whole
 from v2t_jax.eval.metrics import score, text_scores
 from v2t_jax.inversion.api import BATCH_SIZE, BUDGET, MOST_CALLS, InversionResult, invert_on_all_hosts, invert_strings
-from v2t_jax.inversion.correction import MOST_STEPS, STEPS, TRACE_STEPS, CorrectionSettings, Search
+from v2t_jax.inversion.correction import MOST_STEPS, TRACE_STEPS, CorrectionSettings, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
 
 
@@ -80,7 +80,7 @@ def evaluate(
         raise InputError("There are no texts to evaluate on; use a split that has some.")
     search = search or inverter.default_search()
     if num_steps is None or search == "edits":
-        num_steps = (0, STEPS[search]) if inverter.has_corrector else (0,)
+        num_steps = (0, inverter.default_steps(search))
     check_grid(num_steps, sequence_beam_width, budget)
     rows: list[dict[str, Any]] = []
     most, first = max(num_steps), texts[: BATCH_SIZE * jax.device_count()]

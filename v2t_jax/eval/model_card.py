@@ -34,7 +34,7 @@ class Card:
     plot: str  # where the plot of the scores goes, PNG
     trace: str  # where a picture of the longest text that correction recovered exactly goes, SVG
     limit: int = 200  # held-out texts to evaluate on
-    num_steps: tuple[int, ...] = (0, 2)
+    num_steps: tuple[int, ...] | None = None  # correction steps; by default 0, and as many as v2t invert takes
     sequence_beam_width: tuple[int, ...] = (4,)
     budget: tuple[int, ...] = (300, 600, 1000)  # embedder calls a text, if it is searched by edits
 

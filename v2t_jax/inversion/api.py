@@ -20,7 +20,7 @@ from v2t_jax.config import MeshConfig
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts, named_or_embedder
 from v2t_jax.errors import InputError, check_texts, check_whole
 from v2t_jax.inversion.confidence import probability
-from v2t_jax.inversion.correction import MOST_STEPS, STEPS, Correction, Mode, Search
+from v2t_jax.inversion.correction import MOST_STEPS, Correction, Mode, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors
 from v2t_jax.parallel import processes
@@ -83,8 +83,7 @@ def invert_embeddings(
     Args:
         vectors: [n, E], or [E] for one. Where the embedder's own vectors have length 1, these are brought to it, so
             that rounded or rescaled ones do no harm.
-        num_steps: N, correction steps; 0 gives the nearest of the inverter's guesses (of one, for W = 1). By default 8,
-            or 2 where edits follow.
+        num_steps: N, correction steps, by default 8, or 2 before edits; 0 gives the nearest of the W^2 first guesses.
         sequence_beam_width: W, hypotheses kept between steps.
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
         patience: stop a vector after this many steps without improvement; 0 = never.
@@ -103,7 +102,7 @@ def invert_embeddings(
     if search not in get_args(Search):
         raise InputError(f"search is {search!r}; choose {', '.join(get_args(Search))}.")
     if num_steps is None or search == "edits":
-        num_steps = STEPS[search] if inverter.has_corrector else 0
+        num_steps = inverter.default_steps(search)
     check_whole("num_steps", num_steps, 0, MOST_STEPS)
     check_whole("budget", budget, 1, MOST_CALLS)
     if num_steps and not inverter.has_corrector:
@@ -130,8 +129,7 @@ def invert_batches(
     loop = inverter.correction_loop(sequence_beam_width, mode, patience, search)
     rounds = loop.rounds_within(budget, num_steps)
     work = f"{num_steps} steps, beam {sequence_beam_width}" + (f", {rounds} rounds of edits" if rounds else "")
-    # A step makes W candidates of each of W hypotheses, and a round its edits of one, if not of a part of them only:
-    # then fewer vectors fit at a time.
+    # With wide beams, and with edits that aren't made in parts, fewer vectors fit at a time.
     rows_each = max(sequence_beam_width**2, loop.edit_calls if loop.edit_rows is None else 1)
     most = batch_size or min(BATCH_SIZE, MOST_ROWS // rows_each)
     size, weights, place = _placement(inverter, len(e), most)

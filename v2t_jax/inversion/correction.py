@@ -188,8 +188,7 @@ class CorrectionLoop:
                 if now == total:
                     break
                 before, state = now, self.advance(params, e, state, now + 1, steps, np.int32(total))
-        ended = state.beam.step, state.step, state.beam.pool.similarity, *state[2:]
-        found, now, last, *traces = fetch(ended)
+        found, now, last, *traces = fetch((state.beam.step, state.step, state.beam.pool.similarity, *state[2:]))
         self._check()
         shown = np.minimum(np.arange(total + 1), now)
         ids, similarity, calls = (trace[:, shown] for trace in traces)
@@ -352,11 +351,12 @@ class CorrectionLoop:
     def trimmed(self, params: Params, ids: Array) -> Array:
         """Embeddings of edited texts. The longest of them decides how many tokens the embedder is given of each."""
         lengths = [-(-ids.shape[1] * quarters // 4) for quarters in (2, 3, 4)]
-        long = [jnp.any(ids[:, n:] > EOS) for n in lengths[:-1]]
         embeds = [lambda params, ids, n=n: self._embed(params, ids[:, :n]) for n in lengths]
-        return lax.switch(sum(long), embeds, params, ids)
+        return lax.switch(sum(jnp.any(ids[:, n:] > EOS) for n in lengths[:-1]), embeds, params, ids)
 
-    def _pool(self, params: Params, e: Array, ids: Array, absent: Any = False, embed: Embed | None = None) -> Pool:
+    def _pool(
+        self, params: Params, e: Array, ids: Array, absent: Array | bool = False, embed: Embed | None = None
+    ) -> Pool:
         """Hypotheses ids [B, P, L], embedded and compared with e; those `absent` [B, P] only fill the shape."""
         batch, size, length = ids.shape
         embedding = (embed or self._embed)(params, ids.reshape(batch * size, length))

@@ -35,7 +35,7 @@ from v2t_jax.errors import InputError
 from v2t_jax.interop.files import open_weights, read_json, sha256_of, whole_folder
 from v2t_jax.interop.hub import download, is_hub_name
 from v2t_jax.inversion.confidence import Weights
-from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Mode, Search
+from v2t_jax.inversion.correction import STEPS, CorrectionLoop, CorrectionSettings, Mode, Search
 from v2t_jax.inversion.edits import BLACK_BOX, GRADIENT_CALLS, EditCounts, embedder_gain, guided_edits
 from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
@@ -127,6 +127,10 @@ class InversionPipeline:
         edits = "ranker" in self.params and isinstance(self.embedder, JaxEmbedder) and mode == "best"
         return "both" if edits else "corrector"
 
+    def default_steps(self, search: Search) -> int:
+        """Of correction, in this search."""
+        return STEPS[search] if self.has_corrector else 0
+
     def correction_loop(
         self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0, search: Search = "corrector"
     ) -> CorrectionLoop:
@@ -152,7 +156,7 @@ class InversionPipeline:
             counts, gain = EditCounts(), embedder_gain(self.embedder.config, self.embedder.token_map())
             calls = sum(counts) + GRADIENT_CALLS
             devices = jax.local_device_count() if self.mesh is None else self.mesh.size
-            rows = devices * (1 if jax.default_backend() == "cpu" else max(1, EDITED_AT_ONCE // calls))
+            rows = devices * (1 if jax.default_backend() == "cpu" else EDITED_AT_ONCE // calls)
         edit = guided_edits(self.config, jnp.asarray(self.vocabulary.writable), counts, gain)
         return {"edit": edit, "edit_calls": calls, "edit_rows": rows}
 
@@ -340,9 +344,7 @@ def check_length(max_length: int, embedder: JaxEmbedder) -> None:
 
 
 def _flatten(params: Params, quantize: bool) -> dict[str, np.ndarray]:
-    """Nested parameters -> flat names. Quantized matrices are int8, one scale per output column (rows of tables), and
-    long vectors float16.
-    """
+    """Parameters -> flat names. Quantized: matrices int8, a scale per column (tables: row), long vectors float16."""
     flat: dict[str, np.ndarray] = {}
     for name, leaf in flatten_dict(params, sep="/").items():
         array = np.asarray(leaf, np.float32)
