@@ -142,7 +142,14 @@ def test_embed_as_vector_stores_keep_them(run: Run, models: Path, tmp_path: Path
     np.testing.assert_array_equal(bits, part > 0)
     with pytest.raises(InputError, match="precision is 'ubinary'; choose float32, int8, binary"):
         inspect.unwrap(quantize)(whole, "ubinary")  # without the types that tests check
-    assert np.abs(made("--prefix", "the cat ") - whole).max() > 1e-3
+    prefixed = made("--prefix", "the cat ")
+    assert np.abs(prefixed - whole).max() > 1e-3
+    shutil.copytree(models / "embedder", tmp_path / "prompted")
+    prompts = {"prompts": {"query": "the cat ", "document": ""}}
+    (tmp_path / "prompted" / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    arguments = (*arguments[:2], "T/prompted", *arguments[3:])
+    np.testing.assert_array_equal(made("--prompt", "query"), prefixed)
+    np.testing.assert_array_equal(made("--prompt", "document"), whole)
     (tmp_path / "few.txt").write_text("a dog\nthe cat\n")
     few = ("embed", "--embedder", "M/embedder", "--input", "T/few.txt", "--output", "T/few.npy", "--precision", "int8")
     assert "which 2 texts hardly show" in run(*few)[2]
@@ -288,6 +295,19 @@ MISTAKES = [
         "o.npy.part: No such file",
     ),
     (("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--embedder", "nonsense"), "no embedder 'nonsense'"),
+    (
+        ("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--embedder", "M/embedder", "--prompt", "query"),
+        "has no prompt 'query'; it has none",
+    ),
+    (
+        ("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--prompt", "query", "--prefix", "a "),
+        "Both a prompt's name and a prefix were given",
+    ),
+    (
+        ("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--embedder", "http://h/v1", "--prompt", "query")
+        + ("--api.model", "m"),
+        "--prompt are for embedders that run here",
+    ),
     (("embed", "--input", "M/texts.txt", "--output", "T/o.npy", "--embedder", "T/folder"), "holds no weights"),
     (("embed", "--input", "M/texts.txt"), "--output"),
     (

@@ -11,13 +11,15 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import processors
 
+from tests.helpers.equivalence import encode
 from tests.helpers.plain_folder import plain
-from tests.helpers.tiny_run import PIECES, make_embedder, make_texts, make_tokenizer
+from tests.helpers.tiny_run import PIECES, make_embedder, make_static_embedder, make_texts, make_tokenizer
 from v2t_jax.data.vocabulary import Vocabulary
+from v2t_jax.embedders.base import check_identity
 from v2t_jax.embedders.load import KNOWN, load_embedder, load_tokenizer, locate
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import check_length
-from v2t_jax.models.embedder import TokenMap, embed_model_ids
+from v2t_jax.models.embedder import TokenMap, embed_model_ids, token_gradient
 
 TYPE = "sentence_transformers.models."
 
@@ -51,13 +53,46 @@ def test_a_default_prompt_stands_before_every_text(folder):
     np.testing.assert_allclose(prompted.embed(["a bird"]), plain.embed(["the cat sees a bird"]), atol=1e-6)
     assert prompted.token_map().before[1:] == tuple(prompted.tokenizer.encode("the cat sees").ids[1:-1])
     assert load_embedder(f"mean@{folder}").config.prefix == "", "an encoder alone has no prompts"
-    change(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=None)
-    np.testing.assert_array_equal(load_embedder(str(folder)).embed(["a bird"]), plain.embed(["a bird"]))
+
+
+def test_the_prompt_for_documents_stands_before_every_text_where_none_is_the_default(folder):
+    file = folder / "config_sentence_transformers.json"
+    for prompts, expected in (
+        ({"query": "the cat ", "document": "a dog ", "passage": "a bird "}, "a dog "),
+        ({"corpus": "one ", "passage": "a bird "}, "a bird "),
+        ({"query": "the cat ", "document": None}, ""),
+        ({"query": "the cat "}, ""),
+        ({}, ""),
+    ):
+        change(file, prompts=prompts, default_prompt_name=None)
+        assert load_embedder(str(folder)).config.prefix == expected, prompts
+
+
+def test_a_prompt_by_its_name(folder):
+    change(folder / "config_sentence_transformers.json", prompts={"query": "the cat ", "document": "a dog ", "sts": ""})
+    for name, expected in (("query", "the cat "), ("document", "a dog "), ("sts", ""), (None, "a dog ")):
+        assert load_embedder(str(folder), prompt=name).config.prefix == expected
+    assert load_embedder(str(folder), prefix="").config.prefix == ""
+    with pytest.raises(
+        InputError, match="has no prompt 'qeury'; it has query, document, sts, and any text can be given"
+    ):
+        load_embedder(str(folder), prompt="qeury")
+    with pytest.raises(InputError, match="has no prompt 'query'; it has none"):
+        load_embedder(f"mean@{folder}", prompt="query")
+    with pytest.raises(InputError, match="Both a prompt's name and a prefix were given"):
+        load_embedder(str(folder), prompt="query", prefix="a ")
+    e5 = f"e5-base-v2@{folder}"
+    prefixes = [load_embedder(e5, prompt=prompt).config.prefix for prompt in ("query", "document", "sts")]
+    assert prefixes == ["query: ", "passage: ", ""], "the table's come first"
+
+
+def without_normalization(folder):
+    modules = json.loads((folder / "modules.json").read_text())[:2]
+    (folder / "modules.json").write_text(json.dumps(modules))
 
 
 def test_a_dense_layer(folder):
-    modules = json.loads((folder / "modules.json").read_text())[:2]
-    (folder / "modules.json").write_text(json.dumps(modules))
+    without_normalization(folder)
     pooled = load_embedder(str(folder)).embed(["a bird sees the cat"])
     add_dense(folder)
     dense = load_embedder(str(folder))
@@ -66,6 +101,132 @@ def test_a_dense_layer(folder):
     change(folder / "2_Dense" / "config.json", activation_function="torch.nn.modules.activation.Tanh")
     tanh = load_embedder(str(folder)).embed(["a bird sees the cat"])
     np.testing.assert_allclose(tanh, np.tanh(2 * pooled[:, :8]), atol=1e-5)
+    change(folder / "2_Dense" / "config.json", activation_function="torch.nn.modules.activation.SiLU")
+    silu = load_embedder(str(folder)).embed(["a bird sees the cat"])
+    np.testing.assert_allclose(silu, 2 * pooled[:, :8] / (1 + np.exp(-2 * pooled[:, :8])), atol=1e-5)
+
+
+def add_module(folder, kind, tensors=None, **settings):
+    modules = json.loads((folder / "modules.json").read_text())
+    path = folder / f"{len(modules)}_{kind}"
+    modules.append({"idx": len(modules), "name": "", "path": path.name, "type": f"{TYPE}{kind}"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    path.mkdir(exist_ok=True)
+    change(path / "config.json", **settings)
+    if tensors:
+        save_file(tensors, path / "model.safetensors")
+
+
+def test_modules_behind_the_pooling_in_their_order(folder):
+    without_normalization(folder)
+    text = ["a bird sees the cat"]
+    x = load_embedder(str(folder)).embed(text)
+    add_module(folder, "Normalize")
+    add_module(folder, "Dropout", dropout=0.5)
+    scale, bias = np.linspace(1, 2, 16, dtype=np.float32), np.linspace(-1, 0, 16, dtype=np.float32)
+    add_module(folder, "LayerNorm", {"norm.weight": scale, "norm.bias": bias}, dimension=16)
+    embedder = load_embedder(str(folder))
+    x /= np.linalg.norm(x)
+    x = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * scale + bias
+    np.testing.assert_allclose(embedder.embed(text), x, atol=1e-5)
+    assert (embedder.normalized, embedder.identity.dense) == (False, ("normalize", "layer_norm"))
+    before = embedder.weights_sha256
+    add_module(folder, "Normalize")
+    embedder = load_embedder(str(folder))
+    np.testing.assert_allclose(embedder.embed(text), x / np.linalg.norm(x), atol=1e-6)
+    assert embedder.normalized and embedder.identity.to_dict()["dense"] == ["normalize", "layer_norm"]
+    save_file({"norm.weight": 2 * scale, "norm.bias": bias}, folder / "4_LayerNorm" / "model.safetensors")
+    assert load_embedder(str(folder)).weights_sha256 != before, "they are weights of the embedder too"
+    save_file({"norm.weight": scale[:9], "norm.bias": bias[:9]}, folder / "4_LayerNorm" / "model.safetensors")
+    with pytest.raises(InputError, match="layer 2 behind the pooling, 'layer_norm', takes vectors of 9, but it is giv"):
+        load_embedder(str(folder))
+
+
+def test_several_poolings_are_concatenated(folder):
+    without_normalization(folder)
+    texts, file = ["a bird", "the old river sees one cat"], folder / "1_Pooling" / "config.json"
+    embedder = load_embedder(str(folder))
+    ids, mask = embedder.tokenize(texts)
+    hidden = np.asarray(encode(embedder.config.encoder, embedder.params["encoder"], ids, mask))
+    kept = [row[: int(length)] for row, length in zip(hidden, mask.sum(axis=1), strict=True)]
+    mean = np.stack([row.mean(axis=0) for row in kept])
+    by_place = np.stack([np.average(row, axis=0, weights=np.arange(1, 1 + len(row))) for row in kept])
+    by_sqrt = np.stack([row.sum(axis=0) / len(row) ** 0.5 for row in kept])
+    change(file, pooling_mode=["weightedmean", "mean"])
+    embedder = load_embedder(str(folder))
+    np.testing.assert_allclose(embedder.embed(texts), np.concatenate([by_place, mean], axis=1), atol=1e-5)
+    assert embedder.width == 32 and embedder.identity.to_dict()["pooling"] == ["weightedmean", "mean"]
+    check_identity(json.loads(json.dumps(embedder.identity.to_dict())), embedder.identity, "The model")
+    file.unlink()  # older files name each; their order is always the same
+    change(file, pooling_mode_mean_sqrt_len_tokens=True, pooling_mode_max_tokens=True, pooling_mode_lasttoken=False)
+    expected = np.concatenate([np.stack([row.max(axis=0) for row in kept]), by_sqrt], axis=1)
+    np.testing.assert_allclose(load_embedder(str(folder)).embed(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(load_embedder(f"weightedmean@{folder}").embed(texts), by_place, atol=1e-5)
+
+
+def test_static_embeddings(tmp_path):
+    table = make_static_embedder(tmp_path / "static", "Normalize")
+    embedder = load_embedder(str(tmp_path / "static"))
+    texts = ["a dog", " ".join(make_texts(60)), "zebra"]
+    rows = [[PIECES.index(piece) for piece in text.split() if piece in PIECES] for text in texts[:2]]
+    x = np.stack([table[row].mean(axis=0) for row in (*rows, [1])])  # without [CLS] and [SEP]; zebra is unknown
+    np.testing.assert_allclose(embedder.embed(texts), x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-6)
+    assert (embedder.width, embedder.normalized, embedder.config.state_width) == (16, True, 16)
+    assert load_tokenizer(str(tmp_path / "static")).encode("a dog").tokens == ["a", "dog"]
+    vocabulary = Vocabulary.full(embedder.tokenizer)
+    ids = np.zeros((3, 6), np.int32)
+    for row, pieces in zip(ids, vocabulary.encode(["a dog", "the cat sees a big dog", ""]), strict=True):
+        row[: len(pieces)], row[len(pieces) : len(pieces) + 1] = pieces, 1
+    assert embedder.token_map() == TokenMap((), None)
+    vocab_map = jnp.asarray(vocabulary.vocab_map)
+    made = embed_model_ids(embedder.config, embedder.token_map(), embedder.params, vocab_map, jnp.asarray(ids))
+    np.testing.assert_allclose(made[:2], embedder.embed(["a dog", "the cat sees a big dog"]), atol=1e-6)
+    np.testing.assert_array_equal(made[2], np.zeros(16), err_msg="no tokens, no direction")
+
+
+def test_what_a_token_of_a_static_embedding_changes(tmp_path):
+    """The mean of token vectors is linear in each: to first order is exactly."""
+    table = make_static_embedder(tmp_path / "static")
+    embedder = load_embedder(str(tmp_path / "static"))
+    vocabulary, target = Vocabulary.full(embedder.tokenizer), table[7]
+    (pieces,) = vocabulary.encode(["the cat sees a dog"])
+    ids = np.pad(pieces, (0, 3))[None]
+    made_of = embedder.config, embedder.token_map(), embedder.params, jnp.asarray(vocabulary.vocab_map)
+    gain, states = token_gradient(*made_of, jnp.asarray(ids), lambda e: jnp.sum(e * target[None], axis=1))
+    np.testing.assert_array_equal(states[0, :5], table[vocabulary.vocab_map[pieces]])
+    for place, piece in ((0, 30), (4, 12)):
+        changed = ids.copy()
+        changed[0, place] = piece
+        before, after = (np.asarray(embed_model_ids(*made_of, jnp.asarray(x))) for x in (ids, changed))
+        np.testing.assert_allclose(gain[0, place, piece], (after - before) @ target, rtol=1e-4)
+
+
+def test_a_static_table_that_cannot_be_read(tmp_path):
+    make_static_embedder(tmp_path / "static", "Pooling")
+    with pytest.raises(
+        InputError, match="holds StaticEmbedding, Pooling; supported are Transformer and Pooling, or St"
+    ):
+        load_embedder(str(tmp_path / "static"))
+    file = tmp_path / "static" / "0_StaticEmbedding" / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, "mapping": np.zeros(9, np.int64)}, file)  # model2vec's, which sentence-transformers ignores
+    with pytest.raises(InputError, match="static weights hold the unknown key 'mapping'"):
+        load_embedder(f"mean@{tmp_path / 'static'}")
+    save_file({"table": state["embedding.weight"]}, file)
+    with pytest.raises(InputError, match="static weights lack 'embedding.weight'"):
+        load_embedder(f"mean@{tmp_path / 'static'}")
+
+
+def test_dimensions_that_the_folder_itself_truncates(folder):
+    """sentence-transformers cuts behind its modules, so that what is left isn't normalized again."""
+    texts = ["a bird", "the old river sees one cat"]
+    whole = load_embedder(str(folder)).embed(texts)
+    change(folder / "config_sentence_transformers.json", truncate_dim=6)
+    part = load_embedder(str(folder))
+    np.testing.assert_allclose(part.embed(texts), whole[:, :6], atol=1e-6)
+    assert (part.width, part.normalized, part.identity.dense) == (6, False, ("normalize",))
+    change(folder / "config_sentence_transformers.json", truncate_dim=99)
+    assert load_embedder(str(folder)).identity.dense == ()
 
 
 def as_sentence_transformers_6(folder, **settings):
@@ -248,15 +409,21 @@ def test_the_end_token_that_only_the_settings_ask_for(tmp_path):
     bare = make_tokenizer()
     bare.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
     bare.save(str(llama / "tokenizer.json"))
-    with pytest.raises(InputError, match="doesn't end a text with one token"):
-        load_embedder(f"last@{llama}").token_map()
+    assert load_embedder(f"last@{llama}").token_map() == TokenMap((2,), None)
     ends = {"bos_token": "[CLS]", "eos_token": {"content": "[SEP]"}, "add_bos_token": True, "add_eos_token": True}
     change(llama / "tokenizer_config.json", **ends)
     embedder = load_embedder(f"last@{llama}")
     assert embedder.tokenize(["a"])[0][0, :4].tolist() == [2, 4, 3, 0]
     assert embedder.token_map() == TokenMap((2,), 3)
+    bare.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP] [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    bare.save(str(llama / "tokenizer.json"))
+    change(llama / "tokenizer_config.json", add_eos_token=False)
+    with pytest.raises(InputError, match="ends a text with several tokens of its own"):
+        load_embedder(f"last@{llama}").token_map()
     for missing in (None, "</s>"):
-        change(llama / "tokenizer_config.json", eos_token=missing)
+        change(llama / "tokenizer_config.json", eos_token=missing, add_eos_token=True)
         with pytest.raises(InputError, match=f"asks for the end token {missing!r}, which the tokenizer lacks"):
             load_embedder(f"last@{llama}")
 
@@ -276,7 +443,7 @@ def no_pooling(folder):
 
 
 def two_poolings(folder):
-    change(folder / "1_Pooling" / "config.json", pooling_mode=["mean", "max"])
+    change(folder / "1_Pooling" / "config.json", pooling_mode=["mean", "splade"])
 
 
 def another_order(folder):
@@ -324,8 +491,12 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: add_dense(folder, "torch.nn.modules.activation.ReLU"), "the activation 'relu'"),
-        (lambda folder: narrow_dense(add_dense(folder)), "dense layer 1 takes vectors of 15, but it is given 16"),
+        (lambda folder: add_dense(folder, "torch.nn.modules.activation.PReLU"), "the activation 'prelu'; sup"),
+        (lambda folder: add_dense(folder, "mine.Tanh"), "the activation 'mine.Tanh'; supported are identity, tanh, "),
+        (
+            lambda folder: narrow_dense(add_dense(folder)),
+            "layer 1 behind the pooling, 'identity', takes vectors of 15, but it is given 16",
+        ),
         (change_dense(use_residual=True), "use_residual"),
         (change_dense(module_input_name="token_embeddings"), "module_input_name 'token_embeddings'"),
         (config(hidden_act="relu"), "hidden_act = 'relu'; only 'gelu' is supported"),
@@ -351,8 +522,8 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
         (config(max_position_embeddings=2 * 10**9), "has shape .*; its config implies"),
         (pickled, r"pytorch_model.bin is damaged, or older than torch 1.6|more than weights"),
         (another_order, "holds Normalize, Pooling, Transformer; supported are"),
-        (no_pooling, "give exactly one supported mode: mean, cls, max, lasttoken"),
-        (two_poolings, "give exactly one supported mode: mean, cls, max, lasttoken"),
+        (no_pooling, r"asks for pooling \[\]; supported are cls, max, mean, mean_sqrt_len_tokens, weightedmean, last"),
+        (two_poolings, r"asks for pooling \['mean', 'splade'\]; supported are cls, max, mean, "),
         (prompt_left_out, "include_prompt"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "weights lack 'encoder.layer"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),

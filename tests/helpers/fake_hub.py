@@ -10,11 +10,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+def commit(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves `repositories`, name -> file -> content, and takes new ones from whoever shows `TOKEN`."""
+    """Serves `repositories`, name -> file -> content, and takes new ones from whoever shows `TOKEN`.
+
+    Another revision than the main branch is the repository `name@revision`.
+    """
 
     TOKEN = "hf_for_tests"
 
@@ -62,36 +67,38 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_json(self, value: Any) -> None:
         self.answer(200, json.dumps(value).encode())
 
-    def files(self, name: str) -> dict[str, bytes] | None:
-        """A repository's files; None when the refusal has been sent."""
+    def files(self, name: str, revision: str) -> dict[str, bytes] | None:
+        """A repository's files, by a revision's name or commit; None when the refusal has been sent."""
+        revisions = [key.partition("@")[2] or "main" for key in self.server.repositories if key.split("@")[0] == name]
+        found = next((one for one in revisions if revision in (one, commit(one))), None)
         if name in self.server.gated:
             self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif name not in self.server.repositories:
-            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif found is None:
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound" if revisions else "RepoNotFound"})
         else:
-            return self.server.repositories[name]
+            return self.server.repositories[name if found == "main" else f"{name}@{found}"]
         return None
 
     def do_GET(self) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/main", self.path.partition("?")[0]):
-            files = self.files(match[1])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([\w.-]+)", self.path.partition("?")[0]):
+            files = self.files(match[1], match[2])
             if files is not None:
                 siblings = [{"rfilename": file} for file in files]
-                self.answer_json({"id": match[1], "modelId": match[1], "sha": REVISION, "siblings": siblings})
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", self.path.partition("?")[0]):
-            files = self.files(match[1])
+                self.answer_json({"id": match[1], "modelId": match[1], "sha": commit(match[2]), "siblings": siblings})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(\w+)", self.path.partition("?")[0]):
+            files = self.files(match[1], match[2])
             if files is not None:
                 entries = [
                     {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                     for file, content in files.items()
                 ]
                 self.answer_json(entries)
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", self.path):
-            files = self.files(match[1])
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", self.path):
+            files = self.files(match[1], match[2])
             if files is not None:
-                content = files[match[2]]
-                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
+                content = files[match[3]]
+                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": match[2]}
                 self.answer(200, content, headers)
         else:
             self.answer(404)
@@ -120,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.server.repositories[match[1]][line["value"]["path"]] = content
-            url = f"{self.server.url}/{match[1]}/commit/{REVISION}"
-            self.answer_json({"commitUrl": url, "commitOid": REVISION, "hookOutput": ""})
+            url = f"{self.server.url}/{match[1]}/commit/{commit('main')}"
+            self.answer_json({"commitUrl": url, "commitOid": commit("main"), "hookOutput": ""})
         else:
             self.answer(404)

@@ -102,6 +102,18 @@ def make_embedder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def make_static_embedder(folder: Path, *kinds: str) -> np.ndarray:
+    """Writes a random StaticEmbedding of sentence-transformers, with modules of these kinds behind it; its table."""
+    (folder / "0_StaticEmbedding").mkdir(parents=True)
+    table = np.random.default_rng(0).normal(size=(len(PIECES), 16)).astype(np.float32)
+    save_file({"embedding.weight": table}, folder / "0_StaticEmbedding" / "model.safetensors")
+    make_tokenizer().save(str(folder / "0_StaticEmbedding" / "tokenizer.json"))
+    names = ["StaticEmbedding", *kinds]
+    modules = [{"path": f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(names)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return table
+
+
 def make_texts(count: int, seed: int = 0) -> list[str]:
     """Distinct texts of three to six of the tokenizer's words."""
     rng = np.random.default_rng(seed)

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.helpers.fake_hub import FakeHub, running_hub
+from tests.helpers.fake_hub import FakeHub, commit, running_hub
 from tests.helpers.tiny_model import make_model
+from tests.helpers.tiny_run import make_embedder
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.interop.hub import is_hub_name, push
 
@@ -68,6 +71,34 @@ def test_there_and_back(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     # The hub is gone, the model is still here.
     offline = run("http://127.0.0.1:9", tmp_path, V2T, "invert", "--model", "me/tiny", *options, HF_HUB_OFFLINE="1")
     assert offline.stdout == local.stdout
+
+
+EMBEDDINGS = """
+import sys
+from v2t_jax.embedders.load import load_embedder
+from v2t_jax.errors import InputError
+for name in sys.argv[1:]:
+    try:
+        embedder = load_embedder(name)
+        print(embedder.name, embedder.width, embedder.embed(["a dog"])[0, 0])
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_an_embedder_of_a_revision(hub: FakeHub, tmp_path: Path) -> None:
+    first = {}
+    for i, revision in enumerate(("", "@v1.0")):
+        folder = make_embedder(tmp_path / f"embedder{i}", seed=i)
+        first[revision] = load_embedder(str(folder)).embed(["a dog"])[0, 0]
+        content = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        hub.repositories[f"me/emb{revision}"] = content
+    names = ["me/emb", "me/emb@v1.0", f"me/emb@{commit('v1.0')}", "me/emb@v1.0:8", "mean@me/emb@v1.0", "me/emb@v2"]
+    said = run(hub.url, tmp_path, EMBEDDINGS, *names).stdout.splitlines()
+    numbers = [float(line.split()[-1]) for line in said[:3]]
+    np.testing.assert_allclose(numbers, [first[""], first["@v1.0"], first["@v1.0"]], rtol=1e-5)
+    assert [line.split()[0] for line in said[:5]] == names[:5]
+    assert "The hub's me/emb@v2 has no such revision: give a branch, a tag or a whole commit." in said[-1]
 
 
 def test_what_the_hub_refuses(hub: FakeHub, folder: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 import v2t_jax as v2t
 from tests.helpers.tiny_model import MAX_LENGTH, make_model
-from tests.helpers.tiny_run import make_texts
+from tests.helpers.tiny_run import make_static_embedder, make_texts
 from v2t_jax.decode.state import EOS
+from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Hypotheses, Pool
@@ -330,6 +331,17 @@ def test_an_embedder_that_is_a_black_box(model: InversionPipeline, tmp_path: Pat
     found = v2t.invert_strings(box, TEXTS[:2], search="both", num_steps=1, budget=600, **OPTIONS)
     assert all(one.cosine > one.trace[1].cosine for one in found)
     assert max(asked) > 8
+
+
+def test_a_static_embedder_is_searched_as_others_are(tmp_path: Path) -> None:
+    """It puts no tokens around a text, and a text of none has the zero vector."""
+    make_static_embedder(tmp_path / "embedder", "Normalize")
+    model = v2t.load(str(make_model(tmp_path, stages=("inverter", "corrector", "ranker"))))
+    assert isinstance(model.embedder, JaxEmbedder) and model.embedder.token_map().after is None
+    found = v2t.invert_strings(model, TEXTS[:2], search="both", num_steps=1, budget=600, **OPTIONS)
+    assert all(one.cosine > one.trace[1].cosine for one in found)
+    again = np.sum(model.embedder.embed([one.text for one in found]) * model.embedder.embed(TEXTS[:2]), axis=1)
+    np.testing.assert_allclose([one.cosine for one in found], again, atol=1e-5)
 
 
 def test_what_searches_by_default(model: InversionPipeline, vectors: np.ndarray, tmp_path: Path) -> None:

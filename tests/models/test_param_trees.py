@@ -20,6 +20,7 @@ from v2t_jax.models.encoders import (
     LlamaConfig,
     ModernBertConfig,
     NomicBertConfig,
+    StaticConfig,
     TextEncoder,
     TextEncoderConfig,
 )
@@ -59,6 +60,7 @@ CASES: dict[str, Network] = {
     "qwen3": TextEncoder(dataclasses.replace(LLAMA, head_norms=True)),
     "gemma 3": TextEncoder(GEMMA),
     "clip text": TextEncoder(ClipTextConfig(10, 8, 2, 2, 12, 7)),
+    "static": TextEncoder(StaticConfig(10, 8)),
 }
 
 

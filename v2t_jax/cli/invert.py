@@ -87,6 +87,7 @@ class Embed:
     dimensions: int | None = None  # keep only the first (Matryoshka), normalized again if the embedder normalizes
     precision: Literal["float32", "int8", "binary"] = "float32"  # int8 by dimensions' ranges here, binary by sign
     prefix: str | None = None  # prepended to every line; by default the embedder's own prefix for documents
+    prompt: str | None = None  # the embedder's prompt of this name instead: query, document, or one that its folder has
     batch_size: int = 64  # texts per batch or request
     api: ApiConfig = ApiConfig()
 
@@ -97,13 +98,14 @@ class Embed:
         from v2t_jax.embedders.load import load_embedder
 
         embedder = open_embedder(self.embedder, self.api)
-        if not isinstance(embedder, str) and (self.dimensions is not None or self.prefix is not None):
+        options: dict[str, Any] = {"dimensions": self.dimensions, "prefix": self.prefix, "prompt": self.prompt}
+        if not isinstance(embedder, str) and any(value is not None for value in options.values()):
             advice = "pass --api.dimensions to an endpoint, and put prefixes into the file."
-            raise InputError(f"--dimensions and --prefix are for embedders that run here; {advice}")
+            raise InputError(f"--dimensions, --prefix and --prompt are for embedders that run here; {advice}")
         lines = read_lines(self.input)
         with replaced(self.output, self.input) as file:  # opened before hours of embedding
             if isinstance(embedder, str):
-                embedder = load_embedder(embedder, dimensions=self.dimensions, prefix=self.prefix)
+                embedder = load_embedder(embedder, **options)
                 prefixed = [embedder.config.prefix + line for line in lines]
                 if cut := sum(bool(row.overflowing) for row in embedder.tokenizer.encode_batch(prefixed)):
                     longest = embedder.config.max_length

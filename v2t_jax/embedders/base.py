@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from v2t_jax import progress
 from v2t_jax.config import Dtype
 from v2t_jax.errors import InputError, check_texts, check_whole
-from v2t_jax.models.embedder import Activation, EmbedderConfig, Pooling, TokenMap, embed
+from v2t_jax.models.embedder import EmbedderConfig, Layer, Pooling, TokenMap, embed
 from v2t_jax.models.layers import Params
 
 Precision = Literal["float32", "int8", "binary"]
@@ -50,8 +50,8 @@ class EmbedderIdentity:
 
     name: str  # where the embedder was found; it identifies the embedder only where the weights can't be seen
     weights_sha256: str = ""  # empty where the weights can't be seen
-    pooling: Pooling | None = None
-    dense: tuple[Activation, ...] | None = None
+    pooling: Pooling | tuple[Pooling, ...] | None = None
+    dense: tuple[Layer, ...] | None = None
     normalize: bool | None = None
     prefix: str | None = None
     width: int | None = None
@@ -187,12 +187,14 @@ class JaxEmbedder:
         return result
 
     def token_map(self) -> TokenMap:
-        """What surrounds a text, for `embed_model_ids`; the tokenizer must put exactly one token after it."""
+        """What surrounds a text, for `embed_model_ids`; the tokenizer must put at most one token after it."""
         # The space behind a prefix belongs to the text's first piece where it belongs to any.
         around = self.tokenizer.encode(self.config.prefix.rstrip()).ids
         behind = self.tokenizer.encode("a").special_tokens_mask[::-1]
+        if behind[:1] == [0]:
+            return TokenMap(tuple(around), None)
         if behind[:2] != [1, 0]:
-            wrong = f"The tokenizer of {self.name} doesn't end a text with one token of its own"
+            wrong = f"The tokenizer of {self.name} ends a text with several tokens of its own"
             raise InputError(f"{wrong}, so its pieces can't be a model's; give the model another tokenizer.")
         return TokenMap(tuple(around[:-1]), around[-1])
 

@@ -217,6 +217,11 @@ _CLIP = _table("""
     attention_out=self_attn.out_proj attention_norm=layer_norm1
     intermediate=mlp.fc1 output=mlp.fc2 feed_forward_norm=layer_norm2""")
 
+
+def _static(config: Json, dtype: Dtype) -> encoders.StaticConfig:
+    return encoders.StaticConfig(size(config, "vocab_size"), size(config, "hidden_size"), dtype=dtype)
+
+
 _HEADS = r"lm_head\..*|.*inv_freq"
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(_bert, _BERT, ("bert.",)),
@@ -231,6 +236,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(_mistral, _LLAMA, ("model.",), ignored=_HEADS),
     "qwen3": Architecture(_qwen3, _LLAMA, ("model.",), ignored=_HEADS),
     "gemma3_text": Architecture(_gemma3, _GEMMA3, ("model.",), ignored=_HEADS),
+    "static": Architecture(_static, _table("word_embedding=embedding"), ignored=""),
     **dict.fromkeys(("clip", "clip_text_model"), Architecture(_clip, _CLIP, ("text_model.",))),
 }
 

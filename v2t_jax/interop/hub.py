@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from v2t_jax import progress
 from v2t_jax.errors import InputError
@@ -40,6 +40,7 @@ def _errors(name: str, failed: str, advice: str) -> Iterator[None]:
         errors.LocalEntryNotFoundError: f"{name} is not in the local cache and the hub can't be reached: connect, or "
         "give a local folder",
         errors.LocalTokenNotFoundError: f"You are not logged in to the hub: {login}",
+        errors.RevisionNotFoundError: f"The hub's {name} has no such revision: give a branch, a tag or a whole commit",
         errors.HfHubHTTPError: f"{name} {failed} ({{}}): {login} with a token that may, or {advice}",
         Exception: f"{name} {failed} ({{}}): {advice}",  # of the network library, of the disk
     }
@@ -56,15 +57,20 @@ def folder_of(name: str, patterns: Sequence[str] | None = None) -> Path:
     return Path(name) if os.path.isdir(name) else download(name, patterns)
 
 
-def download(name: str, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a repository's files: `owner/name`, or an old name such as `t5-base`; `patterns` as in `glob`."""
+def download(name: str, patterns: Sequence[str] | None = None, revision: str | None = None) -> Path:
+    """The folder of a repository's files: `owner/name`, or an old name such as `t5-base`; `patterns` as in `glob`.
+
+    `revision` is a branch, a tag or a commit, by default the main branch.
+    """
     from huggingface_hub import snapshot_download
 
     def fetch(wanted: Sequence[str]) -> Path:
-        return Path(snapshot_download(name, allow_patterns=[*wanted], ignore_patterns=OTHER_RUNTIMES))
+        options: Any = {"allow_patterns": [*wanted], "ignore_patterns": OTHER_RUNTIMES}
+        return Path(snapshot_download(name, revision=revision, **options))
 
-    stage = progress.stage(f"fetching {name} from the Hugging Face hub")
-    with stage, _errors(name, "can't be fetched from the hub", "give a local folder instead"):
+    whole = f"{name}@{revision}" if revision else name
+    stage = progress.stage(f"fetching {whole} from the Hugging Face hub")
+    with stage, _errors(whole, "can't be fetched from the hub", "give a local folder instead"):
         folder = fetch(patterns or PATTERNS)
         inside = [] if patterns is not None else [config.parent for config in folder.rglob("config.json")]
         # Pickled weights only for folders without safetensors.

@@ -1,5 +1,6 @@
-"""The embedder under attack: encoder + pooling (+ dense layers) (+ L2), as sentence-transformers composes them."""
+"""The embedder under attack: encoder + pooling (+ layers) (+ L2), as sentence-transformers composes them."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,19 +13,34 @@ from jaxtyping import Array, Float, Int
 from v2t_jax.config import T5Config
 from v2t_jax.decode.state import EOS, PAD
 from v2t_jax.models.encoders import EncoderConfig, encoder_network
-from v2t_jax.models.layers import MASKED, Network, Params, Tokens, for_axes, look_up, matmul_float32
+from v2t_jax.models.layers import MASKED, LayerNorm, Network, Params, Tokens, for_axes, look_up, matmul_float32
 
-Pooling = Literal["mean", "cls", "pooler", "last", "max"]
-Activation = Literal["identity", "tanh"]
+Pooling = Literal["mean", "cls", "pooler", "last", "max", "weightedmean", "mean_sqrt_len_tokens"]
+Activation = Literal["identity", "tanh", "relu", "leakyrelu", "elu", "gelu", "silu", "mish", "sigmoid", "softplus"]
+Layer = Literal[Activation, "layer_norm", "normalize"]  # a dense layer, by its activation, or another one
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "identity": lambda x: x,
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "leakyrelu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+}
 
 
 @dataclass(frozen=True)
 class EmbedderConfig:
     encoder: EncoderConfig
-    pooling: Pooling = "mean"
-    dense: tuple[Activation, ...] = ()
-    """the activation of each dense layer behind pooling"""
+    pooling: Pooling | tuple[Pooling, ...] = "mean"
+    """several are concatenated"""
+    dense: tuple[Layer, ...] = ()
+    """the layers behind pooling"""
     normalize: bool = True
+    """L2, of the dimensions that are kept"""
     prefix: str = ""
     """put before every text"""
     max_length: int = 256
@@ -41,7 +57,8 @@ class EmbedderConfig:
 class EmbedderNetwork(Network):
     """Tokens and mask [B, L] -> embeddings [B, E], float32.
 
-    Parameters: `encoder`, and `dense`, a list of {kernel [in, out], bias [out] or none}, which `init` doesn't make.
+    Parameters: `encoder`, and `dense`, a list of what each layer has ({kernel [in, out], bias [out] or none} if it is
+    dense, {scale [in], bias [in]}, or {}), which `init` doesn't make.
     """
 
     config: EmbedderConfig
@@ -53,22 +70,37 @@ class EmbedderNetwork(Network):
         encoder: Any = encoder_network(c.encoder, name="encoder")
         # What nobody asked for, the compiler leaves out.
         hidden = encoder(ids, mask).astype(jnp.float32)
-        x = encoder(ids, mask, pooled=True) if c.pooling == "pooler" else pool(c.pooling, hidden, mask)
+        if c.pooling == "pooler":
+            x = encoder(ids, mask, pooled=True)
+        else:
+            poolings = (c.pooling,) if isinstance(c.pooling, str) else c.pooling
+            x = jnp.concatenate([pool(pooling, hidden, mask) for pooling in poolings], axis=1)
         layers: Any = [] if self.is_initializing() else self.get_variable("params", "dense", ())
-        for activation, layer in zip(c.dense, layers, strict=not self.is_initializing()):
-            x = matmul_float32(x, layer["kernel"], jnp.float32)
-            x = x + for_axes(layer["bias"], x) if "bias" in layer else x
-            x = jnp.tanh(x) if activation == "tanh" else x
+        for kind, params in zip(c.dense, layers, strict=not self.is_initializing()):
+            x = _apply_layer(kind, params, x)
         x = x[:, : c.width]
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if c.normalize else x
+        x = _apply_layer("normalize", {}, x) if c.normalize else x
         return (x, hidden) if states else x
+
+
+def _apply_layer(kind: Layer, params: Params, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
+    if kind == "normalize":
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    if kind == "layer_norm":
+        normed: Any = LayerNorm(epsilon=1e-5, parent=None).apply({"params": params}, x)
+        return normed
+    x = matmul_float32(x, params["kernel"], jnp.float32)
+    return ACTIVATIONS[kind](x + for_axes(params["bias"], x) if "bias" in params else x)
 
 
 def pool(pooling: Pooling, hidden: Float[Array, "B L D"], mask: Int[Array, "B L"]) -> Float[Array, "B D"]:
     """A text's vector from its tokens'; positions with mask 0 don't count."""
     weights = mask.astype(hidden.dtype)[:, :, None]
-    if pooling == "mean":
-        return jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
+    if pooling == "weightedmean":  # by the tokens' places, which count from 1
+        weights = weights * jnp.arange(1, 1 + mask.shape[1], dtype=hidden.dtype)[None, :, None]
+    if "mean" in pooling:
+        total = jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
+        return jnp.sum(hidden * weights, axis=1) / (jnp.sqrt(total) if pooling == "mean_sqrt_len_tokens" else total)
     if pooling == "max":
         return jnp.max(jnp.where(weights > 0, hidden, MASKED), axis=1)
     if pooling == "last":
@@ -88,8 +120,8 @@ class TokenMap:
 
     before: tuple[int, ...]
     """the embedder's ids in front of a text: [CLS] and a prefix's pieces"""
-    after: int
-    """[SEP]"""
+    after: int | None
+    """[SEP]; None where the embedder puts no token behind a text"""
 
 
 def embedder_input(
@@ -102,15 +134,16 @@ def embedder_input(
         ids: a text ends at its first pad or end id, or at L: `token_map.after` is put there in any case. It is cut
             where the embedder's tokenizer cuts it, so that `after` fits.
     """
-    num_before = len(token_map.before)
-    ids = ids[:, : config.max_length - num_before - 1]
+    num_before, num_after = len(token_map.before), int(token_map.after is not None)
+    ids = ids[:, : config.max_length - num_before - num_after]
     is_text = jnp.cumsum(((ids == PAD) | (ids == EOS)).astype(jnp.int32), axis=1) == 0
     length = jnp.sum(is_text, axis=1, keepdims=True)  # [B, 1]
-    text = jnp.pad(jnp.where(is_text, vocab_map[ids], 0), ((0, 0), (0, 1)))
-    text = jnp.where(jnp.arange(text.shape[1])[None] == length, token_map.after, text)
+    text = jnp.pad(jnp.where(is_text, vocab_map[ids], 0), ((0, 0), (0, num_after)))
+    if token_map.after is not None:
+        text = jnp.where(jnp.arange(text.shape[1])[None] == length, token_map.after, text)
     before = jnp.broadcast_to(jnp.asarray(token_map.before, jnp.int32)[None], (ids.shape[0], num_before))
     whole = jnp.concatenate([before, text], axis=1)
-    return whole, (jnp.arange(whole.shape[1])[None] <= num_before + length).astype(jnp.int32)
+    return whole, (jnp.arange(whole.shape[1])[None] < num_before + length + num_after).astype(jnp.int32)
 
 
 def embed_model_ids(

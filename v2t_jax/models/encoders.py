@@ -161,6 +161,15 @@ class ClipTextConfig(TextEncoderConfig):
     causal: bool = True
 
 
+@dataclass(frozen=True)
+class StaticConfig(TextEncoderConfig):
+    """Token embeddings alone: sentence-transformers' StaticEmbedding, of which model2vec's models consist."""
+
+    num_layers: int = 0
+    num_heads: int = 1
+    intermediate_size: int = 0
+
+
 EncoderConfig = TextEncoderConfig | T5Config
 
 
@@ -229,6 +238,8 @@ class TextEncoder(Network):
             return look_up(self.param(name, init, (rows, c.hidden_size)), index)
 
         x = ids if ids.ndim == 3 else embed("word_embedding", c.vocab_size, ids)
+        if not c.num_layers:
+            return x
         added = [embed("position_embedding", c.max_positions, positions)] if c.max_positions else []
         if c.type_vocab_size:
             added.append(embed("type_embedding", c.type_vocab_size, jnp.zeros((1, 1), jnp.int32)))

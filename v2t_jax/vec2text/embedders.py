@@ -16,7 +16,7 @@ from v2t_jax.models.embedder import Pooling
 class Computed(NamedTuple):
     """What follows the encoder, and the name that `load_embedder` knows it by; None if only a folder can be given."""
 
-    pooling: Pooling
+    pooling: Pooling | tuple[Pooling, ...]
     num_dense: int
     normalize: bool
     name: str | None = None
