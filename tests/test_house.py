@@ -23,7 +23,7 @@ BUDGETS = {
     "cli": 838,
     "data": 1600,
     "decode": 340,
-    "embedders": 1248,
+    "embedders": 1308,
     "eval": 450,
     "interop": 902,
     "inversion": 1677,

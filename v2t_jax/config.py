@@ -222,6 +222,7 @@ class ApiConfig(_Section, section="api"):
     model: str = ""  # the endpoint's name for the embedding model
     dimensions: Count | None = None  # width to ask for, where the endpoint can shorten vectors; by default its own
     key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; if unset, no key is sent
+    batch_size: Count | None = None  # most texts that a request may hold, for servers with a limit, whoever asks
     concurrency: Count = 4  # requests in flight
     timeout: Positive = 60.0  # seconds without a byte after which a request has failed
     retries: CountOrZero = 6  # retries of a request after 408, 429, 5xx, a timeout or a broken connection

@@ -20,7 +20,7 @@ import numpy as np
 from v2t_jax import progress
 from v2t_jax.config import ApiConfig
 from v2t_jax.embedders.base import EmbedderIdentity, TextEmbedder
-from v2t_jax.embedders.http import Endpoint, UnusableError, dollars
+from v2t_jax.embedders.http import BrokenVectorError, Endpoint, TooLongError, UnusableError, dollars
 from v2t_jax.embedders.vector_cache import VectorCache
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.parallel import processes
@@ -81,7 +81,7 @@ class BlackBox(ABC):
             raise UnusableError(f"{self.name} returned {shape}.")
         lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
         if not (np.isfinite(lengths) & (lengths > 0)).all():
-            raise UnusableError(f"{self.name} returned a vector of zeros, or with NaN or infinite values; fix it.")
+            raise BrokenVectorError(f"{self.name} returned a vector of zeros, or with NaN or infinite values; fix it.")
         width, unit = vectors.shape[1], bool((np.abs(lengths - 1) <= UNIT_TOLERANCE).all())
         with self._lock:
             if self._width not in (None, width):
@@ -157,6 +157,14 @@ class HttpEmbedder(BlackBox):
         self.cache_file = folder / f"{readable}-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}.sqlite"
         self._announced = -1
 
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        try:
+            return super().embed(texts, batch_size)
+        except TooLongError as error:
+            number = f"{[*texts].index(error.text) + 1:,} of {len(texts):,} (of a file, that line)"
+            which = f"the longest of its request, which begins {error.text[:40]!r}"
+            raise InputError(f"{error}: shorten text {number}, {which}.") from None
+
     def plan(self, texts: Sequence[str], batch_size: int = 64) -> Plan:
         """What `embed` with the same arguments would request and cost; requests nothing."""
         distinct = _distinct(texts, batch_size)
@@ -166,8 +174,11 @@ class HttpEmbedder(BlackBox):
 
     def _plan(self, cached: int, missing: list[str], batch_size: int) -> Plan:
         tokens = sum(-(-len(text.encode()) // BYTES_PER_TOKEN) for text in missing)
-        requests = -(-len(missing) // batch_size)
+        requests = len(self._batches(missing, batch_size))
         return Plan(cached + len(missing), cached, requests, tokens, self.budget.cost_of(tokens))
+
+    def _batches(self, texts: list[str], batch_size: int) -> list[list[str]]:
+        return _batches(texts, min(batch_size, self.config.batch_size or batch_size))
 
     def _embed(self, texts: list[str], batch_size: int) -> dict[str, np.ndarray]:
         with closing(VectorCache(self.cache_file)) as cache:
@@ -187,7 +198,7 @@ class HttpEmbedder(BlackBox):
                 self._announced = self.budget.requests + plan.requests
                 progress.note(f"{self.name}: {plan}{self._endpoint.terms() if plan.requests else ''}")
             if missing:
-                self._request(_batches(missing, batch_size), vectors, cache)
+                self._request(self._batches(missing, batch_size), vectors, cache)
         return vectors
 
     def _request(self, batches: list[list[str]], vectors: dict[str, np.ndarray], cache: VectorCache) -> None:

@@ -1,13 +1,15 @@
 """Client of one OpenAI-compatible embeddings endpoint: requests, retries, and limits on what they may cost.
 
 The protocol is OpenAI's "Create embeddings": POST {model, input: [texts]} to BASE/embeddings returns
-{data: [{index, embedding}], usage: {total_tokens}}. The key is sent in one header and kept nowhere.
+{data: [{index, embedding}], usage: {total_tokens}}, where some servers leave out `index`. The key is sent in one header
+and kept nowhere.
 """
 
 import email.utils
 import math
 import os
 import random
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -26,6 +28,16 @@ MAX_BACKOFF = 60.0  # seconds
 MAX_RETRY_AFTER = 300.0  # seconds; a server that asks for more (a daily quota) ends the run
 MAX_UNUSABLE = 3  # unusable answers per batch: they were paid for, so they are retried less often
 MAX_QUOTED = 300  # characters of a server's message that are shown
+FORM = "{data: [{index, embedding}, ...]}"
+# What of a request a server finds too large, by its status and a few words of its message: the first that fit, if the
+# message is of a limit at all. Of llama.cpp's server a long text draws a 500 that speaks of batches.
+_LIMIT = re.compile(r"max|most|limit|exceed|larger|less than|greater|range|too (many|long|large)", re.I)
+_TOO_LARGE = (
+    ("text", (400, 413, 422, 500), re.compile(r"context|too large to process", re.I)),
+    ("batch", (400, 413, 422), re.compile(r"batch|array|size|items|per request|entity|body", re.I)),
+    ("batch", (400, 413, 422), re.compile(r"(many|number of) (texts|inputs|documents)", re.I)),
+    ("text", (400, 413, 422), re.compile(r"token|character|length|long", re.I)),
+)
 ADVICE = {
     401: "set a valid key in the environment variable {variable}",
     403: "use a key (environment variable {variable}) that may use this model",
@@ -37,6 +49,18 @@ Check = Callable[[Any], np.ndarray]  # raises an `UnusableError`
 
 class UnusableError(InputError):
     """An embedder's answer is no vectors, or none that fit its earlier ones."""
+
+
+class BrokenVectorError(UnusableError):
+    """A vector is zero or not finite, as overloaded servers have it; another answer may be better."""
+
+
+class TooLongError(InputError):
+    """A server refuses a batch for a text that is longer than it reads: probably `text`, the longest."""
+
+    def __init__(self, what: str, text: str) -> None:
+        super().__init__(what)
+        self.text = text
 
 
 def dollars(cost: float) -> str:
@@ -153,10 +177,10 @@ class Endpoint:
             response = self._client.post(f"{self._base}/embeddings", json=body, headers=headers)
             if response.status_code != 200:
                 cost = 0
-                raise self._failure(response)
-            answer = msgspec.json.decode(response.content, type=_Answer)
-            cost = answer.tokens(most)
-            return check(answer.rows(len(texts)))
+                raise self._failure(response, texts)
+            answer = msgspec.json.decode(response.content)
+            cost = _tokens(answer, most)
+            return check(_rows(answer, len(texts)))
         except httpx2.TimeoutException:  # the server may still do the work and charge for it
             raise _Retryable(f"no answer within {self._config.timeout:g} s") from None
         except httpx2.ConnectError as error:
@@ -164,20 +188,28 @@ class Endpoint:
             raise _Retryable(self._quoted(f"no connection: {error}")) from None
         except httpx2.RequestError as error:
             raise _Retryable(self._quoted(f"the connection broke: {error}")) from None
-        except msgspec.ValidationError:
-            raise _Retryable("an answer that isn't {data: [{index, embedding}, ...]}", unusable=True) from None
+        except msgspec.ValidationError as error:  # another protocol, or an error with status 200: it will stay so
+            detail = self._quoted(_server_message(response)[0] or str(error))
+            advice = "give the base URL and the model of an OpenAI-compatible embeddings endpoint"
+            raise InputError(f"{self.name} gave an answer that isn't {FORM} ({detail}): {advice}.") from None
         except (msgspec.DecodeError, ValueError, RecursionError) as error:  # truncated, or no JSON at all
             kind = "HTML" if _is_page(response) else f"not JSON: {error}"
             raise _Retryable(f"an answer that is {kind}", unusable=True) from None
-        except UnusableError as error:
+        except BrokenVectorError as error:
             raise _Retryable(str(error).removeprefix(f"{self.name} ").rstrip("."), unusable=True) from None
         finally:
             self.budget.settle(most, cost)
 
-    def _failure(self, response: httpx2.Response) -> Exception:
+    def _failure(self, response: httpx2.Response, texts: list[str]) -> Exception:
         """The exception for a status other than 200."""
         status, (message, code) = response.status_code, _server_message(response)
         quoted = self._quoted(f"status {status}" + (f": {message}" if message else ""))
+        if too_large := _too_large(status, message, len(texts)):
+            refused = f"{self.name} refused ({quoted})"
+            if too_large == "text":
+                return TooLongError(refused, max(texts, key=lambda text: len(text.encode())))
+            fewer = f"send fewer than {len(texts)} texts at a time, by a smaller --batch-size (batch_size in Python)"
+            return InputError(f"{refused}: {fewer}, or for all requests by api.batch_size.")
         # Running out of credit is a 429 too, but waiting doesn't help.
         if (status in (408, 429) and code != "insufficient_quota") or status >= 500:
             return _Retryable(quoted, retry_after=_retry_after(response.headers.get("retry-after", "")))
@@ -219,25 +251,42 @@ def _parse_url(url: str) -> str:
 
 
 class _Item(msgspec.Struct):
-    index: int
     embedding: Any
+    index: int | None = None
 
 
 class _Answer(msgspec.Struct):
     data: list[_Item]
-    usage: Any = None
 
-    def rows(self, count: int) -> list[Any]:
-        """The embeddings by their `index` field: an endpoint may return them in any order."""
-        items = sorted(self.data, key=lambda item: item.index)
-        if [item.index for item in items] != [*range(count)]:
-            raise UnusableError(f"an answer of {len(items)} embeddings to {count} texts, or with the wrong `index`")
-        return [item.embedding for item in items]
 
-    def tokens(self, otherwise: int) -> int:
-        usage = self.usage if isinstance(self.usage, dict) else {}
-        tokens = usage.get("total_tokens", usage.get("prompt_tokens"))
-        return tokens if type(tokens) is int and 0 <= tokens < 2**53 else otherwise
+def _rows(answer: Any, count: int) -> list[Any]:
+    """The embeddings by their `index`, as an endpoint may return them in any order; without any, in that of the texts.
+
+    Where some have an index, one that hasn't is 0: servers whose messages leave out zeros leave out that.
+    """
+    items = msgspec.convert(answer, _Answer).data
+    if any(item.index is not None for item in items):
+        items = sorted(items, key=lambda item: item.index or 0)
+        if [item.index or 0 for item in items] != [*range(len(items))]:
+            raise msgspec.ValidationError("an `index` is wrong")
+    if len(items) != count:
+        raise msgspec.ValidationError(f"{len(items)} embeddings for {count} texts")
+    return [item.embedding for item in items]
+
+
+def _tokens(answer: Any, otherwise: int) -> int:
+    """The tokens that an answer says it is paid for with."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    usage = usage if isinstance(usage, dict) else {}
+    tokens = usage.get("total_tokens", usage.get("prompt_tokens"))
+    return tokens if type(tokens) is int and 0 <= tokens < 2**53 else otherwise
+
+
+def _too_large(status: int, message: str, texts: int) -> str:
+    """ "text" or "batch" where a server finds that too large, else an empty string."""
+    kinds = [kind for kind, statuses, words in _TOO_LARGE if status in statuses and words.search(message)]
+    kinds = (kinds if _LIMIT.search(message) else []) + ["batch", "text"] * (status == 413)
+    return next((kind for kind in kinds if kind == "text" or texts > 1), "")
 
 
 def _is_page(response: httpx2.Response) -> bool:
