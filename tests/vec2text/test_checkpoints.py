@@ -444,8 +444,11 @@ def test_what_is_behind_the_encoder_is_compared(folders: dict[str, Path], tmp_pa
     save_file({"linear.weight": np.eye(768, dtype=np.float32)}, pipeline / "2_Dense" / "model.safetensors")
     arguments = convert_arguments(folders[GTR], tmp_path / "out")[:-1]
     meant = "for gtr_base .pooling mean, dense layers 0, not normalized., but .* is pooling"
+    prompts = pipeline / "config_sentence_transformers.json"
+    prompts.write_text(json.dumps({"prompts": {"document": "a "}}))  # which the original leaves out
     with pytest.raises(InputError, match=f"{meant} mean, dense layers 1, normalized: give .* gtr-base@DIR"):
         from_vec2text(*arguments, str(pipeline))
+    prompts.unlink()
     with pytest.raises(InputError, match=f"{meant} max, dense layers 0, not normalized: "):
         from_vec2text(*arguments, f"max@{plain}")
     with pytest.raises(InputError, match=f"{meant} mean, dense layers 0, not normalized, prefix 'query: ': "):

@@ -34,7 +34,8 @@ def build(
     embedder = default_name(theirs) if embedder is None else embedder
     t5_config, tokenizer = read_base(t5 or first["model_name_or_path"])
     config, params = read_vec2text(folders, settings, t5_config)
-    victim = load_embedder(embedder) if isinstance(embedder, str) else embedder
+    # The original's texts get no prefix, whatever the embedder's folder asks for.
+    victim = load_embedder(embedder, prefix="") if isinstance(embedder, str) else embedder
     if isinstance(victim, JaxEmbedder):
         if isinstance(embedder, str):
             check_embedder(folders["inverter"], locate(embedder), embedder)
