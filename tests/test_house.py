@@ -19,17 +19,17 @@ MOST_LINES_OF_A_FUNCTION = 80
 BUDGETS = {
     "": 540,  # __init__, config, errors, progress
     "assets": 50,
-    "bench": 810,
-    "cli": 838,
-    "data": 1600,
+    "bench": 813,
+    "cli": 985,
+    "data": 2416,
     "decode": 340,
-    "embedders": 1308,
-    "eval": 450,
-    "interop": 902,
-    "inversion": 1677,
+    "embedders": 1367,
+    "eval": 461,
+    "interop": 894,
+    "inversion": 1953,
     "models": 1419,
     "parallel": 550,
-    "train": 1565,
+    "train": 1702,
     "vec2text": 532,
 }
 

@@ -258,7 +258,8 @@ class Config(_Section):
     initial_embedding: Literal["random", "embedder"] = "random"  # embedder: its word embeddings, centered, rescaled
     initial_embedding_std: Positive = 0.02
     initial_inverter: str = ""
-    """trained model whose inverter the training goes on with, or that makes the corrector's hypotheses alone"""
+    """model whose inverter the training goes on with, even for another embedder, or, if stages has none, that makes the
+    corrector's hypotheses as it is"""
     initial_corrector: str = ""  # the same for the corrector; kept as it is if stages has none
     initial_ranker: str = ""  # the same for the ranker
     corrector_from_inverter: bool = False  # start the corrector's T5 from the inverter's, not the pretrained one

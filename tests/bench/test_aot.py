@@ -81,6 +81,11 @@ def test_the_roofline_is_what_takes_longest():
     report = Report("train", 4, 8, {}, 17 * 10**9, 16 * 10**9, {}, 1.5, 3.0, seconds)
     assert (report.step_seconds, report.mfu, report.fits) == (4.0, 0.25, False)
     assert "does not fit" in str(report) and "It lacks 1.00 GB a chip: shard the weights" in str(report)
+    memory, sent = {"parameters": 1, "optimizer": 2, "temporaries": 3}, {"count": 9, "bytes": 10**9}
+    sends = {"all-reduce": sent, "all-gather": sent, "reduce-scatter": sent}
+    fits = Report("train", 4, 8, memory, 10**9, 16 * 10**9, sends, 1.5, 3.0, seconds)
+    for shown in (str(report), str(fits)):
+        assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
     json.dumps(dataclasses.asdict(report))
 
 

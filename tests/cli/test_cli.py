@@ -1,6 +1,8 @@
 """The command line: what it prints, where, and how every mistake ends in one sentence and exit status 2."""
 
+import gzip
 import inspect
+import io
 import json
 import os
 import pickle
@@ -26,6 +28,7 @@ from tests.helpers.tiny_run import make_texts
 from v2t_jax.cli import invert
 from v2t_jax.cli import main as cli
 from v2t_jax.embedders.base import quantize
+from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion import pipeline
 
@@ -97,6 +100,43 @@ def test_invert_texts_given_one_by_one(run: Run) -> None:
     assert "Text 3 is cut to the 7 tokens" in err
 
 
+def test_what_the_tokenizer_does_not_know_is_told(run: Run) -> None:
+    texts = ("--text", "the red cat", "--text", "the 日本 cat 🙂 é", "--text", "the cat " * 4 + "🙂")
+    status, out, err = run("invert", *texts, "--model", "M/tiny", "--num-steps", "0", *BEAM, "--json")
+    assert status == 0 and [one["reference"] for one in json.loads(out)][1] == "the cat e"
+    assert "Text 2 is taken without what the tokenizer doesn't know: '日 本 🙂'" in err
+    assert err.count("is taken without") == 1 and "Text 3 is cut to the 7 tokens" in err
+
+
+def test_a_model_without_corrector_takes_no_steps_and_says_so(run: Run, models: Path, tmp_path: Path) -> None:
+    alone = str(make_model(tmp_path, ("inverter",), "alone"))
+    status, out, err = run("invert", "--embeddings", "M/good.npy", "--model", alone, *BEAM, "--json")
+    assert status == 0 and {len(one["trace"]) for one in json.loads(out)} == {1}
+    assert err.count("The model alone has no corrector, so it takes 0 correction steps") == 1
+    status, _, err = run("invert", "--embeddings", "M/good.npy", "--model", alone, *BEAM, "--num-steps", "1")
+    assert status == 2 and "has no corrector; use --num-steps 0, or train one" in err
+    assert run("invert", "--embeddings", "M/good.npy", "--model", alone, *BEAM, "--num-steps", "0")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "typed"),
+    [
+        ("x; use num_steps=0, or train one.", "x; use --num-steps 0, or train one."),
+        ('It knows no edits; use search="corrector".', "It knows no edits; use --search corrector."),
+        ("search is 'x'; choose y.", "--search is 'x'; choose y."),
+        ("give embedder=HttpEmbedder(...).", "give --embedder https://HOST/v1 --api.model NAME."),
+        ("give embedder='pooler@DIR'.", "give --embedder 'pooler@DIR'."),
+        ("api.timeout is 0, so the model is lost.", "--api.timeout is 0, so the model is lost."),
+        ("There is no 'batch_size' in /a/batch_size/num_steps.py: text.", ""),
+        ("The search is over and steps=3.", ""),
+    ],
+)
+def test_advice_is_in_options(said: str, typed: str) -> None:
+    with pytest.raises(InputError) as caught, cli.naming_options(cli.option_names(invert.Invert())):
+        raise InputError(said)
+    assert str(caught.value) == (typed or said)
+
+
 def test_invert_for_people_shows_the_trace(run: Run) -> None:
     status, out, _ = run(
         "invert", "--text", "the red cat", "--model", "M/tiny", "--num-steps", "2", "--sequence-beam-width", "2"
@@ -106,11 +146,36 @@ def test_invert_for_people_shows_the_trace(run: Run) -> None:
 
 
 def test_one_vector_of_one_dimension(run: Run, tmp_path: Path) -> None:
-    np.save(tmp_path / "one.npy", np.eye(WIDTH, dtype=np.int32)[3])
+    np.save(tmp_path / "one.npy", np.full(WIDTH, 0.25, np.float16))
     status, out, _ = run(
         "invert", "--embeddings", "T/one.npy", "--model", "M/tiny", "--num-steps", "0", *BEAM, "--json"
     )
     assert status == 0 and len(json.loads(out)) == 1
+
+
+def test_vectors_texts_and_results_by_files(run: Run, models: Path, tmp_path: Path) -> None:
+    """int8 vectors with ids and texts beside them, and lines; results as a list, as lines on stdout, and in files."""
+    (tmp_path / "lines.txt").write_text("the cat\na red dog\n")
+    arguments = "embed", "--embedder", "M/embedder", "--input", "T/lines.txt", "--output", "T/made.npy"
+    status, _, err = run(*arguments, "--precision", "int8")
+    assert status == 0 and "ranges, which v2t invert --ranges needs, are in" in err
+    rows = zip("ab", np.load(tmp_path / "made.npy").tolist(), ("the cat", "A red dog"), strict=True)
+    lines = [json.dumps({"id": i, "note": [1], "vector": e, "document": text}) for i, e, text in rows]
+    (tmp_path / "made.jsonl").write_text("\n".join(lines))
+    options = ("--model", "M/tiny", "--num-steps", "0", *BEAM)
+    given = ("invert", "--embeddings", "T/made.jsonl:vector", "--ranges", "T/made.ranges.npy", *options)
+    status, out, err = run(*given, "--json")
+    listed = json.loads(out)
+    assert status == 0 and "tiny recovers texts of up to 7 tokens" in err
+    assert [(one["id"], one["reference"]) for one in listed] == [("a", "the cat"), ("b", "a red dog")]
+    status, out, _ = run(*given, "--output", "-")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == [one["text"] for one in listed]
+    status, out, _ = run("invert", "--input", "T/lines.txt", "--output", "T/out.jsonl", *options)
+    assert (status, out.strip().endswith("out.jsonl"), out[:6]) == (0, True, "2 rows")
+    rows = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [row["reference"] for row in rows] == ["the cat", "a red dog"]
+    status, out, _ = run("invert", "--embeddings", "T/made.jsonl", "--ranges", "T/made.ranges.npy", *options)
+    assert status == 0 and "1 of 2: a" in out and "true text" in out
 
 
 def test_embed(run: Run, models: Path, tmp_path: Path) -> None:
@@ -121,6 +186,27 @@ def test_embed(run: Run, models: Path, tmp_path: Path) -> None:
     assert made.shape == (3, WIDTH) and made.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
     assert not (tmp_path / "made.npy.part").exists()
+
+
+def test_embed_from_stdin_to_stdout_and_from_a_pipe(run: Run, models: Path, tmp_path: Path) -> None:
+    """A lone CR ends no line, and blank lines at the end are nothing: what `v2t data build` takes for lines, too."""
+    content = "the cat\ra dog\u2028sees\r\na\x0cbird\n \n\n".encode()
+    command = [*V2T, "embed", "--embedder", str(models / "embedder"), "--output"]
+    piped = subprocess.run([*command, "-", "--input", "-"], input=content, capture_output=True, check=True)
+    assert b"2 vectors of width 16 -> stdout" in piped.stderr
+    shell = 'f=$1; shift; exec "$@" --input <(zcat "$f")'
+    (tmp_path / "x.gz").write_bytes(gzip.compress(content))
+    packed = ["bash", "-c", shell, "bash", str(tmp_path / "x.gz"), *command, str(tmp_path / "made.npy")]
+    done = subprocess.run(packed, capture_output=True, text=True, check=True)
+    assert done.stdout == f"2 vectors of width 16 -> {tmp_path}/made.npy\n"
+    made = np.load(io.BytesIO(piped.stdout))
+    np.testing.assert_array_equal(made, np.load(tmp_path / "made.npy"))
+    np.testing.assert_allclose(made[1:], load_embedder(str(models / "embedder")).embed(["a\x0cbird"]), atol=1e-6)
+    assert run("embed", "--embedder", "M/embedder", "--input", "T/x.gz", "--output", "T/same.npy")[0] == 0
+    np.testing.assert_array_equal(made, np.load(tmp_path / "same.npy"))
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", *command, "-", "--input", "-"]
+    done = subprocess.run(closed, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "stdin is empty" in done.stderr.splitlines()[-1]
 
 
 def test_embed_as_vector_stores_keep_them(run: Run, models: Path, tmp_path: Path) -> None:
@@ -183,6 +269,8 @@ def test_eval(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
     status, out, _ = run(*arguments)
     assert status == 0 and "BLEU" in out and "tiny" in out
+    (row,) = json.loads(run(*arguments[:6], "1", "--num-steps", "0", *arguments[-2:], "--json")[1])["rows"]
+    assert row["bleu_sem"] is None and row["exact_match_sem"] is None
 
 
 def test_demo(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -239,6 +327,7 @@ def bad(models: Path, tmp_path: Path) -> Path:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "gap.txt").write_text("a cat\n\na dog\n")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.png").mkdir()
     for name, file in (("cut", "inverter.safetensors"), ("changed", "corrector.safetensors"), ("bent", "config.json")):
         shutil.copytree(models / "tiny", tmp_path / name)
         content = bytearray((tmp_path / name / file).read_bytes())
@@ -256,19 +345,26 @@ TINY = ("--model", "M/tiny")
 VECTORS = {
     "wide": "17 wide",
     "nan": "Vector 1 of 2 holds NaN",
-    "object": "something other than numbers",
-    "pickle": "not a .npy file",
+    "object": "holds Python objects where vectors are meant",
+    "pickle": "it doesn't begin as .npy files do",
     "empty": "is empty",
-    "junk": "not a .npy file",
+    "junk": "it doesn't begin as .npy files do",
     "short": "truncated",
     "missing": "No such file or directory; fix that",
 }
 MISTAKES = [
     *((("invert", "--embeddings", f"T/{name}.npy", *TINY), said) for name, said in VECTORS.items()),
-    (("invert", "--embeddings", "T/many.npz", *TINY), "archive"),
+    (("invert", "--embeddings", "T/many.npz:title", *TINY), "no vectors named 'title'"),
+    (("invert", "--embeddings", "M/good.npy", "--output", "T/out.txt", *TINY), "ends in .jsonl or .parquet"),
+    (("invert", "--embeddings", "M/good.npy", "--ranges", "M/good.npy", *TINY), "smallest and the largest value"),
+    (("invert", "--text", "a", "--json", "--output", "T/out.jsonl", *TINY), "--json prints, and --output writes"),
+    (("invert", "--text", "a", "--ranges", "M/good.npy", *TINY), "--ranges belongs to the int8 vectors"),
     (("invert", "--embeddings", "T/folder", *TINY), "is a folder, a pipe or a device"),
-    (("invert", *TINY), "either --text TEXT or --embeddings"),
-    (("invert", "--text", "a", "--embeddings", "M/good.npy", *TINY), "either --text TEXT or --embeddings"),
+    (("invert", *TINY), "one of --text TEXT, --input FILE and --embeddings"),
+    (
+        ("invert", "--text", "a", "--embeddings", "M/good.npy", *TINY),
+        "one of --text TEXT, --input FILE and --embeddings",
+    ),
     (("invert", "--text", "a cat", "--text", " ", *TINY), "Text 2 of 2 is empty"),
     (("invert", "--text", "🙂", *TINY), "nothing that the embedder's tokenizer knows"),
     (("invert", "--text", "cat", "--model", "nonsense"), "no model 'nonsense'"),
@@ -277,19 +373,19 @@ MISTAKES = [
     (("invert", "--text", "cat", "--model", "T/changed"), "truncated or altered"),
     (("invert", "--text", "cat", "--model", "T/bent"), "is not readable JSON"),
     (("invert", "--text", "cat", "--model", "T/lacking"), "missing"),
-    (("invert", "--text", "cat", *TINY, "--num-steps", "-1"), "num_steps is -1"),
+    (("invert", "--text", "cat", *TINY, "--num-steps", "-1"), "--num-steps is -1"),
     (("invert", "--text", "cat", *TINY, "--num-steps", "many"), "--num-steps"),
-    (("invert", "--text", "cat", *TINY, "--sequence-beam-width", "0"), "sequence_beam_width is 0"),
-    (("invert", "--text", "cat", *TINY, "--batch-size", "0"), "batch_size is 0"),
+    (("invert", "--text", "cat", *TINY, "--sequence-beam-width", "0"), "--sequence-beam-width is 0"),
+    (("invert", "--text", "cat", *TINY, "--batch-size", "0"), "--batch-size is 0"),
     (("invert", "--text", "cat", *TINY, "--mode", "worst"), "'worst'"),
     (("invert", "--txt", "cat"), "Perhaps you meant: --text"),
     (
         ("embed", "--input", "T/missing.txt", "--output", "T/o.npy", "--embedder", "M/embedder"),
-        "missing.txt: No such file",
+        "missing.txt cannot be read: No such file",
     ),
     (("embed", "--input", "T/latin.txt", "--output", "T/o.npy", "--embedder", "M/embedder"), "not UTF-8"),
     (("embed", "--input", "T/empty.txt", "--output", "T/o.npy", "--embedder", "M/embedder"), "is empty"),
-    (("embed", "--input", "T/gap.txt", "--output", "T/o.npy", "--embedder", "M/embedder"), "Line 2 of 3 is empty"),
+    (("embed", "--input", "T/gap.txt", "--output", "T/o.npy", "--embedder", "M/embedder"), "gap.txt is blank"),
     (
         ("embed", "--input", "M/texts.txt", "--output", "T/no/o.npy", "--embedder", "M/embedder"),
         "o.npy.part: No such file",
@@ -319,10 +415,13 @@ MISTAKES = [
     (("calibrate", "M/tiny", "--source", "M/texts.txt", "--limit", "4"), "give 8 or more"),
     (("calibrate", "M/tiny", "--source", "M/texts.txt", "--noise", "-1"), "levels of at least 0"),
     (("eval", *TINY, "--split", "test"), "no split 'test'"),
-    (("eval", *TINY, "--limit", "0"), "limit is 0"),
-    (("eval", *TINY, "--num-steps", "0", "-2"), "num_steps is -2; give a number from 0"),
+    (("eval", *TINY, "--limit", "0"), "--limit is 0"),
+    (("eval", *TINY, "--num-steps", "0", "-2"), "--num-steps is -2; give a number from 0"),
     (("eval", *TINY, "--sequence-beam-width", "0"), "give a number from 1 to 64"),
-    (("eval", *TINY, "--plot", "T/folder"), "plot can't be written"),
+    (("eval", *TINY, "--plot", "T/folder.png"), "plot can't be written"),
+    (("eval", "--model", "no model yet", "--plot", "T/plot.jpg"), "no format for a plot; let it end in .png"),
+    (("calibrate", "M/tiny", "--plot", "T/plot"), "no format for a plot; let it end in .png"),
+    (("demo", "--plot", "T/plot.jpeg"), "no format for a plot; let it end in .png"),
     (("eval", *TINY, "--source", "T/nothing.txt"), "no file"),
     (("train",), "The recipe is missing; put it first"),
     (("train", "--workdir", "T/w", RECIPE), "The recipe is missing; put it first"),
@@ -458,13 +557,13 @@ def test_control_c_that_jax_swallows_ends_all_the_same(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("invert", "--text", "cat", "--num-steps", "99999999999"), "num_steps is 99999999999; give a number from 0"),
+        (("invert", "--text", "cat", "--num-steps", "99999999999"), "--num-steps is 99999999999; give a number from 0"),
         (("invert", "--text", "cat", "--model", "M/tiny", "--sequence-beam-width", "65"), "give a number from 1 to 64"),
         (("invert", "--text", "cat", "--model", ""), "There is no model ''"),
         (("invert", "--embeddings", "T/pipe"), "is a folder, a pipe or a device"),
         (("embed", "--input", "M/texts.txt", "--output", "T/pipe"), "is a folder or a device"),
         (("train", RECIPE, "--workdir", ""), "The work directory is empty"),
-        (("train", RECIPE, "--workdir", "T/w", "--seed", "-1"), "seed is -1"),
+        (("train", RECIPE, "--workdir", "T/w", "--seed", "-1"), "--seed is -1"),
         (("train", RECIPE, "--workdir", "T/w", "--stages", "corrector"), "put inverter before them in stages"),
         (("train", "T/leaves.py", "--workdir", "T/w"), "failed to load (SystemExit: 3)"),
         (("train", "T/untyped.py", "--workdir", "T/w"), "embedder is None; it must be a string"),

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from v2t_jax.data.readers import open_source
+from v2t_jax.data.readers import open_source, read_lines
 from v2t_jax.data.tfds import prepare_tfds
 from v2t_jax.errors import InputError
 
@@ -40,8 +40,33 @@ def test_files_are_read_as_they_are(tmp_path, name, packed):
     file.write_bytes(gzip.compress(data) if packed else data)
     assert read(file) == TEXTS
     source = open_source(str(file))
+    ids = [str(i) for i in range(len(TEXTS))] if name in ("collection.tsv", "psgs_w100.tsv", "corpus.jsonl") else None
+    assert [*source.records()] == [*zip(ids or [None] * len(TEXTS), TEXTS, strict=True)]
     positions = [source.position for _ in source]
     assert positions == sorted(positions) and source.position == source.size == file.stat().st_size
+
+
+def test_what_a_line_is(tmp_path):
+    lines = ["one\rtwo", "three\x0cfour\x85five", "six\u2028seven "]
+    for name, end in (("a.txt", "\n"), ("b.txt", "\r\n")):
+        (tmp_path / name).write_bytes("\ufeff".encode() + "".join(f"{line}{end}" for line in lines).encode())
+        assert list(read_lines(str(tmp_path / name))) == lines
+        assert read(tmp_path / name) == [line.strip() for line in lines]
+    (tmp_path / "c.txt").write_text("one\n\n \ntwo\n \n\n")
+    assert read(tmp_path / "c.txt") == ["one", "two"]
+    with pytest.raises(InputError, match=r"Line 2 of .*c\.txt is blank, but line i is text i"):
+        list(read_lines(str(tmp_path / "c.txt")))
+    (tmp_path / "d.txt").write_text("one\n \n\n")
+    assert list(read_lines(str(tmp_path / "d.txt"))) == ["one"]
+    (tmp_path / "e.tsv").write_bytes(b"id\ttext\ttitle\n0\tone\rtwo\tT\r\n")
+    assert read(tmp_path / "e.tsv") == ["one two"]
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \r\n\n"])
+def test_a_file_without_texts(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(InputError, match="is empty: give a file with a text a line"):
+        list(read_lines(str(tmp_path / "a.txt")))
 
 
 def test_shards_are_read_in_the_order_of_their_names(tmp_path):
@@ -49,11 +74,18 @@ def test_shards_are_read_in_the_order_of_their_names(tmp_path):
         table = pyarrow.table({"text": TEXTS[i * 10 : i * 10 + 10], "more": list(range(10))})
         parquet.write_table(table, tmp_path / f"train-{i}.parquet")
     (tmp_path / "README.md").write_text("not text")
+    assert [i for i, _ in open_source(str(tmp_path)).records()] == [None] * 30
     assert read(tmp_path) == read(tmp_path / "*.parquet") == TEXTS[:30]
     (tmp_path / "other.jsonl").write_text(FILES["texts.jsonl"])
     with pytest.raises(InputError, match=r"files of several kinds \(jsonl, parquet\): name one"):
         read(tmp_path)
     assert read(tmp_path / "train-?.parquet") == TEXTS[:30]
+
+
+def test_ids_of_a_parquet_file_stay_with_their_texts(tmp_path):
+    table = {"uuid": [1, 2, 3], "text": ["a", None, "c"]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    assert [*open_source(str(tmp_path / "t.parquet")).records()] == [(1, "a"), (3, "c")]
 
 
 def test_a_quotation_mark_of_msmarco_is_just_that(tmp_path):

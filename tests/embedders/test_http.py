@@ -214,9 +214,7 @@ def test_a_limit_on_batches(endpoint: Endpoint, api: Api, server: str) -> None:
     code, message = BATCHES[server]
     said = status(code, message) if server != "nginx" else raw(message.encode(), code)
     endpoint.always = lambda request: said(request) if len(request["input"]) > 8 else None
-    with pytest.raises(
-        InputError, match=r"fewer than 16 texts at a time, by a smaller --batch-size \(batch_size in Py"
-    ):
+    with pytest.raises(InputError, match=r"fewer than 16 texts at a time, by a smaller batch_size"):
         api(concurrency=1).embed(TEXTS, batch_size=16)
     assert len(endpoint.requests) == 1
     np.testing.assert_array_equal(api().embed(TEXTS, batch_size=8), EXPECTED)
@@ -227,7 +225,7 @@ def test_a_limit_on_batches(endpoint: Endpoint, api: Api, server: str) -> None:
         endpoint.always = said
         with pytest.raises(InputError) as caught:
             api(model="third").embed(["a"])
-        assert "--batch-size" not in str(caught.value)
+        assert "batch_size" not in str(caught.value)
 
 
 @pytest.mark.parametrize("server", LONG)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -603,6 +604,37 @@ def test_the_hub_cannot_be_reached(name, monkeypatch, tmp_path):
         return
     with pytest.raises(InputError, match="is not installed: .*give .* folder.* hub can't be reached"):
         locate(name)
+
+
+NOT_HERE = ["gtr-base", "gtr-base-st", "sentence-transformers/gtr-t5-base", "facebook/contriever"]
+NOT_HERE += ["e5-base-v2:8", "intfloat/e5-base-v2:8", "max@intfloat/e5-base-v2:8", "e5-base-v2@me/mine:8", "me/mine:8"]
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_the_name_that_is_advised_is_accepted(name, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError) as refused:
+        load_embedder(name)
+    (advised,) = re.findall(r"give its folder as (\S+)\. From the hub", str(refused.value))
+    assert locate(advised.replace("FOLDER", str(folder))) == folder
+    if name.endswith(":8"):
+        found = load_embedder(advised.replace("FOLDER", str(folder)))
+        assert found.config.width == 8
+        assert found.config.prefix == ("passage: " if "e5" in name and "max" not in name else "")
+        assert found.config.pooling == ("max" if "max" in name else "mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("all-minilm-l6", r"give a name \(all-MiniLM-L6-v2, all-MiniLM-L12-v2\), a folder, ORG/NAME or NAME@FOLDER"),
+        ("E5-Base", r"\(e5-base-v2, "),
+        ("xyz", r"give a name that `v2t embedders` lists, a folder"),
+    ],
+)
+def test_the_nearest_names_are_listed(name, said):
+    with pytest.raises(InputError, match=said):
+        load_embedder(name)
 
 
 def test_every_known_embedder_is_described():

@@ -1,14 +1,21 @@
 """Evaluation over steps and beam widths, its table and its plot."""
 
+import io
+import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from tests.helpers.tiny_model import make_model
 from tests.helpers.tiny_run import make_texts
+from v2t_jax.cli.invert import print_table
+from v2t_jax.cli.models import Embedders
+from v2t_jax.embedders.known import KNOWN
 from v2t_jax.errors import InputError
-from v2t_jax.eval.evaluate import evaluate, evaluation_texts, plot, table
+from v2t_jax.eval.calibrate import plot_reliability
+from v2t_jax.eval.evaluate import check_plot_file, evaluate, evaluation_texts, plot, table
 from v2t_jax.eval.metrics import text_scores
 from v2t_jax.inversion.api import invert_strings
 from v2t_jax.inversion.pipeline import InversionPipeline, load
@@ -69,12 +76,64 @@ def test_edits_add_a_row_for_each_budget(model: InversionPipeline) -> None:
     assert rows[-1]["cosine"] > rows[1]["cosine"]
 
 
-def test_plot_is_a_png_whatever_its_name(report: dict, tmp_path: Path) -> None:
-    for name in ("plot.png", "new/folder/plot", "plot.odd"):
+def test_a_plot_has_the_format_of_its_suffix(report: dict, tmp_path: Path) -> None:
+    for name, start in (("plot.png", b"\x89PNG\r\n"), ("new/folder/plot.PDF", b"%PDF-"), ("plot.svg", b"<?xml")):
         plot(report, tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n")
+        assert (tmp_path / name).read_bytes().startswith(start)
+    for name in ("plot", "plot.odd", "plot.jpg", ""):
+        with pytest.raises(InputError, match=r"names no format for a plot; let it end in .png, .pdf, .svg"):
+            check_plot_file(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(InputError, match="plot can't be written"):
-        plot(report, tmp_path)
+        plot(report, tmp_path / "folder.png")
+
+
+def figure_of(report: dict, file: Path) -> Figure:
+    drawn: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+        plot(report, file)
+    drawn[0].draw_without_rendering()
+    return drawn[0]
+
+
+def test_ticks_of_calls_are_whole_numbers(report: dict, tmp_path: Path) -> None:
+    for calls in ((1, 2), (16, 16), (3.5, 4.2), (20, 632.4)):
+        rows = [row | {"embedder_calls": one} for row, one in zip(report["rows"], calls, strict=False)]
+        for axis in figure_of(report | {"rows": rows}, tmp_path / "plot.png").axes:
+            low, high = axis.get_xlim()
+            ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+            assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_one_text_has_no_standard_error(model: InversionPipeline, tmp_path: Path) -> None:
+    one = evaluate(model, TEXTS[:1], (0, 1), (2,))
+    names = ("bleu_sem", "token_f1_sem", "exact_match_sem", "cosine_sem")
+    assert all(row[name] is None for row in one["rows"] for name in names)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table(one))
+    assert not {"±", "nan", "None"} & set(re.findall(r"±|nan|None", console.export_text()))
+    assert not any(axis.containers[0].has_yerr for axis in figure_of(one, tmp_path / "plot.png").axes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: None)
+        part = {"from": 0.0, "to": 0.1, "n": 1, "probability": 0.05, "exact_match": 0.0}
+        plot_reliability({"n": 9, "bins": [part, part | {"n": 8, "exact_match": 0.5}]}, tmp_path / "plot.png")
+
+
+def test_no_figure_is_cut_in_a_narrow_terminal(report: dict, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(table(report))
+    out = capsys.readouterr().out
+    assert "…" not in out and out.count("±") == 4 * len(report["rows"])
+    Embedders().run()
+    assert "…" not in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    Embedders().run()
+    out = capsys.readouterr().out
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    for name, known in KNOWN.items():
+        (line, *_) = (line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert {str(known.width), str(known.max_length), known.pooling, known.licence} <= set(line.split())
 
 
 def test_texts_of_a_split_fit_the_model(model: InversionPipeline, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from v2t_jax.eval.metrics import exact_match, score, sentence_bleu, text_scores,
 
 def test_mean_and_standard_error() -> None:
     assert score([1.0, 3.0]) == pytest.approx((2.0, 1.0))  # deviation sqrt(2), over sqrt(2)
-    assert score([5.0]) == (5.0, 0.0)
+    assert score([5.0]) == (5.0, None)
 
 
 def test_bleu_is_that_of_sentences() -> None:

@@ -70,11 +70,12 @@ def _huggingface_state(params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray
         yield f"{key}.bias", module["bias"]
 
 
-def make_embedder(folder: Path, seed: int = 0) -> Path:
-    """Writes a random embedder as a sentence-transformers folder: mean pooling and L2, 32 positions, width 16."""
+def make_embedder(folder: Path, seed: int = 0, width: int = BERT.hidden_size) -> Path:
+    """Writes a random embedder as a sentence-transformers folder: mean pooling and L2, 32 positions."""
     assert len(PIECES) == BERT.vocab_size
+    bert = dataclasses.replace(BERT, hidden_size=width)
     (folder / "1_Pooling").mkdir(parents=True)
-    state = dict(_huggingface_state(TextEncoder(BERT).init_params(jax.random.key(seed))))
+    state = dict(_huggingface_state(TextEncoder(bert).init_params(jax.random.key(seed))))
     save_file({k: np.ascontiguousarray(v, np.float32) for k, v in state.items()}, folder / "model.safetensors")
     make_tokenizer().save(str(folder / "tokenizer.json"))
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
@@ -82,7 +83,7 @@ def make_embedder(folder: Path, seed: int = 0) -> Path:
         "config.json": {
             "model_type": "bert",
             "vocab_size": BERT.vocab_size,
-            "hidden_size": BERT.hidden_size,
+            "hidden_size": bert.hidden_size,
             "num_hidden_layers": BERT.num_layers,
             "num_attention_heads": BERT.num_heads,
             "intermediate_size": BERT.intermediate_size,

@@ -77,7 +77,7 @@ def test_frozen_rows_do_not_change(params):
 
 def test_a_frozen_beam_is_left_alone_by_the_step(params, targets):
     loop = make_loop(propose_hashed)
-    beam = jax.jit(loop.first_beam)(params, jnp.asarray(targets), 1)
+    beam = jax.jit(loop.first_beam)(params, jnp.asarray(targets), len(targets), 1)
     beam = beam._replace(done=jnp.arange(BATCH) % 2 == 0)
     moved = jax.jit(loop.step)(params, jnp.asarray(targets), beam, jnp.int32(1), jnp.int32(1))
     jax.tree.map(lambda old, new: np.testing.assert_array_equal(old[::2], new[::2]), beam, moved)
@@ -132,7 +132,9 @@ def test_a_batch_is_one_dispatch_of_one_program_whatever_its_steps(params, targe
     ]  # without steps no corrector is needed, and a model may lack one
     monkeypatch.undo()
     assert loop.run._cache_size() == 1
-    lowered = loop.run.lower(params, jnp.asarray(targets), np.int32(7), np.int32(7), room=32).as_text()
+    lowered = loop.run.lower(
+        params, jnp.asarray(targets), np.int32(len(targets)), np.int32(7), np.int32(7), room=32
+    ).as_text()
     assert lowered.count("stablehlo.while") == 1
 
 
@@ -234,7 +236,7 @@ def test_the_beam_holds_distinct_texts_and_marks_fillers(params, targets):
         return jnp.repeat(hypothesize(params, e, 1), k, axis=1)
 
     loop = CorrectionLoop(one_guess, (with_junk_after_eos,), embed, CorrectionSettings(sequence_beam_width=3))
-    beam = jax.jit(loop.first_beam)(params, e, 1)
+    beam = jax.jit(loop.first_beam)(params, e, len(e), 1)
     first = beam.pool
     np.testing.assert_array_equal(np.isfinite(first.similarity), [[True] + [False] * 11] * BATCH)  # MEMORY * W slots
     assert (first.ids == first.ids[:, :1]).all()
@@ -244,7 +246,7 @@ def test_the_beam_holds_distinct_texts_and_marks_fillers(params, targets):
     np.testing.assert_array_equal(second.ids[:, 2], second.ids[:, 0])  # a filler repeats the best
 
     full = make_loop(propose_hashed)
-    beam, step = jax.jit(full.first_beam)(params, e, 1), jax.jit(full.step)
+    beam, step = jax.jit(full.first_beam)(params, e, len(e), 1), jax.jit(full.step)
     for number in range(1, 4):
         beam = step(params, e, beam, jnp.int32(number), jnp.int32(3))
         for ids, here in zip(np.asarray(beam.pool.ids), np.isfinite(beam.pool.similarity), strict=True):
@@ -316,7 +318,7 @@ def test_first_pool_of_upstream_mode_is_the_children_of_one_hypothesis(params, t
 
     loop = make_loop(propose_by_row, mode="upstream", sequence_beam_width=3)
     e = jnp.asarray(targets)
-    beam = jax.jit(loop.first_beam)(params, e, 1)
+    beam = jax.jit(loop.first_beam)(params, e, len(e), 1)
     beam = jax.jit(loop.step)(params, e, beam, jnp.int32(1), jnp.int32(1))
     np.testing.assert_array_equal(np.sort(beam.pool.ids[:, :, 0], axis=1), [[2, 3, 4]] * BATCH)
 

@@ -1,5 +1,7 @@
 """How a trace is shown."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -18,6 +20,21 @@ def test_changed_words_are_set_off(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(trace, "Console", lambda **_: Console(force_terminal=False, soft_wrap=True))
     trace.show_trace(InversionResult("a blue cat", 1.0, 2, steps, "a blue cat", True), "1 of 1")
     assert "step  2  cosine 1.0000  a [-[red]-] {+blue+} cat\n" in capsys.readouterr().out
+
+
+def test_long_texts_are_folded_beside_their_steps_on_a_terminal_only() -> None:
+    words = [f"word{i}" for i in range(40)]
+    found = InversionResult(" ".join(words), 1.0, 0, (TraceStep(0, " ".join(words), 1.0),), " ".join(words), True)
+    for terminal in (True, False):
+        out = io.StringIO()
+        looks = {"force_terminal": terminal, "no_color": True, "soft_wrap": True, "width": 80, "highlight": False}
+        trace.show_trace(found, "1 of 1", Console(file=out, **looks))
+        lines = [line.rstrip() for line in out.getvalue().splitlines()]
+        assert lines[2].startswith("  step  0  cosine 1.0000  word0 word1 ")
+        if terminal:
+            assert max(map(len, lines)) <= 80 and lines[3].startswith(" " * 26 + "word")
+        else:
+            assert lines[2].endswith(words[-1]) and len(lines) == 4
 
 
 def test_a_trace_as_a_picture_needs_no_server() -> None:

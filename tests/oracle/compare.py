@@ -1,6 +1,6 @@
 """Times ours beside PyTorch: same weights, same work (checked), same cores, alternating turns in one process.
 
-python -m tests.oracle.compare train|decode [--json]        (in the environment of `make oracle`)
+python -m tests.oracle.compare train|decode|embed [--json]        (in the environment of `make oracle`)
 """
 
 import argparse
@@ -14,17 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from v2t_jax.bench import Turn, num_cores, turn
 from v2t_jax.bench.decode import T5_BASE, Decode, generate, source_ids
 from v2t_jax.bench.train import OPTIMIZER, T5_SMALL, Step, Train
 from v2t_jax.config import ModelConfig, T5Config
+from v2t_jax.data.split import read_texts
+from v2t_jax.embedders.load import load_embedder, locate
 from v2t_jax.interop.hf_t5 import t5_from_huggingface
 from v2t_jax.models.layers import Params
 from v2t_jax.models.t5 import unstack_decoder
 
 LOSS_TOLERANCE = 1e-4
+VECTOR_TOLERANCE = 1e-5  # of vectors of length 1
 
 
 def take_turns(name: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> dict[str, Any]:
@@ -138,13 +142,29 @@ def compare_training(options: Train, t5: T5Config = T5_SMALL) -> list[dict[str, 
     return [take_turns(name, ours, theirs, options.repeats)]
 
 
+def compare_embedding(lines: int = 1000, batch_size: int = 64, repeats: int = 5) -> list[dict[str, Any]]:
+    """all-MiniLM-L6-v2 by sentence-transformers: held-out lines of WordNet, whose vectors must agree."""
+    name = "all-MiniLM-L6-v2"
+    texts, ours, theirs = read_texts("wordnet", "held_out")[:lines], load_embedder(name), locate(name)
+    model = SentenceTransformer(str(theirs), device="cpu")
+    difference = np.abs(ours.embed(texts, batch_size) - model.encode(texts, batch_size=batch_size)).max()
+    assert difference < VECTOR_TOLERANCE, f"the vectors differ by {difference}"
+    both = lambda: ours.embed(texts, batch_size), lambda: model.encode(texts, batch_size=batch_size)  # noqa: E731
+    return [take_turns(f"{name}, {lines} WordNet lines, batch {batch_size}", *both, repeats)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "decode"))
+    parser.add_argument("what", choices=("train", "decode", "embed"))
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(num_cores())
-    results = compare_training(Train()) if options.what == "train" else compare_decoding(Decode())
+    compared = {
+        "train": lambda: compare_training(Train()),
+        "decode": lambda: compare_decoding(Decode()),
+        "embed": compare_embedding,
+    }
+    results = compared[options.what]()
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     if options.json:
         print(json.dumps({"cores": num_cores(), **versions, "results": results}))

@@ -41,7 +41,7 @@ def test_no_weights_are_gathered(cut):
     loop = cut.correction_loop(WIDTH, "best")
     e = processes.put(np.ones((ROWS, 16), np.float32), decoding_rows(cut.mesh, "model"))
     with decoding_on(cut.mesh, "model"):
-        found = loop.run.lower(weights, e, np.int32(1), np.int32(1), room=1).compile().as_text()
+        found = loop.run.lower(weights, e, np.int32(ROWS), np.int32(1), np.int32(1), room=1).compile().as_text()
     shapes = gathered(found)
     assert shapes and max(np.prod(shape) for shape in shapes) <= ROWS * WIDTH**2 * T5.vocab_size  # logits at most
     assert not [shape for shape in shapes if {208, 104, 736, 368} & set(shape)]

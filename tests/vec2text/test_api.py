@@ -86,7 +86,7 @@ def test_the_embedder_that_a_checkpoint_names(folder: Path, corrector: Inversion
     loading = functools.partial(vec2text.load_corrector, str(pair / "inverter"), str(pair / "corrector"))
     with pytest.MonkeyPatch.context() as patch:
         asked = []
-        patch.setattr(convert, "load_embedder", lambda name: asked.append(name) or corrector.embedder)
+        patch.setattr(convert, "load_embedder", lambda name, prefix: asked.append(name) or corrector.embedder)
         patch.setattr(convert, "locate", lambda name: upstream_pair.embedder_of(folder))
         assert loading(t5=str(pair / "t5-base")).config == corrector.config
     assert asked == ["all-MiniLM-L6-v2"]

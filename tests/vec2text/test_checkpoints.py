@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -124,6 +126,30 @@ def test_the_commands(
     assert [one["text"] for one in found] == record["search/0/0/texts"].tolist()
     assert run("convert", "--to", "vec2text", str(out), str(tmp_path / "back")) == 0
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["corrector", "inverter"]
+
+
+def test_without_corrector_what_is_advised_and_printed_works(
+    folders: dict[str, Path],
+    goldens: dict[str, Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A checkpoint as --model, the command that this advises, and the one that converting prints."""
+    folder, run = folders["vec2text_b"], functools.partial(run_v2t, monkeypatch)
+    np.save(tmp_path / "vectors.npy", record_of(goldens["vec2text_b"])["e"])
+    monkeypatch.chdir(tmp_path)
+    for stage in ("corrector", "inverter"):
+        assert run("invert", "--model", str(folder / stage), "--embeddings", "vectors.npy") == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        (advised,) = re.findall("checkpoint of the original vec2text; convert it first: v2t (.*)[.]$", said)
+        assert f"--{stage} {folder / stage}" in advised
+    without = advised.replace("--corrector DIR OUT", "'a model'")
+    assert run(*shlex.split(without), "--t5", str(folder / "t5-base"), "--embedder", str(embedder_of(folder))) == 0
+    (printed,) = re.findall("try: v2t (.*)", capsys.readouterr().out)
+    assert run(*shlex.split(printed)) == 0
+    shown = capsys.readouterr()
+    assert "step  0" in shown.out and "has no corrector, so it takes 0 correction steps" in shown.err
 
 
 def run_v2t(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -318,7 +344,7 @@ def test_settings_of_training_alone_are_no_matter(pair: Path) -> None:
 def test_a_pair_of_other_sizes(folders: dict[str, Path], pair: Path) -> None:
     shutil.rmtree(pair / "t5-base")
     shutil.copytree(folders["vec2text_b"] / "t5-base", pair / "t5-base")
-    with pytest.raises(InputError, match="' has shape .*; its config implies .*: give the right one, as --t5"):
+    with pytest.raises(InputError, match="' has shape .*; its config implies .*: give the right one, as t5=DIR"):
         read_pair(pair)
 
 

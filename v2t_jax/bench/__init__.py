@@ -45,12 +45,13 @@ def report(name: str, rows: int, run: Callable[[], object], repeats: int, as_jso
 
 
 def show(name: str, rows: int, turns: Sequence[Turn], as_json: bool) -> None:
-    """Prints medians and rows per second: a line of text, or of JSON."""
+    """Prints medians and rows per second: three lines of text, or one of JSON."""
     import jax
 
     wall, cpu = (statistics.median(times) for times in zip(*turns, strict=True))
     device, cores = jax.devices()[0].device_kind, num_cores()
     found: dict[str, Any] = {"name": name, "seconds": wall, "cpu_seconds": cpu, "rows_per_second": rows / wall}
     found |= {"device": device, "cores": cores, "jax": jax.__version__, "turns": turns}
-    text = f"{name}: {wall:.3f} s (median of {len(turns)}), {rows / wall:.1f} rows/s, processor time {cpu:.2f} s; "
-    print(json.dumps(found) if as_json else f"{text}{device}, {cores} cores, jax {jax.__version__}")
+    text = f"{wall:.3f} s (median of {len(turns)}), {rows / wall:.1f} rows/s, processor time {cpu:.2f} s"
+    where = f"{device}, {cores} cores, jax {jax.__version__}"
+    print(json.dumps(found) if as_json else f"{name}:\n  {text}\n  {where}")

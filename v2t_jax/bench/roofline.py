@@ -8,6 +8,7 @@ of a loop once, however often it runs, so of T5's layers, which are scanned, the
 import importlib.util
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -227,12 +228,18 @@ class Report:
             f"it {'fits' if self.fits else 'does not fit'}\n"
         )
         if not self.fits:
-            return f"{head}  {self.advice}"
+            return _folded(f"{head}  {self.advice}")
         sent = ", ".join(f"{kind} {e['count']}x {e['bytes'] / 1e6:.1f} MB" for kind, e in self.collectives.items())
         seconds = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in self.seconds.items())
-        return (
+        return _folded(
             f"{head}  a chip sends: {sent or 'nothing'}\n"
             f"  TFLOP a chip: {self.flops / 1e12:.3f}, with what is recomputed {self.flops_run / 1e12:.3f}\n"
             f"  at least {1e3 * self.step_seconds:.2f} ms a step (roofline, in ms: {seconds}), hence at most "
             f"{self.mfu:.0%} MFU and {self.texts_per_second:,.0f} texts/s"
         )
+
+
+def _folded(text: str) -> str:
+    """Lines of at most 80 characters."""
+    fold = textwrap.TextWrapper(width=80, subsequent_indent="    ", break_on_hyphens=False).fill
+    return "\n".join(map(fold, text.split("\n")))

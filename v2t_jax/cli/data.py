@@ -83,6 +83,37 @@ class Embed:
 
 
 @dataclass(frozen=True)
+class Import:
+    """Take a built data set's embeddings from a file of vectors, as a column for a recipe's data.embeddings.
+
+    The file holds its texts, or --texts names them. All texts of the data set must be there, in any order; of equal
+    texts the first counts. Run again, it resumes."""
+
+    folder: tyro.conf.Positional[str]  # a data set made by v2t data build
+    vectors: tyro.conf.Positional[str]  # FILE or FILE:FIELD, as for v2t invert --embeddings
+    name: str  # name of the column
+    max_length: int  # the recipe's model.max_length
+    embedder: str  # the embedder that made them: a name, a folder, or an endpoint's base URL, as in the recipe
+    texts: str | None = None
+    """source of the vectors' texts, as for v2t data build: matched by id where both have one, else row by row"""
+    api: ApiConfig = ApiConfig()
+
+    def run(self) -> None:
+        from v2t_jax.data.dataset import TokenDataset
+        from v2t_jax.embedders.load import load_embedder
+        from v2t_jax.train.precompute import import_column
+
+        dataset, embedder = TokenDataset.open(_path(self.folder)), open_embedder(self.embedder, self.api)
+        if isinstance(embedder, str):
+            embedder = load_embedder(embedder)
+        options: dict[str, Any] = {"max_length": self.max_length, "texts": self.texts}
+        others = import_column(dataset, self.name, self.vectors, embedder, **options)
+        _say(True, f'in a recipe: DataConfig(..., embeddings="{self.name}")')
+        if others:
+            print(f"{others:,} vectors of {self.vectors} are of no text in {self.folder}, or of one that came before.")
+
+
+@dataclass(frozen=True)
 class Hypotheses:
     """Let inverters guess a built data set's texts once, as columns for a recipe's data.hypotheses."""
 
@@ -158,4 +189,11 @@ class Tfds:
         print(f"{folder} is written; as a source it is tfds:{folder}:text")
 
 
-COMMANDS: dict[str, Any] = {"corpus": Corpus, "build": Build, "embed": Embed, "hypotheses": Hypotheses, "tfds": Tfds}
+COMMANDS: dict[str, Any] = {
+    "corpus": Corpus,
+    "build": Build,
+    "embed": Embed,
+    "import": Import,
+    "hypotheses": Hypotheses,
+    "tfds": Tfds,
+}

@@ -1,14 +1,16 @@
 """v2t: recover text from embeddings, and train the models that do."""
 
 import contextlib
+import dataclasses
 import io
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -21,12 +23,13 @@ from v2t_jax.cli.models import Convert, Embedders, Env, Push
 from v2t_jax.config import DistributedConfig
 from v2t_jax.errors import InputError
 
+UNNAMED = ("config", "settings")  # fields of commands whose own fields are options by their own paths
 UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
 
 
 @dataclass(frozen=True)
 class Data:
-    """Corpora and data sets: corpus, build, embed, hypotheses, tfds."""
+    """Corpora and data sets: corpus, build, import, embed, hypotheses, tfds."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,44 @@ def explained(error: Exception) -> object:
     return processes.explained(error)
 
 
+def option_names(command: Any, prefix: str = "") -> Iterator[str]:
+    """Names of a command's options, as its fields and theirs: num_steps, api.model."""
+    for field in dataclasses.fields(command):
+        if dataclasses.is_dataclass(value := getattr(command, field.name)):
+            yield from option_names(value, prefix if field.name in UNNAMED else f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@contextlib.contextmanager
+def naming_options(names: Iterable[str]) -> Iterator[None]:
+    """Errors inside name arguments as Python does; here they are named as they are typed: `--num-steps 0`.
+
+    An ordinary word, such as `search`, is an argument only before "=", or where a message begins with it.
+    """
+    names = sorted(names, key=len, reverse=True)
+    every, compound = ("|".join(map(re.escape, some)) for some in (names, [n for n in names if {*"_."} & {*n}]))
+    given = rf"({every})=(\S*?)(?=[,;:.)]*(?:\s|$))"
+    pattern = rf"(?<![\w./'\"-])(?:{given}|({compound or '(?!)'})(?![\w/]|\.\w)|^({every})(?= is ))"
+
+    def typed(found: re.Match[str]) -> str:
+        option = f"--{(found[1] or found[3] or found[4]).replace('_', '-')}"
+        return f"{option} {found[2].strip(chr(34))}" if found[1] else option
+
+    try:
+        yield
+    except InputError as error:
+        said = str(error).replace("embedder=HttpEmbedder(...)", "embedder=https://HOST/v1 api.model=NAME")
+        raise InputError(re.sub(pattern, typed, said) if names else said) from error
+
+
 def run(arguments: list[str]) -> None:
-    command, name = parse(arguments), arguments[0]
+    typed = [re.match(r"--([a-z][\w.-]*)", argument) for argument in arguments]
+    with naming_options(one[1].replace("-", "_") for one in typed if one):
+        command, name = parse(arguments), arguments[0]
     start_jax()
-    with joined(command.distributed) if name in ("invert", "eval", "train") else contextlib.nullcontext():
+    several = joined(command.distributed) if name in ("invert", "eval", "train") else contextlib.nullcontext()
+    with several, naming_options(option_names(command)):
         if name not in ("bench", "env"):  # which can do without, or report what fails
             check_devices()
         command.run()
@@ -146,10 +183,10 @@ def main() -> None:
     """The command line. An error that the user can fix ends in one sentence and exit status 2."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the whole run)
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115 (for the whole run)
         elif isinstance(stream, io.TextIOWrapper):  # an encoding that lacks a character must not end the run
             stream.reconfigure(errors="backslashreplace")
     hook, sys.unraisablehook = sys.unraisablehook, lost

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from v2t_jax import progress
-from v2t_jax.cli.invert import open_embedder
+from v2t_jax.cli.invert import endpoint_options, open_embedder, print_table
 from v2t_jax.config import ApiConfig
 from v2t_jax.errors import InputError
 
@@ -24,8 +27,6 @@ class Embedders:
     json: bool = False  # print a JSON document instead of a table
 
     def run(self) -> None:
-        from rich.table import Table
-
         from v2t_jax.embedders.known import KNOWN
 
         if self.json:
@@ -33,16 +34,21 @@ class Embedders:
             rows = [{"name": name, **dataclasses.asdict(known)} for name, known in KNOWN.items()]
             print(json.dumps([{k: v for k, v in row.items() if k not in hidden} for row in rows], indent=1))
             return
-        table = Table(caption="Prefixes: before stored documents / before queries. v2t embeds texts as documents.")
-        for column in ("name", "on the hub", "width", "tokens", "pooling", "L2", "licence"):
+        looks: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0, "show_edge": False}
+        table, prefixes = Table(**looks), Table(**looks)
+        for column in ("name, and on the hub", "width", "tokens", "pooling", "L2", "license"):
             table.add_column(column, no_wrap=True, justify="right" if column in ("width", "tokens") else "left")
-        table.add_column("prefixes", overflow="fold")
+        for column in ("name", "before stored documents (as here)", "before queries"):
+            prefixes.add_column(column, no_wrap=column == "name", overflow="fold")
         for name, known in KNOWN.items():
             sizes, unit = (str(known.width), str(known.max_length)), "yes" if known.normalize else "no"
-            prefixes = " / ".join(escape(repr(p)) if p else "-" for p in (known.document_prefix, known.query_prefix))
-            table.add_row(name, known.hub, *sizes, known.pooling, unit, known.licence, prefixes)
-        # Wider than most terminals, which wrap the lines: truncated names and prefixes would be useless.
-        Console(width=max(Console().width, 180)).print(table)
+            table.add_row(f"{name}\n  {known.hub}", *sizes, known.pooling, unit, known.licence)
+            given = [escape(repr(prefix)) if prefix else "-" for prefix in (known.document_prefix, known.query_prefix)]
+            if known.document_prefix or known.query_prefix:
+                prefixes.add_row(name, *given)
+        print_table(table)
+        print()
+        Console().print(prefixes)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class Convert:
                 raise InputError("With --from vec2text, pass --inverter, and pass one path: the model folder to write.")
             embedder = open_embedder(self.embedder, self.api)
             from_vec2text(Path(self.paths[0]), self.inverter, self.corrector, self.t5, embedder)
-            print(f"The model is in {self.paths[0]}; try: v2t invert --model {self.paths[0]} --embeddings vectors.npy")
+            options = shlex.join(["--model", self.paths[0], *endpoint_options(self.embedder, self.api)])
+            print(f"The model is in {self.paths[0]}; try: v2t invert {options} --embeddings vectors.npy")
             return
         if len(self.paths) != 2:
             raise InputError("With --to, pass two paths: the model folder, and the folder to write.")

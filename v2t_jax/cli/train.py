@@ -1,15 +1,16 @@
 """v2t train: run a recipe, with any of its fields overridden."""
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
-from v2t_jax.config import Config, DistributedConfig, is_endpoint, load_recipe
+from v2t_jax.cli.invert import endpoint_options, print_table
+from v2t_jax.config import Config, DistributedConfig, load_recipe
 from v2t_jax.errors import InputError
 
 USAGE = "v2t train configs/NAME.py --workdir DIR [--FIELD VALUE ...]"
@@ -35,10 +36,9 @@ class Train:
             print(f"v2t: {stopped}", file=sys.stderr)
             raise SystemExit(0 if stopped.preempted else 130) from None
         if is_main():
-            Console().print(table(json.loads((folder.parent / "evaluation.json").read_text())))
-            embedder, api = self.config.embedder, self.config.api
-            endpoint = f" --embedder {embedder} --api.model {api.model}" if is_endpoint(embedder) else ""
-            print(f'The model is in {folder}; try: v2t invert --model {folder}{endpoint} --text "..."')
+            print_table(table(json.loads((folder.parent / "evaluation.json").read_text())))
+            options = shlex.join(["--model", str(folder), *endpoint_options(self.config.embedder, self.config.api)])
+            print(f'The model is in {folder}; try: v2t invert {options} --text "..."')
 
 
 def parse(arguments: list[str]) -> Train:

@@ -41,7 +41,7 @@ class Column:
 def open_column(dataset: TokenDataset, name: str) -> Column:
     """Opens a finished column; compares its file's size with the manifest, but not every byte."""
     folder = dataset.folder / "columns" / name
-    maker = "v2t data embed' or 'v2t data hypotheses"
+    maker = "v2t data embed', 'import' or 'hypotheses"
     manifest, _ = read_manifest(folder / "manifest.json", maker, ("of", "file", "made_by"))
     if manifest["of"] != dataset.manifest_sha256:
         raise InputError(f"{folder} belongs to another build of {dataset.folder}: delete it and make it again.")
@@ -54,13 +54,23 @@ def open_column(dataset: TokenDataset, name: str) -> Column:
 class ColumnWriter:
     """Writes a column piece by piece, in any order and from any number of processes.
 
-    `made_by` must hold everything that determines the values: another one is refused.
+    `made_by` must hold everything that determines the values: another one is refused. A piece is a run of rows, or,
+    with `num_pieces`, the rows that it is written with.
     """
 
-    def __init__(self, dataset: TokenDataset, name: str, dtype: str, shape: tuple[int, ...], made_by: dict[str, Any]):
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        made_by: dict[str, Any],
+        num_pieces: int | None = None,
+    ):
         folder = dataset.folder / "columns" / name
         self._values, self._manifest, self._done = (folder / part for part in ("values.npy", "manifest.json", "done"))
         self._rows, self._dtype, self._shape = len(dataset), np.dtype(dtype).newbyteorder("<"), shape
+        self._num_pieces = -(-self._rows // PIECE_ROWS) if num_pieces is None else num_pieces
         described = {"dtype": dtype, "shape": shape, "piece_rows": PIECE_ROWS, "made_by": made_by}
         self._described = {"format": FORMAT, "of": dataset.manifest_sha256, **json.loads(json.dumps(described))}
         claim(self._manifest, self._described | {"file": None}, folder)
@@ -79,15 +89,18 @@ class ColumnWriter:
         if json.loads(self._manifest.read_bytes())["file"]:
             return []
         done = {int(file.name) for file in self._done.glob("[0-9]*")}
-        return [piece for piece in range(-(-self._rows // PIECE_ROWS)) if piece not in done]
+        return [piece for piece in range(self._num_pieces) if piece not in done]
 
-    def write(self, piece: int, values: np.ndarray) -> None:
-        """Writes the values [rows, ...] of a piece; they are on disk when this returns."""
-        rows = self.rows(piece)
-        assert values.shape == (rows.stop - rows.start, *self._shape), f"{values.shape} in piece {piece}"
+    def write(self, piece: int, values: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Writes the values [n, ...] of a piece, whose rows may be given; they are on disk when this returns."""
+        run = self.rows(piece)
+        expected = run.stop - run.start if rows is None else len(rows)
+        assert values.shape == (expected, *self._shape), f"{values.shape} in piece {piece}"
+        values = np.ascontiguousarray(values, self._dtype)
         with self._values.open("r+b") as file:
-            file.seek(self._start + rows.start * self._row_bytes)
-            file.write(np.ascontiguousarray(values, self._dtype).tobytes())
+            for row, part in [(run.start, values)] if rows is None else zip(rows.tolist(), values, strict=True):
+                file.seek(self._start + row * self._row_bytes)
+                file.write(part.tobytes())
             file.flush()
             os.fsync(file.fileno())
         self._done.mkdir(exist_ok=True)

@@ -1,5 +1,8 @@
 """Reads texts from files one after the other, so that no file is ever whole in memory.
 
+A line ends with LF or CRLF, and with nothing else: a lone CR, a form feed or U+2028 is part of it. Sources, as below,
+skip blank lines; `read_lines`, where line i is text i, refuses them.
+
     wordnet        the packaged corpus
     NAME.txt       a text a line
     NAME.jsonl     an object a line with a field "text" (BEIR's corpus.jsonl is one; its title is left out)
@@ -9,7 +12,8 @@
     FOLDER, GLOB   the files in it, in the order of their names
     tfds:NAME:FIELD  a TFDS data set's "train" part; NAME may be the folder of one that is prepared
 
-Text, JSON lines and TSV may be compressed by gzip (.txt.gz ...).
+Text, JSON lines and TSV may be compressed by gzip (.txt.gz ...). Ids are read where a format has them: the id of TSV,
+fields and columns called as in `IDS`.
 """
 
 import contextlib
@@ -32,6 +36,9 @@ from v2t_jax.errors import InputError
 WORDNET = Path(__file__).parent.parent / "assets" / "wordnet.txt.gz"
 WATCHED_TEXTS = 256  # texts between two looks at a file's position
 TFDS_TEXT_BYTES = 256  # a TFDS record's text has no known length
+IDS = ("id", "_id", "ids", "uuid", "pk", "key", "custom_id")  # BEIR has _id
+
+Record = tuple[Any, str]  # the text's id, or None, and the text
 
 
 @dataclass
@@ -40,11 +47,14 @@ class Source:
 
     files: tuple[Path, ...]  # what it is made of
     size: int  # bytes of its texts, approximately
-    read: Callable[["Source"], Iterator[str]]
+    read: Callable[["Source"], Iterator[Record]]
     position: int = 0  # bytes read so far
 
-    def __iter__(self) -> Iterator[str]:
+    def records(self) -> Iterator[Record]:
         return self.read(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for _, text in self.read(self))
 
 
 def open_source(source: str) -> Source:
@@ -56,23 +66,47 @@ def open_source(source: str) -> Source:
     if 0 in sizes:
         raise InputError(f"{files[sizes.index(0)]} is empty: give a file with text in it.")
 
-    def read(source: Source) -> Iterator[str]:
+    def read(source: Source) -> Iterator[Record]:
         for i, file in enumerate(files):
-            try:
-                with file.open("rb") as raw:
-                    for number, text in enumerate(_reader(file)(raw, file)):
-                        if number % WATCHED_TEXTS == 0:
-                            source.position = sum(sizes[:i]) + raw.tell()
-                        yield text
-            except UnicodeDecodeError as error:
-                raise InputError(f"{file} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise InputError(f"{file} is not a complete gzip file ({error}): make or download it again.") from error
-            except OSError as error:
-                raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+            with _errors_of(file), file.open("rb") as raw:
+                for number, record in enumerate(_reader(file)(raw, file)):
+                    if number % WATCHED_TEXTS == 0:
+                        source.position = sum(sizes[:i]) + raw.tell()
+                    yield record
         source.position = source.size
 
     return Source(files, sum(sizes), read)
+
+
+def read_lines(name: str) -> Iterator[str]:
+    """The texts of a file (.gz too), of a pipe, or of stdin for "-": text i is line i, as it is but for its end.
+
+    Blank lines at the end are nothing. One before a text is refused, and so is a file without texts.
+    """
+    path, blank, number = Path("stdin" if name == "-" else name), 0, 0
+    with _errors_of(path), sys.stdin.buffer if name == "-" else path.open("rb") as raw:
+        for number, line in enumerate(_lines(raw, path), 1):
+            if not line.strip():
+                blank = blank or number
+            elif blank:
+                raise InputError(f"Line {blank} of {path} is blank, but line i is text i: remove it or give it words.")
+            else:
+                yield line
+    if blank == 1 or number == 0:
+        raise InputError(f"{path} is empty: give a file with a text a line.")
+
+
+@contextlib.contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    """Turns the errors of reading a file into one sentence."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text ({error.reason}): convert it to UTF-8.") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{file} is not a complete gzip file ({error}): make or download it again.") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def _files(source: str) -> list[Path]:
@@ -99,18 +133,22 @@ def _files(source: str) -> list[Path]:
 
 
 def _lines(raw: BinaryIO, path: Path) -> Iterator[str]:
-    """Lines that aren't blank, without their ends."""
+    """Lines without their ends."""
     packed: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
     with io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as lines:
         for line in lines:
             if "\0" in line:
                 raise InputError(f"{path} is not a text file (it holds zero bytes): give UTF-8 text, one a line.")
-            if not line.isspace():
-                yield line.rstrip("\r\n")
+            yield line.removesuffix("\n").removesuffix("\r")
 
 
-def _read_jsonl(raw: BinaryIO, path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(raw, path), 1):
+def _full_lines(raw: BinaryIO, path: Path) -> Iterator[str]:
+    """Lines that aren't blank."""
+    return filter(str.strip, _lines(raw, path))
+
+
+def _read_jsonl(raw: BinaryIO, path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_full_lines(raw, path), 1):
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -120,11 +158,11 @@ def _read_jsonl(raw: BinaryIO, path: Path) -> Iterator[str]:
             raise InputError(
                 f"Record {number} of {path} has no string field 'text': give lines like {{\"text\": ...}}."
             )
-        yield _as_text(record["text"], str(path))
+        yield next((record[name] for name in IDS if name in record), None), as_text(record["text"], str(path))
 
 
-def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
-    lines = _lines(raw, path)
+def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[Record]:
+    lines = _full_lines(raw, path)
     first = next(lines, "")
     header = first.split("\t")
     if "text" not in header:
@@ -138,34 +176,37 @@ def _read_tsv(raw: BinaryIO, path: Path) -> Iterator[str]:
         raise InputError(f"The header of {path} names a column twice ({', '.join(header)}): rename one.")
     rows: Iterator[list[str]] = (line.split("\t") for line in lines)
     if "title" in header:  # DPR's: written by a CSV library, where MSMARCO's quotation marks are just that
-        rows = csv.reader((f"{line}\n" for line in lines), delimiter="\t")
-    number = 0
+        rows = csv.reader((line.replace("\r", " ") + "\n" for line in lines), delimiter="\t")  # refuses a lone CR
+    number, text = 0, header.index("text")
     try:
         for number, row in enumerate(rows, 1):
             if len(row) != len(header):
                 raise InputError(
                     f"Record {number} of {path} has {len(row)} columns, not {len(header)}: fix it or download it again."
                 )
-            yield row[header.index("text")].strip()
+            yield next((row[header.index(name)] for name in IDS if name in header), None), row[text].strip()
     except csv.Error as error:
         raise InputError(f"Record {number + 1} of {path} is incomplete ({error}): close its quotation mark.") from error
 
 
-def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[str]:
+def _read_parquet(raw: BinaryIO, path: Path) -> Iterator[Record]:
     from pyarrow import ArrowException, parquet
 
     try:
         file = parquet.ParquetFile(raw)
         if "text" not in file.schema_arrow.names:
             raise InputError(f"{path} has no column 'text' but {file.schema_arrow.names}: rename the one you mean.")
-        for batch in file.iter_batches(columns=["text"]):
-            yield from (_as_text(value, str(path)) for value in batch.column(0).to_pylist() if value is not None)
+        ids = [name for name in IDS if name in file.schema_arrow.names][:1]
+        for batch in file.iter_batches(columns=["text", *ids]):
+            texts = batch.column("text").to_pylist()
+            names = batch.column(ids[0]).to_pylist() if ids else [None] * len(texts)
+            yield from ((name, as_text(x, str(path))) for name, x in zip(names, texts, strict=True) if x is not None)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file ({error}): write it again.") from error
 
 
-_READERS: dict[str, Callable[[BinaryIO, Path], Iterator[str]]] = {
-    **dict.fromkeys((".txt", ".txt.gz"), lambda raw, path: map(str.strip, _lines(raw, path))),
+_READERS: dict[str, Callable[[BinaryIO, Path], Iterator[Record]]] = {
+    **dict.fromkeys((".txt", ".txt.gz"), lambda raw, path: ((None, line.strip()) for line in _full_lines(raw, path))),
     **dict.fromkeys((".jsonl", ".jsonl.gz"), _read_jsonl),
     **dict.fromkeys((".tsv", ".tsv.gz"), _read_tsv),
     ".parquet": _read_parquet,
@@ -196,7 +237,7 @@ def _open_tfds(source: str) -> Source:
             f"TFDS cannot open {name!r} ({reason}): install what it lacks or prepare it as file_format='array_record'."
         ) from error
 
-    def read(opened: Source) -> Iterator[str]:
+    def read(opened: Source) -> Iterator[Record]:
         for i in range(len(records)):
             record = records[i]
             if field not in record:
@@ -204,14 +245,15 @@ def _open_tfds(source: str) -> Source:
                     f"TFDS data set {name!r} has no field {field!r} but {sorted(record)}: name one of these."
                 )
             opened.position = (i + 1) * TFDS_TEXT_BYTES
-            yield _as_text(record[field], source)
+            yield None, as_text(record[field], source)
 
     info = getattr(records, "dataset_info", None)
     files = sorted(Path(info.data_dir).iterdir()) if info else []
     return Source(tuple(files), len(records) * TFDS_TEXT_BYTES, read)
 
 
-def _as_text(value: Any, where: str) -> str:
+def as_text(value: Any, where: str) -> str:
+    """A value as valid Unicode, as texts of all sources are."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, str):

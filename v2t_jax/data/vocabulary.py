@@ -53,7 +53,8 @@ class Vocabulary:
         # Special tokens and "unknown" inside a text can't be turned back into that text.
         special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         unknown = [i for i in map(tokenizer.token_to_id, ("[UNK]", "<unk>")) if i is not None]
-        self._model_id[[*special, *unknown, *ends]] = -1
+        self._no_text = {*special, *unknown, *ends}
+        self._model_id[[*self._no_text]] = -1
 
     @property
     def writable(self) -> np.ndarray:
@@ -90,6 +91,12 @@ class Vocabulary:
     def normalize(self, texts: Sequence[str], max_length: int) -> list[str]:
         """The form in which texts are compared for an "exact match": text -> first `max_length - 1` tokens -> text."""
         return self.tokenizer.decode_batch([ids[: max_length - 1] for ids in self._tokenizer_ids(texts)])
+
+    def left_out(self, text: str, max_length: int) -> str:
+        """What `normalize` leaves out of the tokens that it takes: unknown words or characters, and special tokens."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        pairs = list(zip(encoding.ids, encoding.offsets, strict=True))[: max_length - 1]
+        return " ".join(text[slice(*place)] for i, place in pairs if i in self._no_text)
 
     def _tokenizer_ids(self, texts: Sequence[str]) -> list[list[int]]:
         # The "fast" form leaves out character offsets, which nothing here needs.

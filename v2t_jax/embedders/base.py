@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -15,12 +16,14 @@ from tokenizers import Tokenizer
 
 from v2t_jax import progress
 from v2t_jax.config import Dtype
-from v2t_jax.errors import InputError, check_texts, check_whole
+from v2t_jax.data.vector_file import whole_numbers
+from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
 from v2t_jax.models.embedder import EmbedderConfig, Layer, Pooling, TokenMap, embed
 from v2t_jax.models.layers import Params
 
 Precision = Literal["float32", "int8", "binary"]
-LENGTH_MULTIPLE = 16  # batches are padded to a multiple of this, so that few shapes are compiled
+TOKENIZED_TEXTS = 16_384  # at a time, and sorted by length
+AT_ONCE = 3  # batches under way: one alone leaves part of a CPU's cores idle
 
 _embed = jax.jit(embed, static_argnums=0)
 
@@ -38,10 +41,43 @@ def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
         return vectors.astype(np.float32)
     if precision != "int8":
         raise InputError(f"precision is {precision!r}; choose {', '.join(get_args(Precision))}.")
-    low, high = (vectors.min(axis=0), vectors.max(axis=0)) if ranges is None else ranges
+    low, high = ranges_of(vectors) if ranges is None else ranges
     step = (high - low) / 255
     steps = np.floor((vectors - low[None]) / np.where(step == 0, 1, step)[None])
     return (np.clip(steps, 0, 255) - 128).astype(np.int8)
+
+
+def ranges_of(vectors: np.ndarray) -> np.ndarray:
+    """The smallest and the largest value of each dimension, [2, E], of vectors [n, E]."""
+    return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+
+
+def is_signed(quantized: np.ndarray) -> bool:
+    """Whether bytes count from -128, as int8 does, by their type, or by themselves where a text file has none."""
+    return quantized.dtype == np.int8 or (quantized.dtype != np.uint8 and bool((quantized < 0).any()))
+
+
+def dequantize(vectors: Any, ranges: np.ndarray, signed: bool | None = None) -> np.ndarray:
+    """Vectors [n, E] float32 of those that `quantize` made int8 with these ranges [2, E].
+
+    Args:
+        signed: False for uint8, which counts from 0; None: see `is_signed`.
+    """
+    vectors = as_numpy(vectors)
+    if vectors.shape[-1] != ranges.shape[1] or not whole_numbers(vectors):
+        found = f"{vectors.dtype} {vectors.shape[-1]} wide"
+        raise InputError(f"The ranges are of int8 vectors {ranges.shape[1]} wide, but these are {found}; check both.")
+    signed = is_signed(vectors) if signed is None else signed
+    low, high = np.asarray(ranges, np.float32)
+    middle = vectors.astype(np.float32) + (128.5 if signed else 0.5)  # of each step
+    return low[None] + middle * ((high - low) / 255)[None]
+
+
+def signs(packed: np.ndarray, width: int) -> np.ndarray:
+    """Vectors [n, width] float32 of length 1, by signs [n, ceil(width / 8)] as `quantize` packs them, or as uint8."""
+    unsigned = (packed.astype(np.int16) + (128 if is_signed(packed) else 0)).astype(np.uint8)
+    bits = np.unpackbits(unsigned, axis=-1, count=width).astype(np.float32)
+    return (2 * bits - 1) / np.float32(width) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -63,18 +99,23 @@ class EmbedderIdentity:
         return {name: value for name, value in json.loads(msgspec.json.encode(self)).items() if value is not None}
 
 
-def check_identity(recorded: dict[str, Any], given: EmbedderIdentity, whose: str, ignored: Sequence[str] = ()) -> None:
-    """Refuses an embedder that differs in a field from the one on record, an `EmbedderIdentity.to_dict()` of `whose`.
+def differing_field(recorded: dict[str, Any], given: EmbedderIdentity, ignored: Sequence[str] = ()) -> str:
+    """The first field in which an embedder differs from the one on record, an `EmbedderIdentity.to_dict()`; or "".
 
     Fields that either lacks may differ; names too, where the weights of both can be seen.
     """
     both_seen = recorded.get("weights_sha256") and given.weights_sha256
     skipped = {*ignored, "name" if both_seen else "weights_sha256"}
-    for name, value in given.to_dict().items():
-        was = recorded.get(name)
-        if name not in skipped and was not in (None, value):
-            made = f"{whose} was made with an embedder whose {name} is {was!r}"
-            raise InputError(f"{made}, but that of {given.name} is {value!r}: give the embedder it was made with.")
+    fields = {name: value for name, value in given.to_dict().items() if name not in skipped}
+    return next((name for name, value in fields.items() if recorded.get(name) not in (None, value)), "")
+
+
+def check_identity(recorded: dict[str, Any], given: EmbedderIdentity, whose: str, ignored: Sequence[str] = ()) -> None:
+    """Refuses an embedder that differs in a field from the one on record, that of `whose`."""
+    if name := differing_field(recorded, given, ignored):
+        made = f"{whose} was made with an embedder whose {name} is {recorded[name]!r}"
+        value = given.to_dict()[name]
+        raise InputError(f"{made}, but that of {given.name} is {value!r}: give the embedder it was made with.")
 
 
 @runtime_checkable
@@ -153,10 +194,16 @@ class JaxEmbedder:
         return dataclasses.replace(self, config=config, tokenizer=Tokenizer.from_str(self.tokenizer.to_str()))
 
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts -> ids [B, L] and mask [B, L], int32, L a multiple of 16."""
-        encodings = self.tokenizer.encode_batch_fast([self.config.prefix + text for text in texts])
+        """Texts -> ids [B, L] and mask [B, L], int32, L by small steps."""
+        return self._padded(self._encoded(texts))
+
+    def _encoded(self, texts: Sequence[str]) -> list[Any]:
+        return self.tokenizer.encode_batch_fast([self.config.prefix + text for text in texts])
+
+    def _padded(self, encodings: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         longest = max(1, *map(len, encodings))
-        length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.max_length)
+        step = max(4, 1 << (longest - 1).bit_length() >> 3)  # four to eight lengths for each doubling
+        length = min(-(-longest // step) * step, self.config.max_length)
         for encoding in encodings:
             encoding.pad(length)
         ids = np.array([encoding.ids for encoding in encodings], np.int32)
@@ -170,21 +217,34 @@ class JaxEmbedder:
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         check_whole("batch_size", batch_size, 1)
         check_texts(texts)
-        # Similar lengths share a batch; the batch size is fixed (the last one is padded), so few shapes compile.
-        order = np.argsort([len(text) for text in texts], kind="stable")
-        result = np.zeros((len(texts), self.width), np.float32)
+        result, done = np.zeros((len(texts), self.width), np.float32), 0
         batch_size = min(batch_size, 1 << (max(len(texts), 1) - 1).bit_length())
-        with progress.bar(len(texts), "embedding", unit="texts") as update:
-            for start in range(0, len(texts), batch_size):
-                chosen = order[start : start + batch_size]
-                missing = ((0, batch_size - len(chosen)), (0, 0))
-                rows = (np.pad(part, missing, mode="edge") for part in self.tokenize([texts[i] for i in chosen]))
-                result[chosen] = np.asarray(_embed(self.config, self.params, *rows))[: len(chosen)]
-                if not np.isfinite(result[chosen]).all():
-                    wrong = f"The embedder {self.name} gives NaN or infinite values"
-                    raise InputError(f"{wrong}; its weights are damaged: download it again.")
-                update(start + len(chosen))
+
+        def embedded(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            chosen, ids, mask = batch
+            return chosen, np.asarray(_embed(self.config, self.params, ids, mask))[: len(chosen)]
+
+        with progress.bar(len(texts), "embedding", unit="texts") as update, ThreadPoolExecutor(AT_ONCE) as pool:
+            for first in range(0, len(texts), TOKENIZED_TEXTS):
+                batches = self._batches(texts[first : first + TOKENIZED_TEXTS], batch_size)
+                for chosen, vectors in pool.map(embedded, batches):
+                    if not np.isfinite(vectors).all():
+                        wrong = f"The embedder {self.name} gives NaN or infinite values"
+                        raise InputError(f"{wrong}; its weights are damaged: download it again.")
+                    result[first + chosen] = vectors
+                    update(done := done + len(chosen))
         return result
+
+    def _batches(self, texts: Sequence[str], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Texts' numbers, ids and mask, of texts of similar length; all of one size, so that few shapes compile."""
+        encodings = self._encoded(texts)
+        order = np.argsort([len(encoding) for encoding in encodings], kind="stable")
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            padded = self._padded([encodings[i] for i in chosen])
+            missing = ((0, batch_size - len(chosen)), (0, 0))
+            ids, mask = (np.pad(part, missing, mode="edge") for part in padded)
+            yield chosen, ids, mask
 
     def token_map(self) -> TokenMap:
         """What surrounds a text, for `embed_model_ids`; the tokenizer must put at most one token after it."""

@@ -208,7 +208,7 @@ class Endpoint:
             refused = f"{self.name} refused ({quoted})"
             if too_large == "text":
                 return TooLongError(refused, max(texts, key=lambda text: len(text.encode())))
-            fewer = f"send fewer than {len(texts)} texts at a time, by a smaller --batch-size (batch_size in Python)"
+            fewer = f"send fewer than {len(texts)} texts at a time, by a smaller batch_size"
             return InputError(f"{refused}: {fewer}, or for all requests by api.batch_size.")
         # Running out of credit is a 429 too, but waiting doesn't help.
         if (status in (408, 429) and code != "insufficient_quota") or status >= 500:

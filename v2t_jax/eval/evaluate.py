@@ -18,6 +18,8 @@ from v2t_jax.inversion.api import BATCH_SIZE, BUDGET, MOST_CALLS, InversionResul
 from v2t_jax.inversion.correction import MOST_STEPS, TRACE_STEPS, CorrectionSettings, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
 
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
 
 def evaluation_texts(
     inverter: InversionPipeline, split: str = "held_out", limit: int | None = None, source: str = "wordnet"
@@ -128,7 +130,7 @@ def report(
     Returns:
         {"model", "split", "n", "rows": [{"num_steps", "edit_rounds" behind them, "sequence_beam_width",
         "embedder_calls" (for a text, on average), "texts_per_second" (None here), and "bleu", "token_f1",
-        "exact_match", "cosine", each with "..._sem", its standard error}]}
+        "exact_match", "cosine", each with "..._sem", its standard error (None for one text)}]}
     """
     rows = []
     for step in sorted(set(num_steps)):
@@ -139,7 +141,7 @@ def report(
         row["sequence_beam_width"] = sequence_beam_width
         row["embedder_calls"] = round(sum(f.trace[step].embedder_calls for f in found) / len(found), 1)
         for name, value in scores.items():
-            row |= {name: round(value.mean, 4), f"{name}_sem": round(value.sem, 4)}
+            row |= {name: round(value.mean, 4), f"{name}_sem": None if value.sem is None else round(value.sem, 4)}
         rows.append(row | {"texts_per_second": None})
     return {"model": inverter.name, "split": split, "n": len(found), "rows": rows}
 
@@ -147,7 +149,8 @@ def report(
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of a report for people: steps + rounds, beam width, calls and scores with their standard errors."""
     formats = {"bleu": ".1f", "token_f1": ".3f", "exact_match": ".1%", "cosine": ".4f"}
-    scores = [f"{row[name]:{style}} ± {row[f'{name}_sem']:{style}}" for name, style in formats.items()]
+    known = {name: [x for x in (row[name], row[f"{name}_sem"]) if x is not None] for name in formats}
+    scores = [" ± ".join(f"{x:{formats[name]}}" for x in values) for name, values in known.items()]
     steps = f"{row['num_steps']}" + (f" + {row['edit_rounds']}" if row["edit_rounds"] else "")
     return [steps, str(row["sequence_beam_width"]), f"{row['embedder_calls']:.0f}", *scores]
 
@@ -173,25 +176,31 @@ def table(report: dict[str, Any]) -> Table:
 
 def check_plot_file(file: Path) -> None:
     """Refuses a file where no plot can be written, before any work is done."""
+    if file.suffix.lower() not in PLOT_SUFFIXES:
+        raise InputError(f"{str(file)!r} names no format for a plot; let it end in {', '.join(PLOT_SUFFIXES)}.")
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise InputError(f"The plot can't be written to {file}; give the name of a writable file.")
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Exact match and BLEU against the embedder's calls, a line a beam width, with standard errors; PNG."""
+    """Exact match and BLEU against the embedder's calls, a line a beam width, with errors, in the suffix's format."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     check_plot_file(file)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, name, label in zip(axes, ("exact_match", "bleu"), ("exact match", "BLEU"), strict=True):
+    for axis, name, score_name in zip(axes, ("exact_match", "bleu"), ("exact match", "BLEU"), strict=True):
         for width in sorted({row["sequence_beam_width"] for row in report["rows"]}):
             rows = [row for row in report["rows"] if row["sequence_beam_width"] == width]
             calls, means, errors = ([row[key] for row in rows] for key in ("embedder_calls", name, f"{name}_sem"))
-            axis.errorbar(calls, means, errors, marker="o", capsize=3, label=f"sequence beam {width}")
-        axis.set(xlabel="embedder calls for a text", ylabel=label)
+            axis.errorbar(
+                calls, means, None if None in errors else errors, marker="o", capsize=3, label=f"sequence beam {width}"
+            )
+        axis.set(xlabel="embedder calls for a text", ylabel=score_name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(f"{report['model']}, {report['n']} texts of {report['split']}")
-    figure.savefig(file, dpi=120, format="png")
+    figure.savefig(file, dpi=120)

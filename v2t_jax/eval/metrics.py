@@ -19,12 +19,12 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 class Score(NamedTuple):
     mean: float
-    sem: float  # standard error of the mean; 0 for a single text
+    sem: float | None  # standard error of the mean; None for a single text
 
 
 def score(values: Sequence[float] | np.ndarray) -> Score:
     values = np.asarray(values, np.float64)
-    sem = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    sem = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return Score(float(values.mean()), sem)
 
 

@@ -36,7 +36,7 @@ class Card:
     limit: int = 200  # held-out texts to evaluate on
     num_steps: tuple[int, ...] | None = None  # correction steps; by default 0, and as many as v2t invert takes
     sequence_beam_width: tuple[int, ...] = (4,)
-    budget: tuple[int, ...] = (300, 600, 1000)  # embedder calls a text, if it is searched by edits
+    budget: tuple[int, ...] = (300, 600, 1000, 2000)  # embedder calls a text, if it is searched by edits
 
     def run(self) -> None:
         trained, output = load(self.model), Path(self.output)

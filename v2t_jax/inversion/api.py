@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh
 
 BATCH_SIZE = 32
-BUDGET = 1000  # calls of the embedder for a text
+BUDGET = 2000  # calls of the embedder for a text
 MOST_CALLS = 10_000_000
 MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
 BATCH_SIZES = (1, 8, BATCH_SIZE)  # batches are padded to these, or multiples of the last: few shapes are compiled
@@ -83,7 +83,8 @@ def invert_embeddings(
     Args:
         vectors: [n, E], or [E] for one. Where the embedder's own vectors have length 1, these are brought to it, so
             that rounded or rescaled ones do no harm.
-        num_steps: N, correction steps, by default 8, or 2 before edits; 0 gives the nearest of the W^2 first guesses.
+        num_steps: N, correction steps, by default 8, or 2 before edits, or 0 for a model without corrector; 0 gives the
+            nearest of the W^2 first guesses.
         sequence_beam_width: W, hypotheses kept between steps.
         mode: best keeps the best hypothesis ever seen; upstream selects as the original does.
         patience: stop a vector after this many steps without improvement; 0 = never.
@@ -98,6 +99,31 @@ def invert_embeddings(
         InputError: vectors that can't be embeddings, a setting out of range, or steps for a model without corrector.
     """
     e = check_vectors(vectors, inverter.config.embedding_width)
+    warn_of_foreign_vectors(inverter, e)
+    settings = num_steps, sequence_beam_width, mode, patience, search, budget, batch_size
+    parts = invert_batches(inverter, lambda size: (e[i : i + size] for i in range(0, len(e), size)), len(e), *settings)
+    return [found for part in parts for found in part]
+
+
+def invert_batches(
+    inverter: InversionPipeline,
+    batches: Callable[[int], Iterable[np.ndarray]],
+    count: int | None,
+    num_steps: int | None = None,
+    sequence_beam_width: int = 4,
+    mode: Mode = "best",
+    patience: int = 0,
+    search: Search | None = None,
+    budget: int = BUDGET,
+    batch_size: int | None = None,
+    start: int = 0,
+) -> Iterator[list[InversionResult]]:
+    """`invert_embeddings` batch by batch, for more vectors than there is room for; they must have been checked.
+
+    Args:
+        batches: size -> vectors, up to so many [n, E] at a time.
+        count: of all vectors, if it is known; `start` of them are done already.
+    """
     search = search or inverter.default_search(mode)
     if search not in get_args(Search):
         raise InputError(f"search is {search!r}; choose {', '.join(get_args(Search))}.")
@@ -109,53 +135,36 @@ def invert_embeddings(
         raise InputError(f"The model {inverter.name} has no corrector; use num_steps=0, or train one.")
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
-    warn_of_foreign_vectors(inverter, e)
-    batches = invert_batches(inverter, e, num_steps, sequence_beam_width, mode, patience, search, budget, batch_size)
-    return [found for batch in batches for found in batch]
-
-
-def invert_batches(
-    inverter: InversionPipeline,
-    e: np.ndarray,
-    num_steps: int,
-    sequence_beam_width: int,
-    mode: Mode,
-    patience: int = 0,
-    search: Search = "corrector",
-    budget: int = BUDGET,
-    batch_size: int | None = None,
-) -> Iterator[list[InversionResult]]:
-    """`invert_embeddings` batch by batch, without its checks; `e` [n, E] may be mapped to a file."""
     loop = inverter.correction_loop(sequence_beam_width, mode, patience, search)
     rounds = loop.rounds_within(budget, num_steps)
     work = f"{num_steps} steps, beam {sequence_beam_width}" + (f", {rounds} rounds of edits" if rounds else "")
     # With wide beams, and with edits that aren't made in parts, fewer vectors fit at a time.
     rows_each = max(sequence_beam_width**2, loop.edit_calls if loop.edit_rows is None else 1)
     most = batch_size or min(BATCH_SIZE, MOST_ROWS // rows_each)
-    size, weights, place = _placement(inverter, len(e), most)
+    size, weights, place = _placement(inverter, None if count is None else count - start, most)
     # A batch is one program, unless somebody watches its steps. What several processes run must be the same on all.
     watched = progress.on_terminal() and (inverter.mesh is None or jax.process_count() == 1)
     with (
-        progress.bar(len(e), f"recovering ({work})", unit="texts") as update,
+        progress.bar(count, f"recovering ({work})", unit="texts", start=start) as update,
         ExitStack() as compiling,
     ):
         if watched:
             stage = progress.stage(f"compiling for {size} texts at a time, or loading the compiled program")
             compiling.enter_context(stage)
-        for first in range(0, len(e), size):
-            rows = np.asarray(e[first : first + size], np.float32)
+        for rows in batches(size):
             if inverter.embedder.normalized:
                 rows = (rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
             filled = np.pad(rows, ((0, size - len(rows)), (0, 0)), mode="edge")  # one shape, one compile
 
-            def on_step(step: int, cosine: float, first: int = first, count: int = len(rows)) -> None:
+            def on_step(step: int, cosine: float, first: int = start, count: int = len(rows)) -> None:
                 if step or not num_steps + rounds:  # the first guesses and a step have run
                     compiling.close()
                 update(first + count * step // max(num_steps + rounds, 1), cosine=round(cosine, 4))
 
             with nullcontext() if inverter.mesh is None else decoding_on(inverter.mesh, inverter.decode):
-                found = loop(weights, place(filled), num_steps, on_step if watched else None, rounds)
-            update(first + len(rows), cosine=round(float(found.similarity[: len(rows)].mean()), 4))
+                found = loop(weights, place(filled), num_steps, on_step if watched else None, rounds, len(rows))
+            start += len(rows)
+            update(start, cosine=round(float(found.similarity[: len(rows)].mean()), 4))
             yield _results(inverter, rows, found, mode)
 
 
@@ -185,11 +194,12 @@ def embed_decoded(inverter: InversionPipeline, texts: Sequence[str]) -> np.ndarr
 
 
 def _placement(
-    inverter: InversionPipeline, count: int, most: int
+    inverter: InversionPipeline, count: int | None, most: int
 ) -> tuple[int, Any, Callable[[np.ndarray], jax.Array]]:
     """Vectors in a batch, at most `most` on a device; the loop's weights; and what puts a batch beside them."""
     rows = None if inverter.mesh is None else decoding_rows(inverter.mesh, inverter.decode)
     parts = 1 if rows is None else math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    count = most * jax.local_device_count() if count is None else count
     each = -(-count // parts)
     whole = -(-each // BATCH_SIZE) * BATCH_SIZE
     size = parts * min(max(most, 1), next((size for size in BATCH_SIZES if each <= size), whole))
@@ -240,6 +250,14 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
     Texts are cut to what the model recovers at most, and compared in the tokenizer's normal form (word-pieces lose case
     and spacing, and what the tokenizer doesn't know is left out): `reference` is that form.
     """
+    references = comparable(inverter, texts)
+    found = invert_embeddings(inverter, embed_decoded(inverter, references), **options)
+    pairs = zip(found, references, strict=True)
+    return [dataclasses.replace(one, reference=text, exact_match=one.text == text) for one, text in pairs]
+
+
+def comparable(inverter: InversionPipeline, texts: Sequence[str]) -> list[str]:
+    """Texts in the form and length in which a model can recover them; tells what is lost."""
     check_texts(texts)
     if len(texts) == 0:
         raise InputError("There are no texts to recover; pass at least one.")
@@ -249,11 +267,11 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
         if not reference.strip():
             which = f"Text {i + 1} of {len(texts)}"
             raise InputError(f"{which} holds nothing that the embedder's tokenizer knows; use other words.")
+        if unknown := inverter.vocabulary.left_out(text, longest):
+            progress.note(f"Text {i + 1} is taken without what the tokenizer doesn't know: {unknown!r}")
         if inverter.vocabulary.normalize([text], len(text.encode()) + 2)[0] != reference:
             progress.note(f"Text {i + 1} is cut to the {longest - 1} tokens that the model takes: {reference!r}")
-    found = invert_embeddings(inverter, embed_decoded(inverter, references), **options)
-    pairs = zip(found, references, strict=True)
-    return [dataclasses.replace(one, reference=text, exact_match=one.text == text) for one, text in pairs]
+    return references
 
 
 def embed(texts: Sequence[str], embedder: str | Path | TextEmbedder = "all-MiniLM-L6-v2") -> np.ndarray:

@@ -1,7 +1,7 @@
 """How likely a recovered text is exact: logistic regression on how near its embedding lies, and how far off the next.
 
 The text itself stands out: its distance to the target is that of rounding or noise, and any other text's is far larger.
-The weights belong to a model, fitted by `v2t eval --calibrate` on held-out texts, some of whose embeddings got noise.
+The weights belong to a model, fitted by `v2t calibrate` on held-out texts, some of whose embeddings got noise.
 """
 
 import numpy as np

@@ -166,25 +166,27 @@ class CorrectionLoop:
         num_steps: int,
         on_step: Callable[[int, float], None] | None = None,
         num_rounds: int = 0,
+        rows: int | None = None,
     ) -> Correction:
         """Recovers the texts behind targets e [B, E] in N correction steps; 0 give the best first guess.
 
         `on_step` is called with the step and the mean similarity after the first guesses (step 0) and after each step.
-        Rounds of edits follow; they count as steps N + 1, N + 2, ...
+        Rounds of edits follow; they count as steps N + 1, N + 2, ... Targets from `rows` on only fill the shape.
         """
         e, steps, total = jnp.asarray(e, jnp.float32), np.int32(num_steps), num_steps + num_rounds
+        first = np.int32(len(e) if rows is None else rows), steps
         room = max(TRACE_STEPS, 1 << (max(total, 1) - 1).bit_length())
         if on_step is None and total > 0:
-            state = self.run(params, e, steps, np.int32(total), room=room)
+            state = self.run(params, e, *first, np.int32(total), room=room)
         else:  # without steps no corrector is needed, and a model may have none
-            state = self.start(params, e, steps, room=room)
+            state = self.start(params, e, *first, room=room)
             before = -1
             while on_step is not None:
                 now, similarity = fetch((state.step, state.beam.pool.similarity[:, 0]))
                 self._check()
                 if now == before:  # every row is done
                     break
-                on_step(int(now), float(similarity.mean()))
+                on_step(int(now), float(similarity[:rows].mean()))
                 if now == total:
                     break
                 before, state = now, self.advance(params, e, state, now + 1, steps, np.int32(total))
@@ -212,11 +214,11 @@ class CorrectionLoop:
             )
         return (budget - self.calls_at(num_steps, num_steps)) // self.edit_calls
 
-    def _run(self, params: Params, e: Array, num_steps: Array, total: Array, room: int) -> State:
-        return self._advance(params, e, self._start(params, e, num_steps, room), total, num_steps, total)
+    def _run(self, params: Params, e: Array, rows: Array, num_steps: Array, total: Array, room: int) -> State:
+        return self._advance(params, e, self._start(params, e, rows, num_steps, room), total, num_steps, total)
 
-    def _start(self, params: Params, e: Array, num_steps: Array, room: int) -> State:
-        beam = self.first_beam(params, e, num_steps)
+    def _start(self, params: Params, e: Array, rows: Array, num_steps: Array, room: int) -> State:
+        beam = self.first_beam(params, e, rows, num_steps)
         # Made of the beam, so that the rows of the trace lie where the beam's do.
         first = (beam.pool.ids, beam.pool.similarity, beam.calls[:, None])
         trace = (jnp.repeat(x[:, :1], room + 1, axis=1) for x in first)
@@ -240,13 +242,16 @@ class CorrectionLoop:
         def goes_on(state: State) -> Array:
             finished = state.beam.done
             if self._edit is not None:  # what the steps have exhausted may still be edited
-                solved = self._solved(state.beam.pool.similarity[:, 0])
-                finished &= solved | (state.step > num_steps) | (total <= num_steps)
+                finished &= self._ended(state.beam.pool) | (state.step > num_steps) | (total <= num_steps)
             return (state.step < until) & ~jnp.all(finished)
 
         return lax.while_loop(goes_on, step, state)
 
-    def first_beam(self, params: Params, e: Array, num_steps: Array) -> Beam:
+    def _ended(self, pool: Pool) -> Array:
+        """[B]: nothing can improve on a row, in mode "best"."""
+        return self._solved(pool.similarity[:, 0]) | _nothing_ranked(pool)
+
+    def first_beam(self, params: Params, e: Array, rows: Array, num_steps: Array) -> Beam:
         """The beam before any step; `num_steps` decides whether first guesses are cut to be corrected."""
         width, upstream = self.settings.sequence_beam_width, self.settings.mode == "upstream"
         # As many guesses as a step makes candidates: no more rows than it decodes, and more to choose from.
@@ -255,12 +260,12 @@ class CorrectionLoop:
         if self.settings.guess_length is not None:
             cut = (num_steps > 0) & (jnp.arange(ids.shape[-1]) >= self.settings.guess_length)
             ids = jnp.where(cut[None, None], PAD, ids)
-        pool = self._pool(params, e, ids)
+        pool = self._pool(params, e, ids, absent=(jnp.arange(len(e)) >= rows)[:, None])
         if upstream:
             # The original starts from one hypothesis; its copies become fillers, whose candidates do not count.
             pool = Pool(*(jnp.repeat(x, width, axis=1) for x in pool))
         kept = _keep_distinct(pool, width if upstream else MEMORY * width)
-        done = _nothing_ranked(pool) | (False if upstream else self._solved(kept.similarity[:, 0]))
+        done = _nothing_ranked(pool) if upstream else self._ended(kept)
         zero = jnp.zeros(e.shape[0], jnp.int32)
         return Beam(kept, step=zero, stale=zero, done=done, calls=zero + ids.shape[1])
 
@@ -281,7 +286,7 @@ class CorrectionLoop:
         """One round of edits of every row that isn't done: they are made of the nearest hypothesis not yet edited."""
         first = step == num_steps + 1  # what the steps have expanded hasn't been edited
         pool = beam.pool._replace(expanded=beam.pool.expanded & ~first)
-        done = jnp.where(first, self._solved(pool.similarity[:, 0]), beam.done)
+        done = jnp.where(first, self._ended(pool), beam.done)
         beam = beam._replace(pool=pool, done=done, stale=jnp.where(first, 0, beam.stale))
 
         def edited(e: Array, beam: Beam) -> Beam:
@@ -294,14 +299,7 @@ class CorrectionLoop:
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
     def _expanded(
-        self,
-        params: Params,
-        e: Array,
-        beam: Beam,
-        step: Array,
-        width: int,
-        expand: Callable[[Params, Array, Pool], Pool],
-        calls: int,
+        self, params: Params, e: Array, beam: Beam, step: Array, width: int, expand: Callable[..., Pool], calls: int
     ) -> Beam:
         """The beam with the candidates of its `width` nearest hypotheses that haven't been expanded."""
         batch, memory, _ = beam.pool.ids.shape
@@ -387,9 +385,8 @@ def _keep_distinct(pool: Pool, width: int) -> Pool:
 def repeats(ids: Array, present: Array) -> Array:
     """[B, P]: which of ids [B, P, L] equal one before them that is `present`."""
     weights = jnp.asarray(np.random.default_rng(0).integers(1, 1 << 32, ids.shape[-1], np.uint32) | np.uint32(1))
-    order = jnp.lexsort(
-        (~present, jnp.sum(ids.astype(jnp.uint32) * weights[None, None], axis=-1))
-    )  # stable, and equals adjoin
+    hashes = jnp.sum(ids.astype(jnp.uint32) * weights[None, None], axis=-1)
+    order = jnp.lexsort((~present, hashes))  # stable, and equals adjoin
     in_order = jnp.take_along_axis(ids, order[..., None], axis=1)
     same = jnp.all(in_order[:, 1:] == in_order[:, :-1], axis=-1)
     back = jnp.argsort(order)

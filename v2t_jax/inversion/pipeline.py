@@ -12,6 +12,7 @@ Nothing is unpickled; every file's sha256 is checked before it is used.
 import dataclasses
 import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,7 @@ class InversionPipeline:
     shares_vocabulary: bool = True
     embedding_norm: tuple[float, float] | None = None  # mean and deviation of the training vectors' lengths
     calibration: Weights | None = None  # how likely its texts are exact
+    sha256: tuple[str, ...] = ()  # of the files it was read from
     mesh: Mesh | None = None
     decode: DecodeLayout = "batch"
 
@@ -128,8 +130,11 @@ class InversionPipeline:
         return "both" if edits else "corrector"
 
     def default_steps(self, search: Search) -> int:
-        """Of correction, in this search."""
-        return STEPS[search] if self.has_corrector else 0
+        """Of correction, in this search; says so where there is no corrector for them."""
+        if STEPS[search] and not self.has_corrector:
+            progress.note(f"The model {self.name} has no corrector, so it takes 0 correction steps.")
+            return 0
+        return STEPS[search]
 
     def correction_loop(
         self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0, search: Search = "corrector"
@@ -239,10 +244,7 @@ def locate_model(name: str) -> Path:
 def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> StoredModel:
     """A model's folder without its embedder: see `load`."""
     folder = locate_model(name)
-    try:
-        header = msgspec.convert(read_json(folder / "config.json", "a model folder"), Header)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{folder}/config.json isn't a model's ({error}); download the model again.") from error
+    header = read_header(folder)
     config = from_dict(ModelConfig, header.model, "model")
     with progress.stage(f"loading the model {header.name}"):
         files = _checked_files(folder, header.files)
@@ -255,6 +257,19 @@ def read_model(name: str, put: Callable[[np.ndarray], Any] = jnp.asarray) -> Sto
                 like, shared = network(config).abstract_params(), params["inverter"]["t5"] if params else {}
                 params[stage] = _unflatten(open_weights([files[file]]), like, stage, put, shared)
     return StoredModel(header, config, params, read_pieces(folder), tokenizer)
+
+
+def read_header(folder: Path) -> Header:
+    settings = read_json(folder / "config.json", "a model folder")
+    if "embedder_model_name" in settings:
+        name = str(folder)
+        pair = ("DIR", name) if settings.get("architectures") == ["CorrectorEncoderModel"] else (name, "DIR")
+        advice = "v2t convert --from vec2text --inverter {} --corrector {} OUT".format(*map(shlex.quote, pair))
+        raise InputError(f"{name} is a checkpoint of the original vec2text; convert it first: {advice}.")
+    try:
+        return msgspec.convert(settings, Header)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{folder}/config.json isn't a model's ({error}); download the model again.") from error
 
 
 def read_pieces(folder: Path) -> np.ndarray:
@@ -302,7 +317,7 @@ def load(
     recorded, whose = header.embedder, f"The model {header.name}"
     if embedder is None and not recorded.weights_sha256:
         known = f"{whose} was trained for {recorded.name}, whose weights aren't known"
-        raise InputError(f"{known}: pass that embedder, as load(name, embedder=...).")
+        raise InputError(f"{known}: pass that embedder, as embedder=...")
     if embedder is None or isinstance(embedder, str):
         # By name alone a prefix may be the table's, the folder's, or one that was asked for.
         embedder = load_embedder(embedder or recorded.name, prefix=recorded.prefix)
@@ -327,7 +342,8 @@ def load(
             stacklevel=2,
         )
     made_of = header.name, config, params, embedder, Vocabulary(tokenizer, vocab_map)
-    return InversionPipeline(*made_of, shares_vocabulary, header.embedding_norm, header.calibration)
+    learned = header.embedding_norm, header.calibration, tuple(header.files.values())
+    return InversionPipeline(*made_of, shares_vocabulary, *learned)
 
 
 def norm_statistics(vectors: np.ndarray) -> tuple[float, float]:

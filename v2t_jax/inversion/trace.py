@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 # How words that went and words that came are marked: in colours, or as wdiff does.
 COLOURS = ("[red strike]{}[/red strike]", "[bold yellow]{}[/bold yellow]")
@@ -18,18 +19,28 @@ def show_trace(found: Any, title: str, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{escape(title)}[/bold]")
     marks = COLOURS if console.is_terminal and console.color_system else BRACKETS
+
+    def row(head: str, text: str) -> None:
+        if not console.is_terminal:
+            return console.print(f"{head}  {text}")  # a line, however long
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(head, text)
+        console.print(grid, soft_wrap=False)
+
     before: list[str] = []
     for step in found.trace:
         words = step.text.split()
         if words != before or step.step == 0:
             text = _changed(before, words, marks)
-            console.print(f"  step {step.step:2d}  cosine {step.cosine:.4f}  {text}")
+            row(f"  step {step.step:2d}  cosine {step.cosine:.4f}", text)
         before = words
     if found.confidence is not None:
         console.print(f"  probability that this is exact: {found.confidence:.1%}")
     if found.reference is not None:
         verdict, style = ("recovered exactly", "green") if found.exact_match else ("true text", "bold")
-        console.print(f"  [{style}]{verdict:<22}[/{style}]  {escape(found.reference)}")
+        row(f"  [{style}]{verdict:<22}[/{style}]", escape(found.reference))
 
 
 def draw_trace(found: Any, title: str) -> str:

@@ -1,6 +1,6 @@
 """Columns that training can read instead of computing them in its step: embeddings, and inverters' hypotheses.
 
-    DIR/columns/NAME                    embeddings: float16 [N, E]
+    DIR/columns/NAME                    embeddings: float16 [N, E], made here or imported
     DIR/columns/NAME, NAME.embedding    hypotheses: ids [N, L], ended and padded; and float16 [N, E]
 
 A piece on disk (`data/columns.py`) is not computed again, so a kill at any moment loses the piece in hand. Several
@@ -11,6 +11,7 @@ inverters are each trained without one K-th of the texts (`data.folds`), and eac
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ import numpy as np
 
 from v2t_jax import progress
 from v2t_jax.config import MeshConfig
+from v2t_jax.data import columns
 from v2t_jax.data.columns import Column, ColumnWriter, open_column
 from v2t_jax.data.dataset import TokenDataset, fold_of, resumable
+from v2t_jax.data.matching import match
+from v2t_jax.data.vectors import open_vectors
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, check_identity, embed_texts, shares_vocabulary
 from v2t_jax.errors import InputError, check_whole
@@ -33,6 +37,8 @@ from v2t_jax.parallel.processes import Share
 from v2t_jax.train.step import greedy_hypotheses
 
 EMBEDDING = ".embedding"  # behind a column of guesses, the name of their embeddings'
+COMPARED = 32  # imported vectors, with those of the embedder that is said to have made them
+LEAST_COSINE = 0.7  # their median: other rounding, cutting or letter case cost less, another embedder leaves about 0
 
 OnRows = Callable[[np.ndarray], np.ndarray]  # [n, ...] -> [n, ...], row by row
 
@@ -60,6 +66,65 @@ def embed_column(
         return {name: embed(dataset.padded(rows, max_length))}
 
     return _fill(dataset, {name: ("float16", embedder.width)}, made_by, compute, "embedding texts", share)
+
+
+def import_column(
+    dataset: TokenDataset,
+    name: str,
+    vectors: str,
+    embedder: TextEmbedder,
+    *,
+    max_length: int,
+    texts: str | None = None,
+) -> int:
+    """Writes the texts' vectors out of a file (`data/matching.py`), which are of whole texts, as embeddings.
+
+    Args:
+        embedder: the one that made them. It is asked for nothing but, if it runs here, a few vectors to compare.
+
+    Returns:
+        Rows of the file that belong to no text of the data set.
+    """
+    check_whole("max_length", max_length, 2)
+    found, size = match(dataset, vectors, texts, embedder.identity.width), columns.PIECE_ROWS
+    # In what arithmetic they were made isn't known.
+    record = {field: value for field, value in _embedder_record(embedder).items() if field != "dtype"}
+    made_by = {"kind": "embeddings", "embedder": record, "max_length": max_length, "vectors": found.sha256}
+    if longer := int((np.diff(dataset.offsets) >= max_length).sum()):
+        progress.note(
+            f"{longer:,} of {len(dataset):,} texts have more than {max_length - 1} tokens: the model learns their "
+            "beginnings from the vectors of the whole"
+        )
+    with resumable("The import", dataset.folder):
+        num_pieces = -(-found.num_rows // size)
+        writer = ColumnWriter(dataset, name, "float16", (found.width,), made_by, num_pieces)
+        missing, in_file = writer.missing(), np.argsort(found.rows, kind="stable")
+        start = missing[0] if missing else num_pieces
+        batches = open_vectors(vectors).batches(size, start * size) if missing else iter(())
+        with progress.bar(found.num_rows, "importing vectors", unit="vectors", start=start * size) as update:
+            for piece, batch in enumerate(batches, start):
+                first, end = np.searchsorted(found.rows, [piece * size, (piece + 1) * size], sorter=in_file)
+                rows = np.sort(in_file[first:end])
+                writer.write(piece, batch.vectors[found.rows[rows] - piece * size], rows)
+                update(piece * size + len(batch.vectors))
+        writer.finish()
+    if isinstance(embedder, JaxEmbedder):
+        _compare(dataset, open_column(dataset, name), vectors, embedder)
+    return found.num_rows - len(np.unique(found.rows))
+
+
+def _compare(dataset: TokenDataset, column: Column, vectors: str, embedder: JaxEmbedder) -> None:
+    """Warns of vectors that another embedder has made."""
+    rows = slice(0, COMPARED)
+    ids = dataset.padded(rows, 1 + int(np.diff(dataset.offsets[: COMPARED + 1]).max()))
+    ours, theirs = embed_texts(embedder, dataset.vocabulary().decode(ids)), column.values[rows].astype(np.float32)
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    if (cosine := float(np.median((ours * theirs).sum(axis=1) / np.maximum(norms, 1e-12)))) < LEAST_COSINE:
+        warnings.warn(
+            f"The vectors of {vectors} hardly come from {embedder.name} (cosine {cosine:.2f} to its own, in the middle "
+            f"of {len(ours)} texts): check the embedder, and that texts and vectors belong together.",
+            stacklevel=3,
+        )
 
 
 def hypothesis_columns(

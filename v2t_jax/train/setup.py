@@ -4,20 +4,23 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from v2t_jax import progress
 from v2t_jax.config import STAGES, ApiConfig, Config, ModelConfig, Stage, T5Config, is_endpoint
 from v2t_jax.data.batches import Batches
 from v2t_jax.data.columns import Column, open_column
-from v2t_jax.data.dataset import TokenDataset
+from v2t_jax.data.dataset import TokenDataset, tokenizer_sha256
 from v2t_jax.data.recipe import open_texts, texts_sha256
-from v2t_jax.data.vocabulary import Vocabulary
-from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, shares_vocabulary
+from v2t_jax.data.vocabulary import Vocabulary, read_tokenizer
+from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, differing_field, shares_vocabulary
 from v2t_jax.embedders.black_box import HttpEmbedder, embed_once
 from v2t_jax.embedders.load import KNOWN, load_embedder, load_tokenizer
 from v2t_jax.errors import InputError
@@ -25,7 +28,16 @@ from v2t_jax.interop.files import folder_tokenizer, sha256_of, weight_files
 from v2t_jax.interop.hf_t5 import load_t5
 from v2t_jax.interop.hub import folder_of
 from v2t_jax.inversion.embed_hypotheses import retokenizer
-from v2t_jax.inversion.pipeline import InversionPipeline, check_length, load, locate_model, read_pieces
+from v2t_jax.inversion.pipeline import (
+    TOKENIZER,
+    InversionPipeline,
+    check_length,
+    load,
+    locate_model,
+    read_header,
+    read_model,
+    read_pieces,
+)
 from v2t_jax.models.layers import Params
 from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.models.t5 import TABLE
@@ -107,12 +119,11 @@ class TrainContext:
         }
         for name, column in self.columns.items():
             found[f"column {name}"] = hashlib.sha256(json.dumps(column.made_by).encode()).hexdigest()
-        for stage in STAGES:
-            if name := getattr(config, f"initial_{stage}"):
-                file = locate_model(name) / f"{stage}.safetensors"
-                if not file.is_file():
-                    raise InputError(f"{name} has no {stage}; leave initial_{stage} empty.")
-                found[f"initial_{stage}"] = sha256_of([file])
+        for stage, name in _initial_models(config).items():
+            file = locate_model(name) / f"{stage}.safetensors"
+            if not file.is_file():
+                raise InputError(f"{name} has no {stage}; leave initial_{stage} empty.")
+            found[f"initial_{stage}"] = sha256_of([file])
         if config.initial_t5:
             found["initial_t5"] = sha256_of(weight_files(folder_of(config.initial_t5)))
         return found
@@ -134,7 +145,7 @@ def prepare(config: Config) -> TrainContext:
     """Loads embedder and tokenizer, reads and tokenizes the text, opens columns, settles vocabulary and widths."""
     local = None if is_endpoint(config.embedder) else load_embedder(config.embedder, config.embedder_dtype)
     if local is None:  # which a training step can't ask: columns must hold its vectors
-        needed = {"embeddings": "texts' vectors with 'v2t data embed'"}
+        needed = {"embeddings": "texts' vectors with 'v2t data embed' or 'import'"}
         if "corrector" in config.stages:
             needed["hypotheses"] = "corrector's hypotheses and their vectors with 'v2t data hypotheses'"
         for column, what in needed.items():
@@ -150,9 +161,13 @@ def prepare(config: Config) -> TrainContext:
         files = ("*.json", "*.model", "*.txt")
         tokenizer = load_tokenizer(name) if name in KNOWN else folder_tokenizer(folder_of(name, files))
     num_held_out = max(config.evaluation.num_examples, NORM_TEXTS)
-    initial = config.initial_inverter or config.initial_corrector or config.initial_ranker
-    vocab_map = read_pieces(locate_model(initial)) if initial else None
+    initial = {name: _vocabulary_of(name, local) for name in _initial_models(config).values()}
+    for name, theirs in initial.items() if tokenizer else ():  # now, because tokenizing takes a while
+        _check_vocabulary(name, theirs, tokenizer, theirs.vocab_map)
+    vocab_map = next((theirs.vocab_map for theirs in initial.values()), None)
     vocabulary, datasets, held_out = open_texts(config, tokenizer, num_held_out, vocab_map)
+    for name, theirs in initial.items():
+        _check_vocabulary(name, theirs, vocabulary.tokenizer, vocabulary.vocab_map)
     columns: dict[str, Column] = {}
     for stage in config.stages:
         columns |= {name: open_column(datasets[0], name) for name in column_names(config, stage).values()}
@@ -180,6 +195,38 @@ def prepare(config: Config) -> TrainContext:
     return context
 
 
+def _initial_models(config: Config) -> dict[Stage, str]:
+    """The models that a recipe names, by the stage that it takes from each."""
+    return {stage: name for stage in STAGES if (name := getattr(config, f"initial_{stage}"))}
+
+
+def _vocabulary_of(name: str, embedder: TextEmbedder | None) -> Vocabulary:
+    """A model's vocabulary; if it is its embedder's and that isn't `embedder`, by the name on record."""
+    folder = locate_model(name)
+    header = read_header(folder)
+    if TOKENIZER in header.files:
+        tokenizer = read_tokenizer(folder / TOKENIZER)
+    elif isinstance(embedder, JaxEmbedder) and embedder.weights_sha256 == header.embedder.weights_sha256:
+        tokenizer = embedder.tokenizer
+    else:
+        try:
+            tokenizer = load_tokenizer(header.embedder.name)
+        except InputError as error:
+            raise InputError(
+                f"{name} writes the tokens of its embedder, whose tokenizer isn't here: {error}"
+            ) from error
+    return Vocabulary(tokenizer, read_pieces(folder))
+
+
+def _check_vocabulary(name: str, theirs: Vocabulary, tokenizer: Any, vocab_map: np.ndarray) -> None:
+    same = tokenizer_sha256(theirs.tokenizer) == tokenizer_sha256(tokenizer)
+    if not same or not np.array_equal(theirs.vocab_map, vocab_map):
+        raise InputError(
+            f"{name} writes another vocabulary than this recipe's texts have: give its tokenizer as data.tokenizer, "
+            "and data.sources that are text files or were built with its vocabulary, or train a new model."
+        )
+
+
 def column_names(config: Config, stage: Stage) -> dict[str, str]:
     """The data set's columns that a stage reads, by the batch's field that each fills."""
     found = {"embedding": config.data.embeddings}
@@ -204,18 +251,45 @@ def check_t5(config: Config, vocabulary: Vocabulary) -> T5Config:
 
 
 def trained_network(context: TrainContext, stage: Stage, mesh: Mesh) -> Params:
-    """A stage's parameters in the model that the recipe names as its initial one, sharded over the mesh."""
+    """The parameters, sharded over the mesh, of a network that isn't trained: that of a model for the same embedder."""
     name, network = getattr(context.config, f"initial_{stage}"), NETWORKS[stage]
-    found = load(name, context.embedder, put=lambda array: array)
-    params, expected = found.params[stage], network(context.model).abstract_params()
-    shapes = [jax.tree.map(lambda p: p.shape, tree) for tree in (params, expected)]
-    pieces = [(v.tokenizer.to_str(), v.vocab_map.tolist()) for v in (found.vocabulary, context.vocabulary)]
-    if found.shares_vocabulary != context.shares_vocabulary or shapes[0] != shapes[1] or pieces[0] != pieces[1]:
-        raise InputError(
-            f"The {stage} of {name} has other sizes or another vocabulary than this recipe: give both the same "
-            "model, data.sources and data.vocabulary_size, or train a new one."
-        )
+    params = load(name, context.embedder, put=lambda array: array).params[stage]
+    _check_sizes(name, stage, params, context.model)
     return processes.put(params, state_shardings(mesh, params, param_specs(params, network.PARAM_AXES)))
+
+
+def _check_sizes(name: str, stage: Stage, params: Params, model: ModelConfig) -> None:
+    shapes = [jax.tree.map(lambda p: p.shape, tree) for tree in (params, NETWORKS[stage](model).abstract_params())]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"The {stage} of {name} has other sizes than this recipe: give the recipe the model's (its config.json has "
+            "them as model), or train a new one."
+        )
+
+
+def adapted_network(context: TrainContext, stage: Stage, batches: Batches, random: Callable[[], Params]) -> Params:
+    """The parameters that training goes on with, of a model whose embedder may be another one.
+
+    Then the statistics are those of the new embedder's vectors; and if these have another width, what depends on it is
+    taken from `random()`.
+    """
+    name, model, new = getattr(context.config, f"initial_{stage}"), context.model, context.embedder
+    stored = read_model(name, put=lambda array: array)
+    widths = {field: getattr(stored.config, field) for field in ("embedding_width", "state_width")}
+    _check_sizes(name, stage, stored.params[stage], dataclasses.replace(model, **widths))
+    kept: dict[str, Any] = flatten_dict(stored.params[stage], sep="/")
+    shapes: dict[str, Any] = flatten_dict(NETWORKS[stage](model).abstract_params(), sep="/")
+    fresh = {path for path, leaf in shapes.items() if path not in kept or kept[path].shape != leaf.shape}
+    drawn = flatten_dict(random(), sep="/") if fresh else {}
+    params = unflatten_dict({path: (drawn if path in fresh else kept)[path] for path in shapes}, sep="/")
+    old = stored.header.embedder
+    differs = differing_field(old.to_dict(), new.identity, ignored=("dtype", "max_length"))
+    if differs or fresh:
+        what = "all but what depends on the width of its vectors" if fresh else "all of its weights"
+        progress.note(f"the {stage} keeps {what} of {name}, which was trained for {old.name}, and learns {new.name}")
+    if differs and "statistics" in params:
+        params["statistics"] = input_statistics(context, batches)
+    return params
 
 
 def random_params(stage: Stage, model: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
@@ -252,11 +326,13 @@ def initial_params(
 ) -> Params:
     """A stage's parameters before the first step, sharded over the mesh: random where the recipe names no source."""
     config, model = context.config, context.model
-    if getattr(config, f"initial_{stage}"):
-        return _with_table(config, stage, trained_network(context, stage, mesh), trained)
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + config.stages.index(stage))
     program, shardings = random_params(stage, model, mesh)
-    params = program(np.asarray(jax.random.key_data(key)))
+    random = functools.partial(program, np.asarray(jax.random.key_data(key)))
+    if getattr(config, f"initial_{stage}"):
+        params = adapted_network(context, stage, batches, random)
+        return processes.put(_with_table(config, stage, params, trained), shardings)
+    params = random()
     if stage == "ranker":
         return params
     if config.initial_t5:

@@ -131,7 +131,7 @@ def read_vec2text(folders: Mapping[Stage, Path], settings: Mapping[Stage, Settin
             except ShapeError as error:
                 raise InputError(
                     f"{folders[stage]} wasn't trained from this T5 ({str(error).rstrip('.')}): give the right one, as "
-                    "--t5 or t5=."
+                    "t5=DIR."
                 ) from error
             abstract = _without_t5(NETWORKS[stage](config).abstract_params())
             beside = fill(abstract, _table(stage, tensors), tensors, stage, ignored=r"(encoder_decoder|embedder)\..*")

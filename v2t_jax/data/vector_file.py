@@ -1,0 +1,165 @@
+"""A file of vectors as the rest of the package sees it: rows in batches, checked; what holds them; damage named."""
+
+import itertools
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tokenize import TokenError
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from v2t_jax.data.readers import IDS
+from v2t_jax.errors import InputError
+
+VECTORS = ("embedding", "embeddings", "vector", "vectors", "values", "emb", "dense")
+TEXTS = ("text", "texts", "document", "documents", "content", "sentence", "passage", "chunk")
+
+
+class Rows(NamedTuple):
+    """Some rows of a file."""
+
+    vectors: np.ndarray  # [n, E], of the type that is stored
+    ids: list[Any] | None = None
+    texts: list[Any] | None = None
+
+    def part(self, rows: slice) -> "Rows":
+        ids, texts = (column if column is None else column[rows] for column in self[1:])
+        return Rows(self.vectors[rows], ids, texts)
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """An opened file of vectors."""
+
+    path: str
+    count: int | None  # rows, where they can be told without reading them
+    read: Callable[[int], Iterator[Rows]]  # the rows from one on, some at a time
+    field: str | None = None  # of the vectors, if it was named
+    first: int = 0  # the row of the file that is the first here
+
+    def share(self, index: int, count: int) -> "VectorFile":
+        """The `index`-th of `count` parts of equal size."""
+        if self.count is None:
+            raise InputError(
+                f"How many rows {self.path} has isn't known, so it can't be shared; give .npy or .parquet."
+            )
+        first, end = self.count * index // count, self.count * (index + 1) // count
+
+        def read(start: int) -> Iterator[Rows]:
+            left = end - first - start
+            for rows in self.read(first + start) if left else ():
+                yield rows.part(slice(left))
+                left -= len(rows.vectors)
+                if left <= 0:
+                    return
+
+        return VectorFile(self.path, end - first, read, self.field, first)
+
+    def batches(self, size: int, start: int = 0) -> Iterator[Rows]:
+        """Rows from `start` on, `size` at a time but for the last."""
+        held: list[Rows] = []
+        for piece in self._checked(start):
+            while len(piece.vectors):
+                room = size - sum(len(part.vectors) for part in held)
+                held.append(piece.part(slice(room)))
+                piece = piece.part(slice(room, None))
+                if len(held[-1].vectors) == room:
+                    yield _joined(held)
+                    held = []
+        if held:
+            yield _joined(held)
+
+    def whole(self) -> Rows:
+        """All rows at once, of a file that is small."""
+        return _joined([*self._checked(0)] or [Rows(np.zeros((0, 0)))])
+
+    def _checked(self, start: int) -> Iterator[Rows]:
+        width = None
+        with damage_named(self.path):
+            for rows in self.read(start):
+                if rows.vectors.ndim != 2:
+                    shape = ", ".join(map(str, rows.vectors.shape[1:]))
+                    raise InputError(f"{self.path} holds an array [n, {shape}]; give one of vectors, [n, E].")
+                if rows.vectors.dtype == object:
+                    raise InputError(f"{self.path} holds lists of lists; give one vector a row.")
+                if any(column is not None and len(column) != len(rows.vectors) for column in rows[1:]):
+                    raise InputError(f"{self.path} has not as many ids or texts as vectors; give one for each.")
+                width = width or rows.vectors.shape[1]
+                if rows.vectors.shape[1] != width:
+                    found = f"{rows.vectors.shape[1]} after those of {width}"
+                    raise InputError(f"{self.path} holds vectors of {found} numbers; leave only those of one embedder.")
+                yield rows
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    columns = zip(*(part[1:] for part in parts), strict=True)
+    lists = [None if column[0] is None else [*itertools.chain(*column)] for column in columns]
+    return Rows(np.concatenate([part.vectors for part in parts]), *lists)
+
+
+@contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """What the libraries raise over a damaged file, as one sentence."""
+    from pyarrow import ArrowException
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
+    # numpy reads a header as Python source, so damage in it shows as that language's errors too.
+    except (
+        *(ArrowException, SafetensorError, zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, EOFError),
+        *(ValueError, OverflowError, TypeError, KeyError, SyntaxError, TokenError),
+    ) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # no damage: the file can't be read
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is truncated, damaged or not what its name says ({why}); write it again.") from error
+
+
+def pick(path: str, field: str | None, names: Sequence[str], candidates: Sequence[str]) -> list[str | None]:
+    """What holds the vectors, ids and texts, among `names`, of which `candidates` can hold vectors."""
+    listed = ", ".join(map(str, names)) or "nothing"
+    if field is not None and field not in candidates:
+        raise InputError(f"{path} has no vectors named {field!r}; it holds {listed}.")
+    chosen = field or next((name for name in VECTORS if name in candidates), None)
+    if chosen is None and len(candidates) != 1:
+        kind, advice = "no vectors", "give a file with a column or array of them"
+        if candidates:
+            kind, advice = "several that can be vectors", f"name one, as {path}:{candidates[0]}"
+        raise InputError(f"{path} holds {kind} ({', '.join(candidates) or listed}); {advice}.")
+    chosen = chosen or candidates[0]
+    others = [name for name in names if name != chosen]
+    return [chosen, *(next((name for name in known if name in others), None) for known in (IDS, TEXTS))]
+
+
+def of_rows(path: str, rows: list[Any], first: int) -> np.ndarray:
+    """Vectors [n, E] of lists of numbers, NaN where one is missing; row `first` of the file is the first."""
+    known = [row for row in rows if row is not None]
+    width = len(known[0]) if known and isinstance(known[0], list | np.ndarray) else 0
+    try:
+        vectors = np.asarray([[np.nan] * width if row is None else row for row in rows])
+        if vectors.dtype == object:  # a number is missing
+            vectors = np.where(vectors == None, np.nan, vectors).astype(np.float64)  # noqa: E711 (each of them)
+        if vectors.ndim == 2 and width and vectors.dtype.kind in "fiu":
+            return vectors
+    except (ValueError, TypeError):  # rows of unequal length, or no numbers
+        pass
+    for number, row in enumerate(rows, first + 1):
+        where = f"Row {number} of {path}"
+        if not isinstance(row, list | np.ndarray | None):
+            raise InputError(f"{where} has {str(row)[:40]!r} where a list of numbers is meant; remove or repair it.")
+        if row is not None and len(row) != width:
+            raise InputError(f"{where} has {len(row)} numbers, but others have {width}; remove or repair it.")
+        if wrong := [one for one in row or () if not isinstance(one, int | float | np.number | None)]:
+            raise InputError(f"{where} has {str(wrong[0])[:40]!r} where a number is meant; remove or repair it.")
+    raise InputError(f"{path} has no vectors from row {first + 1} to {first + len(rows)}; remove or repair these rows.")
+
+
+def whole_numbers(vectors: np.ndarray) -> bool:
+    """Whether vectors are quantized to bytes, of whatever type a file's numbers have become."""
+    return bool((vectors == np.round(vectors)).all() and (np.abs(vectors) <= 255).all())
