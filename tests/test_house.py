@@ -21,7 +21,7 @@ BUDGETS = {
     "assets": 50,
     "bench": 813,
     "cli": 985,
-    "data": 2416,
+    "data": 2421,
     "decode": 340,
     "embedders": 1367,
     "eval": 461,

@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from v2t_jax import progress
 from v2t_jax.data.readers import IDS
 from v2t_jax.data.vector_file import TEXTS, VECTORS, Rows, VectorFile, damage_named, of_rows, pick
 from v2t_jax.errors import InputError
@@ -172,7 +173,8 @@ def _open_arrow(path: str, field: str | None) -> VectorFile:
 
     try:
         file = pa.ipc.open_file(pa.OSFile(path))
-        schema, count = file.schema, sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
+        mapped = pa.ipc.open_file(pa.memory_map(path))  # to count rows without reading them
+        schema, count = file.schema, sum(mapped.get_batch(i).num_rows for i in range(mapped.num_record_batches))
     except pa.ArrowInvalid:
         schema, count = pa.ipc.open_stream(pa.OSFile(path)).schema, None
 
@@ -294,7 +296,10 @@ def _open_lines(path: str, field: str | None) -> VectorFile:
             lines = itertools.chain([file.readline().removeprefix(codecs.BOM_UTF8)], file)
             yield from (line for line in lines if line.strip())
 
-    count = None if path.endswith(".gz") else sum(1 for _ in lines())
+    count = None
+    if not path.endswith(".gz"):
+        with progress.stage(f"counting the rows of {path}"):
+            count = sum(1 for _ in lines())
     return _of_records(path, field, count, lambda start: itertools.islice(lines(), start, None))
 
 
