@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +51,9 @@ def test_what_is_refused_is_refused_in_these_words() -> None:
 def test_the_shell_commands_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("a small dog\nthe sun is a star\n", encoding="utf-8")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    vectors = np.random.default_rng(0).normal(size=(2, 384)).astype(np.float32)  # as wide as MiniLM's
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    pq.write_table(pa.table({"id": [7, 8], "embedding": list(unit)}), tmp_path / "export.parquet")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = "from v2t_jax.cli.main import main; main()"
     commands = shell_commands()
