@@ -21,7 +21,7 @@ BUDGETS = {
     "assets": 50,
     "bench": 813,
     "cli": 985,
-    "data": 2421,
+    "data": 2437,
     "decode": 340,
     "embedders": 1367,
     "eval": 461,
@@ -29,6 +29,7 @@ BUDGETS = {
     "inversion": 1953,
     "models": 1419,
     "parallel": 550,
+    "stores": 42,
     "train": 1702,
     "vec2text": 532,
 }

@@ -17,10 +17,10 @@ LAYERS: list[set[str]] = [
     {"config", "errors", "progress"},
     {"decode", "models", "parallel"},
     {"assets", "data", "interop"},
-    {"embedders"},
+    {"embedders", "stores"},
     {"inversion"},
-    {"eval", "vec2text"},
-    {"train"},
+    {"defences", "eval", "vec2text"},
+    {"audit", "train"},
     {"bench"},
     {"cli"},
 ]

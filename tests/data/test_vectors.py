@@ -243,3 +243,20 @@ def test_damaged_arrays_are_refused_whatever_the_damage(tmp_path: Path) -> None:
             open_vectors(str(file)).whole()
         except InputError:
             continue
+
+
+def test_a_sample_keeps_order_and_ids_and_can_start_anywhere(tmp_path: Path) -> None:
+    vectors = np.arange(7000, dtype=np.float32)[:, None] * np.ones(3, np.float32)
+    np.save(tmp_path / "many.npy", vectors)
+    with (tmp_path / "few.jsonl").open("w") as file:
+        for i in range(30):
+            file.write(json.dumps({"id": f"n{i}", "embedding": [i, 1.0], "text": str(i)}) + "\n")
+    many = open_vectors(str(tmp_path / "many.npy")).sampled(2500, seed=1)
+    whole = many.whole()
+    assert many.count == len(set(whole.ids)) == 2500 and whole.ids == sorted(whole.ids)
+    assert whole.ids != [*range(2500)] and (whole.vectors[:, 0] == whole.ids).all()
+    later = [*many.batches(1000, 1400)]
+    assert [len(rows.vectors) for rows in later] == [1000, 100] and later[0].ids == whole.ids[1400:2400]
+    few = open_vectors(str(tmp_path / "few.jsonl")).sampled(10).whole()
+    assert [f"n{text}" for text in few.texts] == few.ids and (few.vectors[:, 0] == [*map(int, few.texts)]).all()
+    assert open_vectors(str(tmp_path / "few.jsonl")).sampled(99).whole().ids == [f"n{i}" for i in range(30)]

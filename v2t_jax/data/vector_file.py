@@ -24,10 +24,10 @@ class Rows(NamedTuple):
     vectors: np.ndarray  # [n, E], of the type that is stored
     ids: list[Any] | None = None
     texts: list[Any] | None = None
+    metadata: list[dict[str, Any]] | None = None  # what else a store keeps beside them
 
     def part(self, rows: slice) -> "Rows":
-        ids, texts = (column if column is None else column[rows] for column in self[1:])
-        return Rows(self.vectors[rows], ids, texts)
+        return Rows(self.vectors[rows], *(column if column is None else column[rows] for column in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,23 @@ class VectorFile:
                     return
 
         return VectorFile(self.path, end - first, read, self.field, first)
+
+    def sampled(self, size: int, seed: int = 0) -> "VectorFile":
+        """`size` rows drawn without replacement, in their order; rows without ids get their numbers as such."""
+        count = self.count if self.count is not None else sum(len(rows.vectors) for rows in self._checked(0))
+        chosen = np.sort(np.random.default_rng(seed).choice(count, min(size, count), replace=False))
+
+        def read(start: int) -> Iterator[Rows]:
+            row = int(chosen[start]) if start < len(chosen) else count
+            for rows in self.read(row) if row < count else ():
+                end = row + len(rows.vectors)
+                i = chosen[np.searchsorted(chosen, row) : np.searchsorted(chosen, end)] - row
+                columns = [column and [column[j] for j in i] for column in rows[1:]]
+                columns[0] = columns[0] or [self.first + row + int(j) for j in i]
+                yield Rows(rows.vectors[i], *columns)
+                row = end
+
+        return VectorFile(self.path, len(chosen), read, self.field)
 
     def batches(self, size: int, start: int = 0) -> Iterator[Rows]:
         """Rows from `start` on, `size` at a time but for the last."""

@@ -372,9 +372,8 @@ def _of_records(
         rows = decoded(start)
         while part := list(itertools.islice(rows, ROWS)):
             columns = [[row.get(name) if isinstance(row, dict) else row for row in part] for name in names]
-            vectors, *others = columns
-            beside = (column if name else None for name, column in zip(names[1:], others, strict=True))
-            yield Rows(of_rows(path, vectors, start), *beside)
+            ids, texts = (column if name else None for name, column in zip(names[1:], columns[1:], strict=True))
+            yield Rows(of_rows(path, columns[0], start), ids, texts)
             start += len(part)
 
     return VectorFile(path, count, read)
