@@ -137,6 +137,20 @@ def test_advice_is_in_options(said: str, typed: str) -> None:
     assert str(caught.value) == (typed or said)
 
 
+def test_warnings_are_in_options_too() -> None:
+    with cli.naming_options(cli.option_names(invert.Invert)):
+        said = warnings.formatwarning(UserWarning("see budget=20; dequantize(vectors, ranges)."), UserWarning, "", 0)
+    assert said == "v2t: warning: see --budget 20; --ranges FILE.\n"
+    assert "v2t" not in warnings.formatwarning(UserWarning("a"), UserWarning, "", 0)
+
+
+def test_options_are_named_that_were_not_typed(run: Run) -> None:
+    status, _, err = run("invert", "--text", "a", "--api.max-cost", "3")
+    assert (status, err) == (2, "v2t: --api.max-cost needs --api.price: give both.\n")
+    status, _, err = run("data", "build", "-", "--output", "T/x", "--embedder", "M/embedder")
+    assert status == 2 and "not from stdin: save them as a .txt file" in err
+
+
 def test_invert_for_people_shows_the_trace(run: Run) -> None:
     status, out, _ = run(
         "invert", "--text", "the red cat", "--model", "M/tiny", "--num-steps", "2", "--sequence-beam-width", "2"

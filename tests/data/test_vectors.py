@@ -20,6 +20,7 @@ E = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
 IDS, TEXTS = [f"r{i}" for i in range(ROWS)], [f'the text, "{i}"' for i in range(ROWS)]
 DIMENSIONS = {f"dim_{i}": E[:, i] for i in range(WIDTH)}
 TABLE = pa.table({"id": IDS, "embedding": pa.array(list(E)), "text": TEXTS})
+TENSOR = pa.FixedShapeTensorArray.from_numpy_ndarray(E.astype(np.float16))
 FIXED = pa.FixedSizeListArray.from_arrays(pa.array(E.astype(np.float16).ravel()), WIDTH)
 
 
@@ -28,9 +29,9 @@ def records(file: Path) -> None:
     file.write_text("\n".join(json.dumps({"id": i, "embedding": e, "text": text}) for i, e, text in rows))
 
 
-def write_ipc(file: Path, new: object) -> None:
-    with pa.OSFile(str(file), "wb") as sink, new(sink, TABLE.schema) as writer:  # type: ignore[operator]
-        writer.write_table(TABLE, max_chunksize=300)
+def write_ipc(file: Path, new: object, table: pa.Table = TABLE) -> None:
+    with pa.OSFile(str(file), "wb") as sink, new(sink, table.schema) as writer:  # type: ignore[operator]
+        writer.write_table(table, max_chunksize=300)
 
 
 def write_csv(file: Path, show: object, sep: str = ",") -> None:
@@ -51,6 +52,7 @@ KINDS = {
     "bfloat16.safetensors": (lambda f: save_file({"emb": E.astype(ml_dtypes.bfloat16)}, f), "", 2e-2),
     "lists.parquet": (lambda f: parquet.write_table(TABLE, f, row_group_size=700), "it", 0),
     "fixed.parquet": (lambda f: parquet.write_table(pa.table({"id": IDS, "vector": FIXED}), f), "i", 2e-3),
+    "tensor.arrow": (lambda f: write_ipc(f, pa.ipc.new_file, pa.table({"id": IDS, "vector": TENSOR})), "i", 2e-3),
     "dimensions.parquet": (lambda f: parquet.write_table(pa.table({"id": IDS, **DIMENSIONS}), f), "i", 0),
     "file.arrow": (lambda f: write_ipc(f, pa.ipc.new_file), "it", 0),
     "stream.arrow": (lambda f: write_ipc(f, pa.ipc.new_stream), "it", 0),

@@ -177,7 +177,7 @@ def test_embed_from_the_command_line(
     assert (code, out) == (2, "") and "4 requests, about 160 tokens, beyond --api.max-requests 3 " in err
     code, out, err = run(*options, embedder="all-MiniLM-L6-v2")
     assert (code, out) == (2, "") and "The --api options are for endpoints" in err
-    assert run(*options, "--api.max-cost", "3") == (2, "", "v2t: --api.max-cost needs api.price: give both.\n")
+    assert run(*options, "--api.max-cost", "3") == (2, "", "v2t: --api.max-cost needs --api.price: give both.\n")
     assert not endpoint.requests and not output.exists()
     endpoint.then(status(500, f"with {KEY}"), raw(b"<html>"))
     code, out, err = run(*options, "--api.price", "0.02", "--api.max-cost", "1")

@@ -234,7 +234,7 @@ def test_int8_vectors_are_as_good_as_their_ranges(
     file = open_vectors(str(tmp_path / "int8.npy"))
     found = [one for _, one in recover_rows(model, file, ranges, **OPTIONS) if one]
     assert [one.text for one in found] == [one.text for one in v2t.invert_embeddings(model, vectors, **OPTIONS)]
-    with pytest.warns(UserWarning, match="whole numbers, as quantized vectors are, whose ranges are needed"):
+    with pytest.warns(UserWarning, match="whole numbers, as quantized vectors are; give the ranges"):
         list(recover_rows(model, file, **OPTIONS))
 
 
@@ -267,12 +267,18 @@ def test_long_texts_are_suspected_by_the_results(model: InversionPipeline) -> No
         steps = (TraceStep(0, "a", cosine, calls),)
         return [InversionResult("a", cosine, 0, steps, confidence=confidence)] * count
 
-    with pytest.warns(
-        UserWarning, match="None of 8 vectors is recovered .* cosine of 0.85: .* longer than the 7 tokens"
-    ):
-        warn_of_long_texts(model, results(0.85, 0.01))
+    calibrated = dataclasses.replace(model, calibration=(0.0, 0.0, 0.0))
+    with pytest.warns(UserWarning, match="None of 8 .* cosine of 0.85: theirs are probably longer than the 7 tokens"):
+        warn_of_long_texts(calibrated, results(0.85, 0.01))
+    with pytest.warns(UserWarning, match="theirs may be longer than the 7 tokens .*, or it is too weak"):
+        warn_of_long_texts(model, results(0.85, None))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for quiet in (results(0.97, 0.01), results(0.85, None), results(0.85, 0.01, 40), results(0.85, 0.01, count=7)):
+        for quiet in (
+            results(0.97, 0.01),
+            results(0.85, None) + results(1.0, None),
+            results(0.85, 0.01, 40),
+            results(0.85, 0.01, count=7),
+        ):
             warn_of_long_texts(model, quiet)
         warn_of_long_texts(model, results(0.85, 0.01) + results(1.0, 0.99))

@@ -20,10 +20,15 @@ from v2t_jax import progress
 from v2t_jax.cli import data, train
 from v2t_jax.cli.invert import Calibrate, Demo, Embed, Eval, Invert
 from v2t_jax.cli.models import Convert, Embedders, Env, Push
-from v2t_jax.config import DistributedConfig
+from v2t_jax.config import Config, DistributedConfig
 from v2t_jax.errors import InputError
 
 UNNAMED = ("config", "settings")  # fields of commands whose own fields are options by their own paths
+# What a call in Python gives, and a command by an option.
+PYTHON = {
+    "embedder=HttpEmbedder(...)": "embedder=https://HOST/v1 api.model=NAME",
+    "dequantize(vectors, ranges)": "ranges=FILE",
+}
 UNWINDING_SECONDS = 5.0  # from Ctrl-C to the end, at most
 
 
@@ -113,9 +118,9 @@ def explained(error: Exception) -> object:
 
 
 def option_names(command: Any, prefix: str = "") -> Iterator[str]:
-    """Names of a command's options, as its fields and theirs: num_steps, api.model."""
+    """Names of the options of a command or of its class, as its fields and theirs: num_steps, api.model."""
     for field in dataclasses.fields(command):
-        if dataclasses.is_dataclass(value := getattr(command, field.name)):
+        if dataclasses.is_dataclass(value := getattr(command, field.name, None)):
             yield from option_names(value, prefix if field.name in UNNAMED else f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
@@ -123,7 +128,7 @@ def option_names(command: Any, prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def naming_options(names: Iterable[str]) -> Iterator[None]:
-    """Errors inside name arguments as Python does; here they are named as they are typed: `--num-steps 0`.
+    """Errors and warnings inside name arguments as Python does; here they are named as typed: `--num-steps 0`.
 
     An ordinary word, such as `search`, is an argument only before "=", or where a message begins with it.
     """
@@ -136,16 +141,25 @@ def naming_options(names: Iterable[str]) -> Iterator[None]:
         option = f"--{(found[1] or found[3] or found[4]).replace('_', '-')}"
         return f"{option} {found[2].strip(chr(34))}" if found[1] else option
 
+    def renamed(said: str) -> str:
+        for python, options in PYTHON.items():
+            said = said.replace(python, options)
+        return re.sub(pattern, typed, said)
+
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"v2t: warning: {renamed(str(message))}\n"
     try:
         yield
     except InputError as error:
-        said = str(error).replace("embedder=HttpEmbedder(...)", "embedder=https://HOST/v1 api.model=NAME")
-        raise InputError(re.sub(pattern, typed, said) if names else said) from error
+        raise InputError(renamed(str(error))) from error
+    finally:
+        warnings.formatwarning = formatted
 
 
 def run(arguments: list[str]) -> None:
-    typed = [re.match(r"--([a-z][\w.-]*)", argument) for argument in arguments]
-    with naming_options(one[1].replace("-", "_") for one in typed if one):
+    known = COMMANDS | data.COMMANDS if arguments[:1] == ["data"] else COMMANDS
+    classes = [Config, *(known[word] for word in arguments[:2] if word in known)]
+    with naming_options({name for one in classes for name in option_names(one)}):
         command, name = parse(arguments), arguments[0]
     start_jax()
     several = joined(command.distributed) if name in ("invert", "eval", "train") else contextlib.nullcontext()
@@ -190,7 +204,6 @@ def main() -> None:
         elif isinstance(stream, io.TextIOWrapper):  # an encoding that lacks a character must not end the run
             stream.reconfigure(errors="backslashreplace")
     hook, sys.unraisablehook = sys.unraisablehook, lost
-    warnings.formatwarning = lambda message, *_, **__: f"v2t: warning: {message}\n"
     progress.enable()
     try:
         run(sys.argv[1:])

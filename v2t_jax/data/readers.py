@@ -110,6 +110,8 @@ def _errors_of(file: Path) -> Iterator[None]:
 
 
 def _files(source: str) -> list[Path]:
+    if source == "-":
+        raise InputError("A data set's texts are read twice, so not from stdin: save them as a .txt file, and give it.")
     path = Path(os.path.expanduser(source))
     if source and path.is_dir():
         if (path / "made_of.json").is_file():

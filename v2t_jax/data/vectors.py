@@ -230,8 +230,9 @@ def _of_table(
     dimensions: dict[str, list[str]] = {}
     for column in schema:
         numbered = re.fullmatch(r"(.*?)(\d+)", column.name)
-        is_list = _is_list(column.type) and not _is_text(column.type.value_type)
-        if is_list or (_is_text(column.type) and column.name in (field, *VECTORS)):
+        kind = column.type.storage_type if isinstance(column.type, pa.BaseExtensionType) else column.type
+        is_list = _is_list(kind) and not _is_text(kind.value_type)
+        if is_list or (_is_text(kind) and column.name in (field, *VECTORS)):
             candidates[column.name] = [column.name]
         elif numbered and is_number(column.type):
             dimensions.setdefault(numbered[1], []).append(column.name)
@@ -272,6 +273,7 @@ def _of_lists(path: str, column: Any, first: int) -> np.ndarray:
     """Vectors [n, E] of a column of lists, or of lists as text; row `first` of the file is its first."""
     from pyarrow import compute
 
+    column = getattr(column, "storage", column)  # of Arrow's tensors
     if _is_text(column.type):
         return of_rows(path, [_of_text(text) for text in column.to_pylist()], first)
     lengths = compute.list_value_length(column).to_numpy(zero_copy_only=False)

@@ -22,7 +22,7 @@ from v2t_jax.errors import InputError, check_texts, check_whole
 from v2t_jax.inversion.confidence import probability
 from v2t_jax.inversion.correction import MOST_STEPS, Correction, Mode, Search
 from v2t_jax.inversion.pipeline import InversionPipeline
-from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors
+from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors, warn_of_long_texts
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import batch_sharding, decoding_on, decoding_rows, make_mesh
 
@@ -101,8 +101,16 @@ def invert_embeddings(
     e = check_vectors(vectors, inverter.config.embedding_width)
     warn_of_foreign_vectors(inverter, e)
     settings = num_steps, sequence_beam_width, mode, patience, search, budget, batch_size
-    parts = invert_batches(inverter, lambda size: (e[i : i + size] for i in range(0, len(e), size)), len(e), *settings)
-    return [found for part in parts for found in part]
+    found = _invert(inverter, e, *settings)
+    warn_of_long_texts(inverter, found)
+    return found
+
+
+def _invert(inverter: InversionPipeline, e: np.ndarray, *settings: Any, **options: Any) -> list[InversionResult]:
+    def batches(size: int) -> Iterator[np.ndarray]:
+        return (e[i : i + size] for i in range(0, len(e), size))
+
+    return [one for part in invert_batches(inverter, batches, len(e), *settings, **options) for one in part]
 
 
 def invert_batches(
@@ -251,7 +259,7 @@ def invert_strings(inverter: InversionPipeline, texts: Sequence[str], **options:
     and spacing, and what the tokenizer doesn't know is left out): `reference` is that form.
     """
     references = comparable(inverter, texts)
-    found = invert_embeddings(inverter, embed_decoded(inverter, references), **options)
+    found = _invert(inverter, embed_decoded(inverter, references), **options)
     pairs = zip(found, references, strict=True)
     return [dataclasses.replace(one, reference=text, exact_match=one.text == text) for one, text in pairs]
 

@@ -11,6 +11,7 @@ from v2t_jax.data.vector_file import whole_numbers
 from v2t_jax.data.vectors import open_vectors
 from v2t_jax.embedders.base import signs
 from v2t_jax.errors import InputError, as_numpy
+from v2t_jax.inversion.correction import TOLERANCE
 from v2t_jax.inversion.pipeline import InversionPipeline
 
 # Mean squared distance of vectors from the training's mean, in its own variance: 1 at home (0.84 to 1.17 for single
@@ -85,8 +86,7 @@ def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
         if not spread < MOST_SPREAD:
             reasons.append(f"their variance is {spread:.1f} times that of the training vectors")
     if whole_numbers(e):
-        quantized = "they are whole numbers, as quantized vectors are, whose ranges are needed"
-        reasons.append(f"{quantized} (--ranges, or `dequantize`)")
+        reasons.append("they are whole numbers, as quantized vectors are; give the ranges: dequantize(vectors, ranges)")
     if reasons:
         warnings.warn(
             f"The vectors don't look like {inverter.embedder.name}'s: {' and '.join(reasons)}. If they come from "
@@ -96,16 +96,23 @@ def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
 
 
 def warn_of_long_texts(inverter: InversionPipeline, found: Sequence[Any]) -> None:
-    """Warns of results behind whose vectors are hardly texts that the model can recover, by its calibration."""
-    searched = [one for one in found if one.confidence is not None and one.trace[-1].embedder_calls >= SEARCHED]
-    if len(searched) < FEW or max(one.confidence for one in searched) > 0.5:
+    """Warns of results behind whose vectors are hardly texts that the model can recover.
+
+    That none is exact tells so only after many edits. Without a calibration, the model may be at fault as well.
+    """
+    searched = [one for one in found if one.trace[-1].embedder_calls >= SEARCHED]
+    sure = [one.cosine >= 1 - TOLERANCE if one.confidence is None else one.confidence > 0.5 for one in searched]
+    if len(searched) < FEW or any(sure):
         return
     cosine = float(np.median([one.cosine for one in searched]))
     if cosine < PLATEAU:
-        longest = inverter.config.max_length - 1
+        longest = f"longer than the {inverter.config.max_length - 1} tokens that {inverter.name} recovers"
+        why = f"theirs are probably {longest}"
+        if inverter.calibration is None:
+            why = f"theirs may be {longest}, or it is too weak (v2t eval shows how much it recovers of known texts)"
         warnings.warn(
             f"None of {len(searched)} vectors is recovered exactly, and half of the texts stay below a cosine of "
-            f"{cosine:.2f}: theirs are probably longer than the {longest} tokens that {inverter.name} recovers.",
+            f"{cosine:.2f}: {why}.",
             stacklevel=3,
         )
 
