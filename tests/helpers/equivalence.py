@@ -18,7 +18,7 @@ import numpy as np
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.decode.beam import beam_search
 from v2t_jax.decode.sample import greedy
-from v2t_jax.decode.state import PAD
+from v2t_jax.decode.state import PAD, Cache
 from v2t_jax.interop.files import complete_config
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
@@ -27,7 +27,7 @@ from v2t_jax.models.embedder import EmbedderConfig, Pooling, embed
 from v2t_jax.models.encoders import EncoderConfig, encoder_network
 from v2t_jax.models.inverter import EmbeddingToText, Inverter
 from v2t_jax.models.layers import Params, mask_bias, relative_buckets
-from v2t_jax.models.t5 import T5, Cache, T5Layer, T5Stack
+from v2t_jax.models.t5 import T5, T5Layer, T5Stack
 
 Case = dict[str, np.ndarray]
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from v2t_jax.config import ModelConfig, T5Config
+from v2t_jax.decode.state import Cache
 from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.inverter import EmbeddingToText, Inverter
 from v2t_jax.models.layers import Params
-from v2t_jax.models.t5 import Cache, shift_right
+from v2t_jax.models.t5 import shift_right
 
 T5 = T5Config(
     vocab_size=20,

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from v2t_jax.config import T5Config
+from v2t_jax.decode.state import Cache
 from v2t_jax.models.layers import Params
-from v2t_jax.models.t5 import T5, Cache, shift_right
+from v2t_jax.models.t5 import T5, shift_right
 
 V1_0 = T5Config(
     vocab_size=20,

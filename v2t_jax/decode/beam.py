@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from v2t_jax.decode.sample import greedy, log_softmax_at
-from v2t_jax.decode.state import EOS, PAD, START, Cache, Decoded, TokensToLogits, check_arguments, count_tokens
+from v2t_jax.decode.state import (
+    EOS,
+    PAD,
+    START,
+    Cache,
+    Decoded,
+    TokensToLogits,
+    WrittenCache,
+    check_arguments,
+    count_tokens,
+)
 from v2t_jax.errors import InputError
 
 DEAD = -1e9  # the score of an empty slot and of a beam that must not go on: finite, as theirs is
@@ -29,7 +39,7 @@ class _Loop(NamedTuple):
     done_scores: jax.Array  # [B, K] log p / length, best first
     done: jax.Array  # [B, K] the slot is filled
     improvable: jax.Array  # [B] a running hypothesis may still beat a finished one; once False, always False
-    cache: Cache  # leaves [B * K, ...]
+    cache: Cache  # leaves [B * K, ...], or WrittenCache
 
 
 def beam_search(
@@ -45,8 +55,8 @@ def beam_search(
     """The `num_return` best hypotheses of each item. With one beam this is `greedy`, as it is in `generate`.
 
     Args:
-        cache: the state of `tokens_to_logits` before the first step, leading axis B * K on every leaf, item-major (all
-            beams of an item alike).
+        cache: the state of `tokens_to_logits` before the first step, of rows B * K, item-major (all beams of an item
+            alike).
         batch_size: B.
         num_beams: K.
         max_length: L, generated tokens at most, end of sequence included, start id not: `generate`'s less 1.
@@ -130,7 +140,9 @@ def _take(values: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _reorder(cache: Cache, parents: jax.Array) -> Cache:
-    """Give every running hypothesis, parents [B, K], the cache of the one that it grew from."""
+    """Give every running hypothesis, parents [B, K], the cache of the one that it grew from, or a view of it."""
+    if isinstance(cache, WrittenCache):
+        return cache._replace(ancestors=_reorder(cache.ancestors, parents))
 
     def reorder(leaf: jax.Array) -> jax.Array:
         return _take(leaf.reshape(*parents.shape, *leaf.shape[1:]), parents).reshape(leaf.shape)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from v2t_jax.config import ModelConfig
+from v2t_jax.decode.state import Cache
 from v2t_jax.models.layers import Dense, Dropout, Network, Params, matmul_float32
-from v2t_jax.models.t5 import T5, Cache, shift_right
+from v2t_jax.models.t5 import T5, shift_right
 
 # Encoder output [B, X, D], its mask [B, X], and the bag-of-words offset [B, D] of the last hidden state, or None.
 Condition = tuple[jax.Array, jax.Array, jax.Array | None]

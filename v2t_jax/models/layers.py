@@ -282,7 +282,8 @@ def attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.
     exact = precision(query.dtype)
     scores = jnp.einsum("bqhk,bhks->bhqs", query, key, preferred_element_type=jnp.float32, precision=exact)
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqs,bhsk->bqhk", weights, value, precision=exact)
+    # The heads move afterwards: as one product with them, XLA takes eight times as long on a CPU.
+    return jnp.swapaxes(jnp.einsum("bhqs,bhsk->bhqk", weights, value, precision=exact), 1, 2)
 
 
 class FeedForward(nn.Module):

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from v2t_jax.config import T5Config
-from v2t_jax.decode.state import START
+from v2t_jax.decode.state import START, WrittenCache
 from v2t_jax.models.layers import (
+    MASKED,
     MATMUL_OUTPUT,
     Attention,
     AxesTable,
@@ -48,10 +49,9 @@ _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT),
 }
 
-# Keys [rows, H, K, L] and values [rows, H, L, K]. These axes are as the products of one query want them: in any other
-# order XLA copies the whole cache at every token.
+# Keys [B, H, K, S] and values [B, H, S, K] of an item's beams, S = L * beams, position-major. These axes are as the
+# products of a few queries want them: in any other order XLA copies the whole cache at every token.
 KeyValue = tuple[jax.Array, jax.Array]
-Cache = tuple[KeyValue, ...]  # a layer's self-attention each
 
 
 class T5Layer(nn.Module):
@@ -91,20 +91,17 @@ class T5Layer(nn.Module):
     def step(
         self, x: jax.Array, cache: KeyValue, cross: KeyValue, bias: jax.Array, cross_bias: jax.Array, index: jax.Array
     ) -> tuple[jax.Array, KeyValue]:
-        """One token a row, rows = B * beams, item-major: x [rows, 1, D], cache of the rows, `cross_key_value` of B,
-        bias [1, H, 1, L], which masks the future, and cross_bias [B, 1, 1, S].
+        """One token of each of an item's N beams, which take the place of the query axis: x [B, N, D], `cache` of
+        self-attention, `cross_key_value`, bias [B, H, N, L * N], which masks what a beam must not see, and cross_bias
+        [B, 1, 1, S].
         """
-        rows, batch = x.shape[0], cross[0].shape[0]
-        h = self.self_attention_norm(x)
+        h, first = self.self_attention_norm(x), index * x.shape[1]
         key, value = for_one_query(*self.self_attention.keys_values(h))
-        key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, index, axis=3)
-        value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, index, axis=2)
+        key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, first, axis=3)
+        value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, first, axis=2)
         x = x + self.self_attention.out(attend_cached(self.self_attention.queries(h), key, value, bias))
-        # The beams of a sequence take the place of the query axis, so its cross keys are never repeated.
         query = self.cross_attention.queries(self.cross_attention_norm(x))
-        query = query.reshape(batch, rows // batch, *query.shape[2:])
-        h = attend_cached(query, *cross, cross_bias).reshape(rows, 1, *query.shape[2:])
-        x = x + self.cross_attention.out(h)
+        x = x + self.cross_attention.out(attend_cached(query, *cross, cross_bias))
         return x + self.feed_forward(self.feed_forward_norm(x)), (key, value)
 
 
@@ -210,9 +207,10 @@ class T5(Network):
         return matmul_float32(hidden, self.lm_head, dtype)
 
     def head(self, x: jax.Array, offset: jax.Array | None) -> jax.Array:
-        """Output of the last decoder layer [rows, 1, D] -> logits [rows, V]."""
-        hidden = self.decoder.final_norm(x)[:, 0]
-        return self.logits(hidden if offset is None else hidden + offset.astype(hidden.dtype))
+        """Output of the last decoder layer [B, N, D], offset [B, D] -> logits [B * N, V]."""
+        hidden = self.decoder.final_norm(x)
+        hidden = hidden if offset is None else hidden + offset[:, None].astype(hidden.dtype)
+        return self.logits(hidden.reshape(-1, hidden.shape[-1]))
 
     @nn.nowrap
     def start_decoding(
@@ -224,7 +222,7 @@ class T5(Network):
         max_length: int,
         num_beams: int = 1,
         hidden_offset: Float[Array, "B D"] | None = None,
-    ) -> tuple[Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]], Cache]:
+    ) -> tuple[Callable[[jax.Array, WrittenCache, jax.Array], tuple[jax.Array, WrittenCache]], WrittenCache]:
         """`tokens_to_logits` and its empty cache, for rows = B * num_beams; see `decode.state.TokensToLogits`.
 
         Args:
@@ -240,20 +238,25 @@ class T5(Network):
         cross = [layer(encoded.astype(dtype), method="cross_key_value") for layer in layers]
         bias_table = apply(method=lambda t5: t5.decoder.position_bias(max_length))
         cross_bias = mask_bias(mask)
-        key = jnp.zeros((encoded.shape[0] * num_beams, c.num_heads, c.d_kv, max_length), dtype)
+        batch, beams = encoded.shape[0], jnp.arange(num_beams, dtype=jnp.int32)
+        key = jnp.zeros((batch, c.num_heads, c.d_kv, max_length * num_beams), dtype)
         empty = key, jnp.swapaxes(key, 2, 3)
-        offset = hidden_offset if hidden_offset is None else jnp.repeat(hidden_offset, num_beams, axis=0)
 
-        def tokens_to_logits(ids: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache]:
-            x = apply(ids[:, None], method="embed_tokens")
+        def tokens_to_logits(ids: jax.Array, cache: WrittenCache, index: jax.Array) -> tuple[jax.Array, WrittenCache]:
+            x = apply(ids.reshape(batch, num_beams), method="embed_tokens")
+            writes = jnp.tile(beams, batch)
+            ancestors = jax.lax.dynamic_update_index_in_dim(cache.ancestors, writes, index, axis=1)
+            own = ancestors.reshape(batch, num_beams, -1, 1) == beams[None, None, None]
             bias = jax.lax.dynamic_slice_in_dim(bias_table, index, 1, axis=2)
+            bias = jnp.where(own[:, None], bias[..., None], MASKED).reshape(batch, c.num_heads, num_beams, -1)
             entries = []
-            for layer, entry, cross_entry in zip(layers, cache, cross, strict=True):
+            for layer, entry, cross_entry in zip(layers, cache.written, cross, strict=True):
                 x, entry = layer(x, entry, cross_entry, bias, cross_bias, index, method="step")
                 entries.append(entry)
-            return apply(x, offset, method="head"), tuple(entries)
+            return apply(x, hidden_offset, method="head"), WrittenCache(tuple(entries), ancestors)
 
-        return tokens_to_logits, tuple(empty for _ in range(c.num_decoder_layers))
+        written = tuple(empty for _ in range(c.num_decoder_layers))
+        return tokens_to_logits, WrittenCache(written, jnp.zeros((batch * num_beams, max_length), jnp.int32))
 
 
 def shift_right(labels: Int[Array, "B L"]) -> Int[Array, "B L"]:
