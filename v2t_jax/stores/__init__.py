@@ -2,3 +2,5 @@
 
 Nothing is ever unpickled without restriction, and nothing is written: a store is opened read-only, or a copy is.
 """
+
+from v2t_jax.stores.open import open_store as open_store
