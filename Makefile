@@ -78,7 +78,8 @@ $(STORES)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "[1/2] making $(STORES) with $$($(PYTHON) --version)"
 	$(PYTHON) -m venv $(STORES)
 	@echo "[2/2] installing the package and the libraries of vector stores (about 2.2 GB on disk)"
-	$(STORES)/bin/python $(PIP_INSTALL) --editable ".[dev,stores]" $(WRITERS) $(WITH_CONSTRAINTS)
+	$(STORES)/bin/python $(PIP_INSTALL) --editable ".[dev,stores,pii]" $(WRITERS) $(WITH_CONSTRAINTS)
+	$(STORES)/bin/python $(PIP_INSTALL) $(EMBEDDER)
 	@touch $@
 
 # Torch first, and by version: asked for by another package it would come as the newest, with CUDA.

@@ -19,14 +19,15 @@ MOST_LINES_OF_A_FUNCTION = 80
 BUDGETS = {
     "": 540,  # __init__, config, errors, progress
     "assets": 50,
+    "audit": 568,
     "bench": 813,
-    "cli": 1003,
-    "data": 2441,
+    "cli": 1067,
+    "data": 2450,
     "decode": 360,
     "embedders": 1367,
     "eval": 461,
     "interop": 894,
-    "inversion": 1968,
+    "inversion": 1974,
     "models": 1424,
     "parallel": 550,
     "stores": 1025,

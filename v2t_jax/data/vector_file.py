@@ -58,20 +58,29 @@ class VectorFile:
 
         return VectorFile(self.path, end - first, read, self.field, first)
 
+    def rows(self) -> int:
+        """How many rows there are, if need be by reading them."""
+        return self.count if self.count is not None else sum(len(rows.vectors) for rows in self._checked(0))
+
     def sampled(self, size: int, seed: int = 0) -> "VectorFile":
-        """`size` rows drawn without replacement, in their order; rows without ids get their numbers as such."""
-        count = self.count if self.count is not None else sum(len(rows.vectors) for rows in self._checked(0))
-        chosen = np.sort(np.random.default_rng(seed).choice(count, min(size, count), replace=False))
+        """`size` rows drawn without replacement, in their order; see `at`."""
+        count = self.rows()
+        return self.at(np.sort(np.random.default_rng(seed).choice(count, min(size, count), replace=False)))
+
+    def at(self, chosen: np.ndarray) -> "VectorFile":
+        """The rows of these numbers, which ascend; rows without ids get their numbers as such."""
 
         def read(start: int) -> Iterator[Rows]:
-            row = int(chosen[start]) if start < len(chosen) else count
-            for rows in self.read(row) if row < count else ():
+            row = int(chosen[start]) if start < len(chosen) else 0
+            for rows in self.read(row) if start < len(chosen) else ():
                 end = row + len(rows.vectors)
                 i = chosen[np.searchsorted(chosen, row) : np.searchsorted(chosen, end)] - row
                 columns = [column and [column[j] for j in i] for column in rows[1:]]
                 columns[0] = columns[0] or [self.first + row + int(j) for j in i]
                 yield Rows(rows.vectors[i], *columns)
                 row = end
+                if row > chosen[-1]:
+                    return
 
         return VectorFile(self.path, len(chosen), read, self.field)
 

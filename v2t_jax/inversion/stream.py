@@ -149,8 +149,9 @@ def recover_file(
     made_of |= {name: value for name, value in options.items() if name != "batch_size"}
     with resumable(f"Recovering {source.path}", output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        if not job.exists() and (output.exists() or lines.exists()):
-            raise InputError(f"{output if output.exists() else lines} exists; give another name, or delete it.")
+        written = [file for file in (output, lines) if file.exists() and file.stat().st_size]
+        if written and not job.exists():  # an empty file is of a run that was stopped before its first row
+            raise InputError(f"{written[0]} exists; give another name, or delete it.")
         with open(lines, "a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,10 +67,10 @@ def as_targets(vectors: Any, width: int) -> tuple[np.ndarray, dict[int, str]]:
     return array, dict(sorted(faults.items()))
 
 
-def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
-    """Warns of vectors [n, E] that hardly come from the model's embedder, judged by their lengths and coordinates."""
+def foreign_reasons(inverter: InversionPipeline, e: np.ndarray) -> list[str]:
+    """Why vectors [n, E] hardly come from the model's embedder, judged by their lengths and coordinates."""
     if np.ptp(np.abs(e)) < 1e-6:  # signs alone, which fit no statistics
-        return
+        return []
     norms, reasons = np.linalg.norm(e, axis=1), []
     if expected := (1.0, 0.0) if inverter.embedder.normalized else inverter.embedding_norm:
         mean, deviation = expected
@@ -87,7 +87,12 @@ def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
             reasons.append(f"their variance is {spread:.1f} times that of the training vectors")
     if whole_numbers(e):
         reasons.append("they are whole numbers, as quantized vectors are; give the ranges: dequantize(vectors, ranges)")
-    if reasons:
+    return reasons
+
+
+def warn_of_foreign_vectors(inverter: InversionPipeline, e: np.ndarray) -> None:
+    """Warns of vectors [n, E] that hardly come from the model's embedder."""
+    if reasons := foreign_reasons(inverter, e):
         warnings.warn(
             f"The vectors don't look like {inverter.embedder.name}'s: {' and '.join(reasons)}. If they come from "
             "another embedder, pooling, prefix or normalization, the recovered texts mean nothing.",

