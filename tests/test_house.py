@@ -19,13 +19,14 @@ MOST_LINES_OF_A_FUNCTION = 80
 BUDGETS = {
     "": 540,  # __init__, config, errors, progress
     "assets": 50,
-    "audit": 568,
+    "audit": 570,
     "bench": 813,
-    "cli": 1067,
+    "cli": 1177,
     "data": 2450,
     "decode": 360,
+    "defences": 489,
     "embedders": 1367,
-    "eval": 461,
+    "eval": 505,
     "interop": 894,
     "inversion": 1974,
     "models": 1424,

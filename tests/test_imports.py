@@ -19,8 +19,8 @@ LAYERS: list[set[str]] = [
     {"assets", "data", "interop"},
     {"embedders", "stores"},
     {"inversion"},
-    {"defences", "eval", "vec2text"},
-    {"audit", "train"},
+    {"eval", "vec2text"},
+    {"audit", "defences", "train"},
     {"bench"},
     {"cli"},
 ]

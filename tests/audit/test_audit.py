@@ -90,7 +90,10 @@ def test_deleted_records_are_found_outside_of_the_sample(
     (tmp_path / "gone.txt").write_text("".join(f"r{i}\n" for i in range(6, 12)))
     settings = Settings(sample=2, num_steps=0, deleted=str(tmp_path / "gone.txt"))
     found = audit(store, lambda: model, tmp_path / "out", settings)
-    assert found["deleted"]["left"] == 6 and 6 <= found["sample"]["n"] <= 8
+    assert found["deleted"]["left"] == 6
+    # They are recovered beside the sample, and not among its figures.
+    assert found["sample"]["n"] == found["in_clear"]["n"] == found["recovery"]["n"] + found["recovery"]["skipped"] == 2
+    assert 6 <= len((tmp_path / "out" / "recovered.jsonl").read_text().splitlines()) <= 8
 
 
 def test_the_report_escapes_and_hides(store: Store, model: InversionPipeline, trusted: None, tmp_path: Path) -> None:

@@ -73,18 +73,19 @@ def audit(
         raise InputError(f"{store.rows.path} holds no vectors; there is nothing to audit.")
     chosen = np.random.default_rng(settings.seed).choice(count, min(settings.sample, count), replace=False)
     gone = None if settings.deleted is None else _rows_of(store.rows, set(read_lines(settings.deleted)))
-    rows = store.rows.at(np.unique(np.concatenate([chosen, gone if gone is not None else chosen[:0]])))
+    numbers = np.unique(np.concatenate([chosen, gone if gone is not None else chosen[:0]]))
+    rows, sample = store.rows.at(numbers), store.rows.at(np.sort(chosen))
     report: dict[str, Any] = {
         "store": {
             **{name: getattr(store, name) for name in ("kind", "collection", "width", "metric", "approximate")},
             **{"path": store.rows.path, "count": count},
         },
-        "sample": {"n": rows.count, "seed": settings.seed, "budget": settings.budget},
+        "sample": {"n": sample.count, "seed": settings.seed, "budget": settings.budget},
         "personal_data_by": detector().name,
-        "in_clear": in_clear(rows),
+        "in_clear": in_clear(sample),
     }
     model = load_model()
-    report["fit"] = fit(model, rows)
+    report["fit"] = fit(model, sample)
     report["self_test"] = self_test(model, known_texts or _short_texts(model), settings)
     report["model"] = {"name": model.name, "embedder": model.embedder.name, "longest": model.config.max_length - 1}
     recovered = folder / "recovered.jsonl"
@@ -96,13 +97,14 @@ def audit(
     stopped = recovered.with_name(f"{recovered.name}.job").exists()
     if stopped or not recovered.exists() or not recovered.stat().st_size:
         recover_file(model, rows, recovered, num_steps=settings.num_steps, budget=settings.budget)
-    report["recovery"] = recovery(model, _records(recovered))
+    sampled = np.isin(numbers, chosen)
+    report["recovery"] = recovery(model, (one for one in _records(recovered) if sampled[one["row"]]))
     if settings.candidates is not None:
-        report["candidates"] = candidates(model, rows, settings.candidates)
+        report["candidates"] = candidates(model, sample, settings.candidates)
     if gone is not None:
-        left = {str(one) for part in store.rows.at(gone).batches(READ) for one in part.ids or []}
-        sure = [one for one in _records(recovered) if str(one.get("id")) in left and _is_sure(one)]
-        report["deleted"] = {"left": len(left), "recovered": len(sure)}
+        deleted = np.isin(numbers, gone)
+        sure = [one for one in _records(recovered) if deleted[one["row"]] and _is_sure(one)]
+        report["deleted"] = {"left": len(gone), "recovered": len(sure)}
     return report
 
 

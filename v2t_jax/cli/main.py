@@ -19,6 +19,7 @@ import tyro
 from v2t_jax import progress
 from v2t_jax.cli import data, train
 from v2t_jax.cli.audit import Audit
+from v2t_jax.cli.defend import Defend, Study
 from v2t_jax.cli.invert import Calibrate, Demo, Embed, Eval, Invert
 from v2t_jax.cli.models import Convert, Embedders, Env, Push
 from v2t_jax.config import Config, DistributedConfig
@@ -44,7 +45,23 @@ class Bench:
 
 
 # Data, Train and Bench are listed here, and parsed by `parse`.
-LISTED = (Invert, Audit, Embed, Embedders, Eval, Calibrate, Convert, Push, Data, Demo, Env, train.Train, Bench)
+LISTED = (
+    Invert,
+    Audit,
+    Defend,
+    Study,
+    Embed,
+    Embedders,
+    Eval,
+    Calibrate,
+    Convert,
+    Push,
+    Data,
+    Demo,
+    Env,
+    train.Train,
+    Bench,
+)
 COMMANDS: dict[str, Any] = {command.__name__.lower(): command for command in LISTED}
 
 
