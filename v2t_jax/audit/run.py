@@ -68,6 +68,7 @@ def audit(
         InputError: a store, model and embedder that don't fit; a model that recovers no known text; settings that
             differ from those with which the folder was begun.
     """
+    compared = None if settings.candidates is None else [*read_lines(settings.candidates)]  # fails now or never
     count = store.rows.rows()
     if not count:
         raise InputError(f"{store.rows.path} holds no vectors; there is nothing to audit.")
@@ -99,8 +100,8 @@ def audit(
         recover_file(model, rows, recovered, num_steps=settings.num_steps, budget=settings.budget)
     sampled = np.isin(numbers, chosen)
     report["recovery"] = recovery(model, (one for one in _records(recovered) if sampled[one["row"]]))
-    if settings.candidates is not None:
-        report["candidates"] = candidates(model, sample, settings.candidates)
+    if compared is not None:
+        report["candidates"] = candidates(model, sample, compared)
     if gone is not None:
         deleted = np.isin(numbers, gone)
         sure = [one for one in _records(recovered) if deleted[one["row"]] and _is_sure(one)]
@@ -248,15 +249,14 @@ def share(hits: int, n: int) -> dict[str, Any]:
     return {"hits": hits, "n": n, "share": hits / n if n else 0.0, "low": low, "high": high}
 
 
-def candidates(model: InversionPipeline, rows: VectorFile, file: str) -> dict[str, Any]:
-    """The attack without training: a corpus or dictionary's lines, ranked by their cosine to each vector."""
+def candidates(model: InversionPipeline, rows: VectorFile, compared: Sequence[str]) -> dict[str, Any]:
+    """The attack without training: lines of a corpus or dictionary, ranked by their cosine to each vector."""
     width = model.config.embedding_width
     parts = [(as_targets(part.vectors, width)[0], part) for part in rows.batches(READ)]
     e = np.nan_to_num(np.concatenate([vectors for vectors, _ in parts]))
     e /= np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12)
     texts = [text for _, part in parts for text in part.texts or [None] * len(part.vectors)]
     best, lines = np.full((len(e), TOP), -1.0, np.float32), np.full((len(e), TOP), -1)
-    compared = [*read_lines(file)]
     with progress.bar(len(compared), "comparing candidates", unit="lines") as update:
         for first in range(0, len(compared), READ):
             theirs = embed_decoded(model, compared[first : first + READ])
