@@ -455,7 +455,7 @@ MISTAKES = [
         "with coordinator host, num_processes None",
     ),
     (("nonsense",), "nonsense"),
-    ((), "invert, embed, embedders, eval"),
+    ((), "invert, audit, defend, study, embed, embedders, eval"),
 ]
 
 
