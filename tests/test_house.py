@@ -21,7 +21,7 @@ BUDGETS = {
     "assets": 50,
     "audit": 570,
     "bench": 813,
-    "cli": 1177,
+    "cli": 1179,
     "data": 2450,
     "decode": 360,
     "defences": 489,

@@ -177,7 +177,9 @@ def naming_options(names: Iterable[str]) -> Iterator[None]:
 def run(arguments: list[str]) -> None:
     known = COMMANDS | data.COMMANDS if arguments[:1] == ["data"] else COMMANDS
     classes = [Config, *(known[word] for word in arguments[:2] if word in known)]
-    with naming_options({name for one in classes for name in option_names(one)}):
+    typed = (re.match(r"--([a-z][\w.-]*)", argument) for argument in arguments)  # bench's commands would load JAX
+    names = {name for one in classes for name in option_names(one)} | {one[1].replace("-", "_") for one in typed if one}
+    with naming_options(names):
         command, name = parse(arguments), arguments[0]
     start_jax()
     several = joined(command.distributed) if name in ("invert", "eval", "train") else contextlib.nullcontext()
