@@ -32,6 +32,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 enable_compilation_cache(user_cache_dir() / "xla-tests")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_freed() -> Iterator[None]:
+    """Each compiled program takes some memory maps, of which Linux gives a process 65,530: after those XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     """A local server that stands in for a paid one."""
