@@ -110,6 +110,18 @@ def test_the_report_escapes_and_hides(store: Store, model: InversionPipeline, tr
     assert not re.search(r"src\s*=|@import|url\((?!#)|href\s*=\s*.(?!#)", html)  # nothing is loaded
 
 
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("anna@example.com", "a***@e******.c**"),
+        ("Jose\u0301 M\u00fcller", "J**** M*****"),
+        ("\u0928\u092e\u0938\u094d\u0924\u0947", "\u0928*****"),
+    ],
+)
+def test_no_more_than_first_letters_are_shown(text: str, hidden: str) -> None:
+    assert report.mask(text) == hidden
+
+
 def test_sarif_keeps_to_its_schema_and_its_fingerprints(
     store: Store, model: InversionPipeline, trusted: None, tmp_path: Path
 ) -> None:

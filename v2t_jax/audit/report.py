@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,11 @@ def visible(text: Any) -> str:
 
 def mask(text: Any) -> str:
     """The first letter of each word and its length: "John Smith" -> "J*** S****"."""
-    return re.sub(r"(\w)(\w*)", lambda word: word[1] + "*" * len(word[2]), str(text))
+    shown, inside = "", False
+    for letter in str(text):
+        word = letter == "_" or unicodedata.category(letter)[0] in "LNM"  # accents and vowel signs are letters' marks
+        shown, inside = shown + ("*" if word and inside else letter), word
+    return shown
 
 
 def redacted(report: dict[str, Any]) -> dict[str, Any]:
