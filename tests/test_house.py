@@ -19,7 +19,7 @@ MOST_LINES_OF_A_FUNCTION = 80
 BUDGETS = {
     "": 540,  # __init__, config, errors, progress
     "assets": 50,
-    "audit": 578,
+    "audit": 606,
     "bench": 813,
     "cli": 1179,
     "data": 2450,

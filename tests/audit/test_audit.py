@@ -1,6 +1,7 @@
 """v2t audit: what is found, refused, hidden and gone on with; its report, and SARIF by the standard's schema."""
 
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from v2t_jax.audit.run import Settings, audit
 from v2t_jax.cli import main as cli
 from v2t_jax.data.vector_file import Rows, VectorFile
 from v2t_jax.errors import InputError
-from v2t_jax.inversion import pipeline
+from v2t_jax.inversion import pipeline, stream
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.stores.base import Store
 
@@ -81,7 +82,10 @@ def test_all_is_counted(store: Store, model: InversionPipeline, trusted: None, t
     compared = found["candidates"]
     # Six lines are texts of the store; one of them belongs to the vector that is NaN.
     assert compared["top_1"]["hits"] == compared["near"]["hits"] == 5 and compared["top_10"]["n"] == 12
-    assert found["deleted"]["left"] == 2
+    assert {"bleu", "token_f1"} < set(recovered["by_length"][0])
+    deleted = found["deleted"]
+    assert (deleted["asked"], deleted["left"], deleted["recovered"]["n"]) == (3, 2, 2)
+    assert (deleted["found_by"], deleted["records"]) == ({"id": 1, "source": 1}, ["r2", "r5"])
 
 
 def test_deleted_records_are_found_outside_of_the_sample(
@@ -123,7 +127,7 @@ def test_no_more_than_first_letters_are_shown(text: str, hidden: str) -> None:
 
 
 def test_sarif_keeps_to_its_schema_and_its_fingerprints(
-    store: Store, model: InversionPipeline, trusted: None, tmp_path: Path
+    store: Store, model: InversionPipeline, trusted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = audit(store, lambda: model, tmp_path, Settings(num_steps=0))
     rows = [json.loads(line) for line in (tmp_path / "recovered.jsonl").read_text().splitlines()]
@@ -142,7 +146,10 @@ def test_sarif_keeps_to_its_schema_and_its_fingerprints(
     prints = [one["partialFingerprints"]["record/v1"] for one in results]
     assert len(set(prints)) == len(prints)
     assert prints == [one["partialFingerprints"]["record/v1"] for one in again["runs"][0]["results"]]
-    assert rows[0]["text"] not in json.dumps(first)
+    assert rows[0]["text"] not in json.dumps(first) and first["runs"][0]["properties"]["results_left_out"] == 0
+    monkeypatch.setattr(report, "MOST_RESULTS", 1)
+    fewer = report.sarif(found, tmp_path / "recovered.jsonl", show_text=False)["runs"][0]
+    assert len(fewer["results"]) == 2 and fewer["properties"]["results_left_out"] == len(results) - 2 > 0
 
 
 def test_what_does_not_fit_is_refused(store: Store, model: InversionPipeline, tmp_path: Path) -> None:
@@ -178,6 +185,41 @@ def test_an_audit_goes_on(store: Store, model: InversionPipeline, trusted: None,
     assert (tmp_path / "cut" / "recovered.jsonl").read_text() == "".join(lines)
     with pytest.raises(InputError, match="holds an audit of something else"):
         audit(store, lambda: model, tmp_path / "cut", Settings(num_steps=0, seed=1))
+
+
+def test_an_audit_killed_in_the_middle_of_a_row_goes_on(
+    store: Store, model: InversionPipeline, trusted: None, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone.txt"
+    gone.write_text("r1\n")
+    settings = Settings(num_steps=0, deleted=str(gone))
+    whole, cut, file = tmp_path / "whole", tmp_path / "cut", "recovered.jsonl"
+    audit(store, lambda: model, whole, settings)
+    rows, write = itertools.count(), stream.as_json
+
+    def killed(*row: Any) -> str:
+        if next(rows) == 5:
+            raise KeyboardInterrupt
+        return write(*row)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "as_json", killed)
+        audit(store, lambda: model, cut, settings)
+    with (cut / file).open("a") as lines:
+        lines.write('{"row": 5, "te')
+    audit(store, lambda: model, cut, settings)
+    ours, theirs = ([*map(json.loads, (folder / file).read_text().splitlines())] for folder in (cut, whole))
+    # In other batches the last digit of a cosine may differ.
+    assert [one | {"cosine": 0, "runner_up": 0} for one in ours] == [
+        one | {"cosine": 0, "runner_up": 0} for one in theirs
+    ]
+    assert [one.get("cosine") for one in ours] == pytest.approx([one.get("cosine") for one in theirs], abs=1e-6)
+    gone.write_text("r1\nr2\n")  # of other rows than those that were recovered
+    settings = Settings(sample=2, num_steps=0, deleted=str(gone))
+    audit(store, lambda: model, tmp_path / "some", settings)
+    gone.write_text("r7\nr8\n")
+    with pytest.raises(InputError, match="holds an audit of something else"):
+        audit(store, lambda: model, tmp_path / "some", settings)
 
 
 def test_the_command_and_its_status(

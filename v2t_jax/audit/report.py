@@ -30,9 +30,15 @@ def write(report: dict[str, Any], folder: Path, show_text: bool) -> None:
     """All three files; report.json last, as the sign that the audit is done."""
     shown = report if show_text else redacted(report)
     environment = Environment(loader=PackageLoader("v2t_jax.audit", "."), autoescape=True, trim_blocks=True)
-    environment.filters |= {"percent": percent, "share": share, "visible": visible}
+    environment.filters |= {"percent": percent, "share": share, "mean": mean, "visible": visible}
     html = environment.get_template("report.html").render(
-        **shown, plot=plot(shown), shows_text=show_text, taxonomies=TAXONOMIES, sure=SURE, version=__version__
+        **shown,
+        plot=plot(shown),
+        conditions=_conditions(report),
+        shows_text=show_text,
+        taxonomies=TAXONOMIES,
+        sure=SURE,
+        version=__version__,
     )
     (folder / "report.html").write_text(html, encoding="utf-8")
     found = sarif(report, folder / "recovered.jsonl", show_text)
@@ -73,6 +79,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
+def mean(part: dict[str, Any], digits: int) -> str:
+    """47.9 ± 4.9"""
+    return f"{part['mean']:.{digits}f}" + ("" if part["sem"] is None else f" ± {part['sem']:.{digits}f}")
+
+
 def share(part: dict[str, Any]) -> str:
     """17 of 64 (26.6%; 95% interval 17.3% to 38.5%)"""
     if not part["n"]:
@@ -111,7 +122,7 @@ def plot(report: dict[str, Any]) -> str:
 def sarif(report: dict[str, Any], recovered: Path, show_text: bool) -> dict[str, Any]:
     """One result for what lies in clear, and one for each record that is recovered with a probability of `SURE`."""
     store, clear = report["store"], report["in_clear"]
-    results = []
+    results, left_out = list[dict[str, Any]](), 0
     if clear["rows"]:
         fields = ", ".join(f"{visible(name)} ({field['rows']:,})" for name, field in clear["fields"].items())
         said = f"{clear['rows']:,} of {clear['n']:,} sampled records have fields in clear: {fields}."
@@ -119,7 +130,10 @@ def sarif(report: dict[str, Any], recovered: Path, show_text: bool) -> dict[str,
     with recovered.open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):
             probability = record.get("confidence")
-            if not record.get("exact_match", (probability or 0.0) >= SURE) or len(results) > MOST_RESULTS:
+            if not record.get("exact_match", (probability or 0.0) >= SURE):
+                continue
+            if len(results) > MOST_RESULTS:
+                left_out += 1
                 continue
             one = str(record.get("id", record["row"]))
             said = f"The text of record {visible(one)} is recovered from its embedding"
@@ -141,7 +155,7 @@ def sarif(report: dict[str, Any], recovered: Path, show_text: bool) -> dict[str,
     driver = {"name": "v2t_jax", "version": __version__, "rules": rules}
     driver["informationUri"] = "https://owasp.org/www-project-top-10-for-large-language-model-applications/"
     run = {"tool": {"driver": driver}, "taxonomies": [*taxa.values()], "results": results}
-    run["properties"] = {"ai/origin": "generated", "conditions": _conditions(report)}
+    run["properties"] = {"ai/origin": "generated", "conditions": _conditions(report), "results_left_out": left_out}
     schema = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
     return {"$schema": schema, "version": "2.1.0", "runs": [run]}
 
@@ -151,7 +165,8 @@ def _conditions(report: dict[str, Any]) -> str:
     stored = store["approximate"] or "as the store gives them"
     return (
         f"encoder {model['embedder']}, model {model['name']} for texts of up to {model['longest']} tokens, vectors "
-        f"{stored}, {sample['budget']:,} embedder calls a text, {sample['n']:,} of {store['count']:,} records"
+        f"{stored}, {sample['budget']:,} embedder calls a text, {sample['n']:,} of {store['count']:,} records; "
+        "known to the attacker: the vectors and the embedder"
     )
 
 

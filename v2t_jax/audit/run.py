@@ -8,6 +8,7 @@ Nothing is claimed where 2 or 3 fail. Memory doesn't grow with the store; with t
 there are candidates, and by a few numbers a row.
 """
 
+import hashlib
 import heapq
 import itertools
 import json
@@ -22,6 +23,7 @@ from scipy.stats import binomtest
 
 from v2t_jax import progress
 from v2t_jax.audit.personal_data import detector, joined
+from v2t_jax.data.dataset import write_json
 from v2t_jax.data.readers import read_lines
 from v2t_jax.data.vector_file import VectorFile
 from v2t_jax.errors import InputError
@@ -33,13 +35,14 @@ from v2t_jax.inversion.stream import recover_file
 from v2t_jax.inversion.vectors import as_targets, cosines, foreign_reasons
 from v2t_jax.stores.base import Store
 
-READ, EXAMPLES, WORST, TOP = 1024, 3, 20, 10
+READ, EXAMPLES, WORST, SHOWN, TOP = 1024, 3, 20, 100, 10
 # Texts of the store that are embedded; their cosine to their vectors in the middle, which is 0.8 where only signs are
 # stored; and the share to which their own vector is the nearest of these. Anything less comes from another embedder.
 KNOWN, LEAST_COSINE, LEAST_OWN = 64, 0.7, 0.9
 TESTED = 8  # texts of the self-test
 LENGTHS = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 10**6))  # in tokens of the model
 SURE, PROVEN, NEAR = 0.5, 0.99, 0.99
+MEANS = ("bleu", "token_f1")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def audit(
     if not count:
         raise InputError(f"{store.rows.path} holds no vectors; there is nothing to audit.")
     chosen = np.random.default_rng(settings.seed).choice(count, min(settings.sample, count), replace=False)
-    gone = None if settings.deleted is None else _rows_of(store.rows, set(read_lines(settings.deleted)))
+    ids = None if settings.deleted is None else set(read_lines(settings.deleted))
+    gone, by = (None, Counter[str]()) if ids is None else _rows_of(store.rows, ids)
     numbers = np.unique(np.concatenate([chosen, gone if gone is not None else chosen[:0]]))
     rows, sample = store.rows.at(numbers), store.rows.at(np.sort(chosen))
     report: dict[str, Any] = {
@@ -91,10 +95,11 @@ def audit(
     report["model"] = {"name": model.name, "embedder": model.embedder.name, "longest": model.config.max_length - 1}
     recovered = folder / "recovered.jsonl"
     begun, made_of = folder / "settings.json", {"settings": vars(settings), **report["store"], **report["model"]}
+    made_of["rows"] = hashlib.sha256(numbers.tobytes()).hexdigest()  # which the file of deleted ids decides too
     if begun.exists() and json.loads(begun.read_text()) != json.loads(json.dumps(made_of)):
         raise InputError(f"{folder} holds an audit of something else, or with other settings; give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(made_of, indent=1))
+    write_json(begun, made_of)
     stopped = recovered.with_name(f"{recovered.name}.job").exists()
     if stopped or not recovered.exists() or not recovered.stat().st_size:
         recover_file(model, rows, recovered, num_steps=settings.num_steps, budget=settings.budget)
@@ -105,7 +110,9 @@ def audit(
     if gone is not None:
         deleted = np.isin(numbers, gone)
         sure = [one for one in _records(recovered) if deleted[one["row"]] and _is_sure(one)]
-        report["deleted"] = {"left": len(gone), "recovered": len(sure)}
+        left = [str(one.get("id", one["row"])) for one in _records(recovered) if deleted[one["row"]]][:SHOWN]
+        report["deleted"] = {"asked": len(ids or ()), "left": len(gone), "found_by": dict(by), "records": left}
+        report["deleted"]["recovered"] = share(len(sure), len(gone))
     return report
 
 
@@ -219,8 +226,8 @@ def recovery(model: InversionPipeline, records: Iterator[dict[str, Any]]) -> dic
         entry = record | {"personal_data": sorted({kind for kind, _ in found}), "proven": is_proven(record)}
         rank = (_is_sure(record) and bool(found), _is_sure(record), record.get("confidence") or record["cosine"])
         (heapq.heappush if len(worst) < WORST else heapq.heappushpop)(worst, (rank, -record["row"], entry))
-    n, length, exact = len(cosine), np.array(known["length"]), np.array(known["exact"])
-    buckets = [(a, b, exact[(length >= a) & (length <= b)]) for a, b in LENGTHS]
+    n, (length, exact, *means) = len(cosine), map(np.array, known.values())
+    inside = [(a, b, (length >= a) & (length <= b)) for a, b in LENGTHS]
     return {
         "n": n,
         "skipped": skipped,
@@ -229,10 +236,15 @@ def recovery(model: InversionPipeline, records: Iterator[dict[str, Any]]) -> dic
         "expected_exact": float(np.nansum(probabilities)) if n and not np.isnan(probabilities).all() else None,
         "known": len(exact),
         "exact": share(int(exact.sum()), len(exact)) if len(exact) else None,
-        **{name: score(known[name])._asdict() if len(exact) else None for name in ("bleu", "token_f1")},
+        **dict(zip(MEANS, (score(values)._asdict() if len(exact) else None for values in means), strict=True)),
         "too_long": int((length > model.config.max_length - 1).sum()),
-        "by_length": [{"from": a, "to": b, **share(int(part.sum()), len(part))} for a, b, part in buckets if len(part)],
-        "personal_data": {kind: {"there": there[kind], "recovered": back[kind]} for kind in there},
+        "by_length": [
+            {"from": a, "to": b, **share(int(exact[part].sum()), int(part.sum()))}
+            | {name: score(values[part])._asdict() for name, values in zip(MEANS, means, strict=True)}
+            for a, b, part in inside
+            if part.any()
+        ],
+        "personal_data": {kind: share(back[kind], there[kind]) for kind in there},
         "worst": [entry for *_, entry in sorted(worst, key=lambda one: one[:2], reverse=True)],
     }
 
@@ -282,15 +294,16 @@ def candidates(model: InversionPipeline, rows: VectorFile, compared: Sequence[st
     }
 
 
-def _rows_of(rows: VectorFile, ids: set[str]) -> np.ndarray:
-    """Numbers of the rows that have one of these as their id or in their metadata."""
-    found, row = [], 0
+def _rows_of(rows: VectorFile, ids: set[str]) -> tuple[np.ndarray, Counter[str]]:
+    """Numbers of the rows that have one of these as their id or in their metadata, and how many have it where."""
+    found, by, row = list[int](), Counter[str](), 0
     with progress.bar(rows.count, "looking for deleted records", unit="rows") as update:
         for part in rows.batches(READ):
             named = part.ids or range(rows.first + row, rows.first + row + len(part.vectors))
             for i, (one, beside) in enumerate(zip(named, part.metadata or itertools.repeat({}), strict=False)):
-                if str(one) in ids or any(str(value) in ids for value in beside.values()):
-                    found.append(row + i)
+                where = [name for name, value in ({"id": one} | beside).items() if str(value) in ids]
+                by.update(where)
+                found += [row + i] * bool(where)
             row += len(part.vectors)
             update(row)
-    return np.array(found, np.int64)
+    return np.array(found, np.int64), by
