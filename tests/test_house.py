@@ -31,7 +31,7 @@ BUDGETS = {
     "inversion": 1974,
     "models": 1424,
     "parallel": 550,
-    "stores": 1025,
+    "stores": 1104,
     "train": 1702,
     "vec2text": 532,
 }

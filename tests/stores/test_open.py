@@ -203,6 +203,25 @@ def test_a_missing_library_is_named(module: str, extra: str, tmp_path: Path, mon
         open_store(str(places.get(module, "postgresql://localhost/db")))
 
 
+@pytest.mark.parametrize(
+    "does, words",
+    [
+        ("import os; os.kill(os.getpid(), 11)", r"can't be read \(FAISS crashed on it, status -11\); check it"),
+        ("raise RuntimeError('Index type 0x1 not recognized')", r"can't be read \(Index type 0x1 not recognized\)"),
+        ("bytearray(64 << 30)", r"can't be read \(MemoryError\)"),
+    ],
+)
+def test_what_crashes_faiss_ends_in_a_sentence(
+    does: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faiss.py").write_text(f"IO_FLAG_MMAP_IFC = 0\ndef read_index(path, flags):\n    {does}\n")
+    monkeypatch.setitem(sys.modules, "faiss", types.ModuleType("faiss"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "i.faiss").write_bytes(b"IxF2")
+    with pytest.raises(InputError, match=words):
+        open_store(str(tmp_path / "i.faiss"))
+
+
 def test_a_log_of_sqlite_is_read_on_a_copy(tmp_path: Path) -> None:
     """A program that was killed leaves rows in its write-ahead log."""
     location = Path(qdrant(tmp_path / "q", []))

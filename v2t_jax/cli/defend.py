@@ -19,7 +19,7 @@ class Defend:
     limit: int = 16  # held-out texts that are recovered behind each defence, and half as many with personal data
     budget: int = 300  # calls of the embedder for a text
     num_steps: int | None = None  # correction steps, by default as for v2t invert
-    known_pairs: tuple[int, ...] = (100, 500, 1000)  # texts whose stored vectors the attacker of a rotation knows
+    known_pairs: tuple[int, ...] = (10, 100, 200, 500, 1000)  # stored vectors whose texts a rotation's attacker knows
     plot: str | None = None  # .png, .pdf or .svg file to write, with leakage against utility
     json: bool = False  # print a JSON document instead of a table
 
