@@ -20,8 +20,8 @@ LAYERS: list[set[str]] = [
     {"embedders", "stores"},
     {"inversion"},
     {"eval", "vec2text"},
-    {"audit", "defences", "train"},
-    {"bench"},
+    {"audit", "train"},
+    {"bench", "defences"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -4,21 +4,26 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers.tiny_model import make_model
 from v2t_jax.cli import main as cli
-from v2t_jax.defences import measure, study
+from v2t_jax.defences import adapt, measure, study
 from v2t_jax.defences import vectors as defences
 from v2t_jax.defences.attack import estimator, procrustes
 from v2t_jax.defences.embedder import DefendedEmbedder
+from v2t_jax.defences.measure import Attacked
 from v2t_jax.defences.vectors import unit
 from v2t_jax.embedders.base import ranges_of
 from v2t_jax.errors import InputError
 from v2t_jax.inversion import pipeline
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import cosines
+from v2t_jax.models.layers import Params
+from v2t_jax.models.t5 import TABLE
+from v2t_jax.train.step import Batch, Task
 
 WIDTH = 24
 
@@ -112,6 +117,29 @@ def test_a_defended_embedder_embeds_as_a_store_holds(model: InversionPipeline) -
     assert one.name.endswith("embedder with first dimensions 8")
     with pytest.raises(InputError):
         one.embed(["  "])
+
+
+def test_an_attacker_who_trains_fits_what_the_defence_leaves(
+    model: InversionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the red cat", "a dog likes the house", "the old man sees a bird", "two fish near the river"] * 4
+    monkeypatch.setattr(adapt, "read_texts", lambda *_, limit: texts[:limit])
+    e, signs = unit(model.embedder.embed(texts)), defences.scalar(1, np.eye(model.embedder.width))
+    coded, before = signs.store(e), model.params["inverter"]
+    params = adapt.tuning(model, 150, e)(Attacked(signs, unit))
+
+    def loss(params: Params, e: np.ndarray) -> float:
+        ids = np.array([[*ids, 1] + [0] * (model.config.max_length - len(ids) - 1) for ids in encoded], np.int32)
+        total, (_, tokens) = Task("inverter", model.config, None, None).loss(
+            params, None, Batch(jnp.asarray(ids), jnp.asarray(e)), None
+        )
+        return float(total / tokens)
+
+    encoded = model.vocabulary.encode(texts)
+    assert loss(params, coded) < 0.8 * loss(before, coded)
+    np.testing.assert_array_equal(params["t5"][TABLE], before["t5"][TABLE])
+    tuned = measure.leakage(model, texts[:2], [Attacked(defences.none(), unit)], 1, num_steps=0, tune=lambda _: params)
+    assert model.params["inverter"] is before and tuned[0]["n"] == 2
 
 
 def test_recommended_is_what_leaks_least_within_two_points() -> None:

@@ -20,6 +20,7 @@ class Defend:
     budget: int = 300  # calls of the embedder for a text
     num_steps: int | None = None  # correction steps, by default as for v2t invert
     known_pairs: tuple[int, ...] = (10, 100, 200, 500, 1000)  # stored vectors whose texts a rotation's attacker knows
+    adapt: int = 0  # steps that the attacker trains the inverter behind each defence, about a second each on two cores
     plot: str | None = None  # .png, .pdf or .svg file to write, with leakage against utility
     json: bool = False  # print a JSON document instead of a table
 
@@ -27,12 +28,14 @@ class Defend:
         import random
 
         from v2t_jax.defences import measure
+        from v2t_jax.defences.adapt import tuning
         from v2t_jax.eval.evaluate import check_plot_file, evaluation_texts
         from v2t_jax.eval.personal import sentence
         from v2t_jax.inversion.api import comparable
         from v2t_jax.inversion.pipeline import load
 
         check_whole("limit", self.limit, 1)
+        check_whole("adapt", self.adapt, 0)
         if self.plot is not None:
             check_plot_file(Path(self.plot))
         model = load(self.model)
@@ -40,13 +43,15 @@ class Defend:
         some = measure.attacked(public, self.known_pairs)
         people, facts = zip(*(sentence(random.Random(i)) for i in range(-(-self.limit // 2))), strict=True)
         texts = evaluation_texts(model, limit=self.limit) + comparable(model, people)
-        rows = measure.leakage(model, texts, some, self.budget, facts, self.num_steps)
+        tune = tuning(model, self.adapt, public) if self.adapt else None
+        rows = measure.leakage(model, texts, some, self.budget, facts, self.num_steps, tune)
         rows = [row | kept for row, kept in zip(rows, measure.utility(model.embedder, some, public), strict=True)]
         advice = measure.recommendation(rows)
         if self.plot is not None:
             measure.plot(rows, Path(self.plot))
         if self.json:
-            print(json.dumps({"model": model.name, "budget": self.budget, "rows": rows, "advice": advice}, indent=1))
+            conditions = {"model": model.name, "budget": self.budget, "adapt": self.adapt}
+            print(json.dumps(conditions | {"rows": rows, "advice": advice}, indent=1))
             return
         title = f"{model.name}: {self.limit} texts behind each defence, {self.budget:,} calls a text"
         print_table(measure.table(rows, title))

@@ -1,7 +1,7 @@
 """Leakage at matched utility: what each defence still gives away, beside what a search loses by it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from v2t_jax.eval.personal import came_back
 from v2t_jax.inversion.api import invert_embeddings
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import cosines
+from v2t_jax.models.layers import Params
 
 PUBLIC, DISTRACTORS, QUERIES = 5000, 3000, 300  # texts of WordNet's training split, and held-out ones to look for
 KEPT = 0.02  # of NDCG@10 that a recommended defence may lose
@@ -68,18 +69,26 @@ def leakage(
     budget: int,
     facts: Sequence[dict[str, str]] = (),
     num_steps: int | None = None,
+    tune: Callable[[Attacked], Params] | None = None,
 ) -> list[dict[str, Any]]:
     """What is recovered of `texts`, in the model's normal form, behind each defence.
 
     Args:
         facts: of the last texts, what each tells of a person.
+        tune: gives the inverter that the attacker has trained for a defence.
     """
-    e = unit(model.embedder.embed(texts))
+    e, rows = unit(model.embedder.embed(texts)), []
     estimates = [one.attack(one.defence.store(e)) for one in some]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that they are no embeddings is known here
-        found = invert_embeddings(model, np.concatenate(estimates), budget=budget, num_steps=num_steps)
-    rows = []
+        if tune is None:  # in full batches
+            found = invert_embeddings(model, np.concatenate(estimates), budget=budget, num_steps=num_steps)
+        else:
+            found, given = [], model.params
+            for one, estimate in zip(some, estimates, strict=True):
+                model.params = given | {"inverter": tune(one)}
+                found += invert_embeddings(model, estimate, budget=budget, num_steps=num_steps)
+            model.params = given
     for i, (one, estimate) in enumerate(zip(some, estimates, strict=True)):
         mine = [one.text for one in found[i * len(texts) : (i + 1) * len(texts)]]
         plain = len(texts) - len(facts)
