@@ -19,10 +19,10 @@ MOST_LINES_OF_A_FUNCTION = 80
 BUDGETS = {
     "": 540,  # __init__, config, errors, progress
     "assets": 50,
-    "audit": 606,
+    "audit": 644,
     "bench": 813,
-    "cli": 1185,
-    "data": 2450,
+    "cli": 1194,
+    "data": 2515,
     "decode": 360,
     "defences": 552,
     "embedders": 1367,

@@ -1,5 +1,6 @@
 """v2t audit: what is found, refused, hidden and gone on with; its report, and SARIF by the standard's schema."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -80,8 +81,8 @@ def test_all_is_counted(store: Store, model: InversionPipeline, trusted: None, t
     assert recovered["exact"]["hits"] == sum(row.get("exact_match", False) for row in rows)
     assert sum(part["n"] for part in recovered["by_length"]) == 11 and recovered["too_long"] == 0
     compared = found["candidates"]
-    # Six lines are texts of the store; one of them belongs to the vector that is NaN.
-    assert compared["top_1"]["hits"] == compared["near"]["hits"] == 5 and compared["top_10"]["n"] == 12
+    # Six lines are texts of the store; one of them belongs to the vector that is NaN, which is left out.
+    assert compared["top_1"]["hits"] == compared["near"]["hits"] == 5 and compared["top_10"]["n"] == 11
     assert {"bleu", "token_f1"} < set(recovered["by_length"][0])
     deleted = found["deleted"]
     assert (deleted["asked"], deleted["left"], deleted["recovered"]["n"]) == (3, 2, 2)
@@ -120,6 +121,7 @@ def test_the_report_escapes_and_hides(store: Store, model: InversionPipeline, tr
         ("anna@example.com", "a***@e******.c**"),
         ("Jose\u0301 M\u00fcller", "J**** M*****"),
         ("\u0928\u092e\u0938\u094d\u0924\u0947", "\u0928*****"),
+        ("s\xadm\xadi\xadth 8.8.8.8, pin 4 1 7", "s******* *.*.*.*, p** * * *"),
     ],
 )
 def test_no_more_than_first_letters_are_shown(text: str, hidden: str) -> None:
@@ -152,6 +154,61 @@ def test_sarif_keeps_to_its_schema_and_its_fingerprints(
     assert len(fewer["results"]) == 2 and fewer["properties"]["results_left_out"] == len(results) - 2 > 0
 
 
+def test_where_exactness_cannot_be_told_nothing_is_claimed(
+    model: InversionPipeline, trusted: None, tmp_path: Path
+) -> None:
+    """Neither without a calibration nor for compressed vectors; texts that are known tell."""
+    e = model.embedder.embed(TEXTS)
+    calibrated = dataclasses.replace(model, calibration=(9.0, 0.0, 0.0))  # sure of everything
+    cases = [
+        (model, "", "isn&#39;t calibrated"),
+        (calibrated, "int8", "aren&#39;t compressed"),
+        (calibrated, "", "12 of 12"),
+    ]
+    for i, (one, approximate, words) in enumerate(cases):
+        store = dataclasses.replace(store_of(e, None, None), approximate=approximate)
+        (folder := tmp_path / str(i)).mkdir()
+        found = audit(store, lambda one=one: one, folder, Settings(num_steps=0))
+        report.write(found, folder, show_text=False)
+        html = (folder / "report.html").read_text("utf-8")
+        assert words.replace("&#39;", "'") in html and "0 correction steps" in html
+        inverted = [one for one in json.loads((folder / "findings.sarif").read_text())["runs"][0]["results"]]
+        assert (found["recovery"]["sure"] is None) == (i < 2) == (not inverted) == ("can't be told" in html)
+    assert "with a probability of 1.000" in inverted[0]["message"]["text"]
+    some: list[Any] = [*TEXTS[:1], *[" "] * 11]
+    found = audit(store_of(e, some, None), lambda: calibrated, tmp_path / "some", Settings(num_steps=0))
+    assert found["recovery"]["known"] == 1 and found["recovery"]["sure"]["n"] == 12
+
+
+def test_ids_and_lists_are_looked_at(model: InversionPipeline, trusted: None, tmp_path: Path) -> None:
+    rows = [{"id": f"doc{i}", "sources": [f"s{i}", "all"], "talk": "a" * i} for i in range(len(TEXTS))]
+    store = store_of(model.embedder.embed(TEXTS), None, rows)
+    whole = next(store.rows.read(0))
+    ids = ["anna@example.com", *(whole.ids or [])[1:]]
+    named = dataclasses.replace(store.rows, read=lambda start: iter([whole._replace(ids=ids).part(slice(start, None))]))
+    (tmp_path / "gone.txt").write_text("r2\ns5\ndoc7\nanna@example.com\n")
+    settings = Settings(num_steps=0, deleted=str(tmp_path / "gone.txt"), text="talk")
+    with pytest.raises(InputError, match="or they are of another text"):
+        audit(dataclasses.replace(store, rows=named), lambda: model, tmp_path, settings)
+    settings = dataclasses.replace(settings, text=None)
+    found = audit(dataclasses.replace(store, rows=named), lambda: model, tmp_path, settings)
+    assert found["deleted"]["left"] == 4 and found["deleted"]["found_by"] == {"id": 3, "sources": 1}
+    assert found["in_clear"]["fields"]["id"]["rows"] == 12 and found["in_clear"]["personal_data"] == {"email": 1}
+    report.write(found, tmp_path, show_text=False)
+    for name in ("report.html", "report.json", "findings.sarif"):
+        assert "anna@example" not in (tmp_path / name).read_text("utf-8")
+
+
+def test_one_record_does_not_end_an_audit(model: InversionPipeline, tmp_path: Path) -> None:
+    texts = [text for text in TEXTS[:4] for _ in range(16)]
+    e = model.embedder.embed(texts)
+    e += np.random.default_rng(0).normal(size=e.shape).astype(np.float32) * 1e-6  # as other batches give them
+    e[5] *= 1.5
+    texts[2] = "  "
+    found = run.fit(model, store_of(e, texts, None).rows)
+    assert found["known_texts"] == 63 and found["norm_to"] == pytest.approx(1.5, abs=1e-3)
+
+
 def test_what_does_not_fit_is_refused(store: Store, model: InversionPipeline, tmp_path: Path) -> None:
     def refused(store: Store, match: str, known: list[str]) -> None:
         with pytest.raises(InputError, match=match):
@@ -160,7 +217,7 @@ def test_what_does_not_fit_is_refused(store: Store, model: InversionPipeline, tm
     vectors = model.embedder.embed(TEXTS)
     refused(store_of(vectors[:0], None, None), "holds no vectors", ["cat"])
     refused(store_of(vectors[:, :9], None, None), "9 wide", ["cat"])
-    refused(store_of(3 * vectors, None, None), r"don't look like .*'s: 12 of 12 have lengths of 3", ["cat"])
+    refused(store_of(3 * vectors, None, None), r"don't look like .*'s: 11 of 11 have lengths of 3", ["cat"])
     refused(store_of(vectors * np.nan, None, None), "None of the first 12 vectors", ["cat"])
     refused(store_of(vectors[::-1].copy(), list(TEXTS), None), "another embedder made those", ["cat"])
     refused(store, "recovers none of 2 known texts exactly", ["the big house", "a red horse"])
@@ -185,6 +242,9 @@ def test_an_audit_goes_on(store: Store, model: InversionPipeline, trusted: None,
     assert (tmp_path / "cut" / "recovered.jsonl").read_text() == "".join(lines)
     with pytest.raises(InputError, match="holds an audit of something else"):
         audit(store, lambda: model, tmp_path / "cut", Settings(num_steps=0, seed=1))
+    other = dataclasses.replace(model, sha256=("0" * 64,))
+    with pytest.raises(InputError, match="holds an audit of something else"):
+        audit(store, lambda: other, tmp_path / "cut", Settings(num_steps=0))
 
 
 def test_an_audit_killed_in_the_middle_of_a_row_goes_on(
@@ -242,12 +302,20 @@ def test_the_command_and_its_status(
 
     out = str(tmp_path / "out")
     assert status("--out", out, "--fail-above", "2") == 2
+    assert status("--out", out, "--seed", "-1") == 2
     assert status("--out", out, "--fail-above", "0.9") == 0
     assert "12 of 12 records have text" in capsys.readouterr().out
     assert status("--out", out) == 2 and "holds a finished audit" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_is_sure", lambda _: True)
         assert status("--out", f"{out}2", "--fail-above", "0.9") == 1
+    rows = ({"embedding": e[i].tolist(), "note": "half a smile \ud83d"} for i in range(len(TEXTS)))
+    (tmp_path / "store.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    capsys.readouterr()
+    assert status("--out", f"{out}3", "--fail-above", "0.9") == 2  # which can't be judged, and the report is there
+    shown = capsys.readouterr()
+    assert "12 of 12 records have text" in shown.out and "nothing to judge" in shown.err
+    assert "h*** * s**** ?" in (tmp_path / "out3" / "report.html").read_text("utf-8")
 
 
 @pytest.mark.slow

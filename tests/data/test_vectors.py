@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from pyarrow import csv, feather, parquet
 from safetensors.numpy import save_file
 
-from v2t_jax.data.vector_file import Rows, VectorFile
+from v2t_jax.data.vector_file import Rows, VectorFile, plain
 from v2t_jax.data.vectors import open_vectors
 from v2t_jax.errors import InputError
 
@@ -106,6 +107,44 @@ def test_every_container_gives_the_same_rows(name: str, folder: Path) -> None:
         ids = IDS[start:] if "i" in beside else list(range(start, ROWS)) if "n" in beside else None
         assert [i for rows in found for i in rows.ids or []] == (ids or [])
         assert [t for rows in found for t in rows.texts or []] == (TEXTS[start:] if "t" in beside else [])
+
+
+def test_what_else_a_file_holds_is_metadata(tmp_path: Path) -> None:
+    """Each container gives its other columns, but for vectors and what would have to be unpickled."""
+    owner, page = [f"o{i}@example.com" for i in range(ROWS)], list(range(ROWS))
+    columns = {"id": IDS, "embedding": FIXED, "text": TEXTS, "owner": owner, "page": page, "other": FIXED}
+    table = pa.table(columns)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+    write_ipc(tmp_path / "a.arrow", pa.ipc.new_file, table)
+    write_csv(tmp_path / "plain.csv", lambda e: json.dumps(e.tolist()))
+    with csv.open_csv(tmp_path / "plain.csv") as stream:
+        whole = stream.read_all().append_column("owner", pa.array(owner)).append_column("page", pa.array(page))
+    csv.write_csv(whole, tmp_path / "a.csv")
+    arrays = {"embeddings": E, "ids": np.array(IDS), "owner": np.array(owner), "page": np.array(page)}
+    np.savez(tmp_path / "a.npz", **arrays, pickled=np.array(owner, object))
+    fields = ("id", "embedding", "owner", "page", "other")
+    values = zip(IDS, E.tolist(), owner, page, E.tolist(), strict=True)
+    rows = [dict(zip(fields, one, strict=True)) for one in values]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lists = {"ids": IDS, "embeddings": E.tolist(), "owner": owner, "page": page, "uris": None}
+    (tmp_path / "a.json").write_text(json.dumps(lists))
+    for name in ("a.parquet", "a.arrow", "a.csv", "a.npz", "a.jsonl", "a.json"):
+        location = str(tmp_path / name) + (":embedding" if name in ("a.parquet", "a.arrow", "a.jsonl") else "")
+        found = [one for part in open_vectors(location).batches(999, 301) for one in part.metadata or []]
+        assert found == [{"owner": o, "page": p} for o, p in zip(owner[301:], page[301:], strict=True)], name
+
+
+def test_records_are_read_to_a_limit() -> None:
+    """Inner ones by dotted names, lists of them together; vectors, objects and what is made to explode are left out."""
+    record = {"a": {"b": 1, "c": ["x", "y"]}, "talk": [{"said": "one"}, {"said": "two"}], "e": [0.1, 0.2], "none": None}
+    assert plain(record) == {"a.b": 1, "a.c": ["x", "y"], "talk.said": ["one", "two"]}
+    assert plain({"half": "a\ud83d", "much": 10**5000, "\ud83d": "b"}) == {
+        **{"half": "a?", "much": "a number of 16,610 bits", "?": "b"}
+    }
+    inner: dict[str, Any] = {"leaf": "x"}
+    for _ in range(60):
+        inner = {"left": inner, "right": inner}
+    assert len(plain(inner)) <= 1000 and len(plain({str(i): i for i in range(2000)})) == 1000
 
 
 def test_shares_cover_a_file(folder: Path) -> None:

@@ -40,6 +40,8 @@ def chroma(folder: Path, space: str = "cosine") -> str:
     made.update(ids=["r3"], embeddings=[UNIT[4]])
     made.update(ids=["r3"], embeddings=[UNIT[3]])
     client.create_collection("empty", embedding_function=None)
+    few = client.create_collection("few", embedding_function=None)  # of which nothing is in an index yet
+    few.add(ids=NAMES[:12], embeddings=list(E[:12]), documents=TEXTS[:12])
     return str(folder / "chroma")
 
 
@@ -437,7 +439,10 @@ def test_pgvector_names_what_is_wrong(postgres: str) -> None:
 
 def test_what_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no vectors in empty"):
-        open_store(chroma(tmp_path), "empty")
+        open_store(location := chroma(tmp_path), "empty")
+    few = open_store(location, "few").rows.whole()
+    assert (few.ids, few.texts) == (NAMES[:12], TEXTS[:12])
+    np.testing.assert_array_equal(few.vectors, E[:12])
 
 
 @pytest.mark.parametrize("kind", WRITTEN)

@@ -75,10 +75,14 @@ def joined(text: str) -> str:
 def _by_patterns(text: str) -> Found:
     found: Found = set()
     for kind, pattern in _PATTERNS.items():
-        for one in re.finditer(pattern, text):
-            if _CHECKS.get(kind, lambda _: True)(one[0]):
-                found.add((kind, _compared(one[0])))
-                text = text.replace(one[0], " ")  # a card's number is no phone's
+
+        def taken(one: re.Match[str], kind: str = kind) -> str:
+            if not _CHECKS.get(kind, lambda _: True)(one[0]):
+                return one[0]
+            found.add((kind, _compared(one[0])))
+            return " "  # a card's number is no phone's
+
+        text = re.sub(pattern, taken, text)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from v2t_jax import __version__
+from v2t_jax.audit.personal_data import detector
 from v2t_jax.audit.run import PROVEN, SURE, is_proven
 
 INVERSION, CLEARTEXT = "CWE-200/embedding-inversion", "CWE-200/cleartext-payload"
@@ -52,12 +53,20 @@ def visible(text: Any) -> str:
 
 
 def mask(text: Any) -> str:
-    """The first letter of each word and its length: "John Smith" -> "J*** S****"."""
-    shown, inside = "", False
-    for letter in str(text):
-        word = letter == "_" or unicodedata.category(letter)[0] in "LNM"  # accents and vowel signs are letters' marks
-        shown, inside = shown + ("*" if word and inside else letter), word
+    """The first letter of each word of two or more, and its length: "John Smith" -> "J*** S****"."""
+    # Accents and vowel signs are marks of letters, and soft hyphens lie within words.
+    kinds = ["L" if letter == "_" else unicodedata.category(letter) for letter in str(text)]
+    words = [kind[0] in "LNM" or kind == "Cf" for kind in kinds]
+    shown = ""
+    for i, letter in enumerate(str(text)):
+        first = kinds[i][0] == "L" and not (i and words[i - 1]) and words[i + 1 : i + 2] == [True]
+        shown += letter if first or not words[i] else "*"
     return shown
+
+
+def hidden(one: Any) -> str:
+    """A record's id, masked if it holds personal data."""
+    return mask(one) if detector().find(str(one)) else str(one)
 
 
 def redacted(report: dict[str, Any]) -> dict[str, Any]:
@@ -68,10 +77,15 @@ def redacted(report: dict[str, Any]) -> dict[str, Any]:
     }
     texts = ("text", "original", "reference")
     worst = [
-        {name: mask(value) if name in texts else value for name, value in one.items()}
+        {
+            name: mask(value) if name in texts else hidden(value) if name == "id" else value
+            for name, value in one.items()
+        }
         for one in report["recovery"]["worst"]
     ]
     changed = {"in_clear": report["in_clear"] | {"fields": fields}, "recovery": report["recovery"] | {"worst": worst}}
+    if "deleted" in report:
+        changed["deleted"] = report["deleted"] | {"records": [*map(hidden, report["deleted"]["records"])]}
     return report | changed
 
 
@@ -129,19 +143,21 @@ def sarif(report: dict[str, Any], recovered: Path, show_text: bool) -> dict[str,
         results.append(_result(CLEARTEXT, "warning", said, store, "", "demonstrated"))
     with recovered.open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):
-            probability = record.get("confidence")
-            if not record.get("exact_match", (probability or 0.0) >= SURE):
+            probability, told = record.get("confidence") or 0.0, report["recovery"]["sure"] is not None
+            if not record.get("exact_match", told and probability >= SURE):
                 continue
             if len(results) > MOST_RESULTS:
                 left_out += 1
                 continue
             one = str(record.get("id", record["row"]))
-            said = f"The text of record {visible(one)} is recovered from its embedding"
-            said += " exactly" if is_proven(record) else f" with a probability of {probability:.2f} of being exact"
+            said = f"The text of record {visible(one if show_text else hidden(one))} is recovered from its embedding"
+            exact = record.get("exact_match")
+            said += " exactly" if exact else f" with a probability of {probability:.3f} of being exact"
             said += f" (cosine {record['cosine']:.4f}; {_conditions(report)})"
             said += f": {visible(record['text'])}" if show_text else "."
             state = "demonstrated" if is_proven(record) else "poc"
-            results.append(_result(INVERSION, "error", said, store, one, state))
+            place = one if show_text else hidden(one)
+            results.append(_result(INVERSION, "error", said, store, one, state, place))
     taxa = {
         name: {"name": name, "taxa": [{"id": one} for one in ids], "shortDescription": {"text": name}}
         for name, ids in TAXONOMIES.items()
@@ -163,15 +179,18 @@ def sarif(report: dict[str, Any], recovered: Path, show_text: bool) -> dict[str,
 def _conditions(report: dict[str, Any]) -> str:
     store, model, sample = report["store"], report["model"], report["sample"]
     stored = store["approximate"] or "as the store gives them"
+    steps = "" if sample["num_steps"] is None else f", {sample['num_steps']} correction steps"
     return (
         f"encoder {model['embedder']}, model {model['name']} for texts of up to {model['longest']} tokens, vectors "
-        f"{stored}, {sample['budget']:,} embedder calls a text, {sample['n']:,} of {store['count']:,} records; "
+        f"{stored}, {sample['budget']:,} embedder calls a text{steps}, {sample['n']:,} of {store['count']:,} records; "
         "known to the attacker: the vectors and the embedder"
     )
 
 
-def _result(rule: str, level: str, said: str, store: dict[str, Any], one: str, state: str) -> dict[str, Any]:
-    place = "/".join(filter(None, (store["collection"], one)))
+def _result(
+    rule: str, level: str, said: str, store: dict[str, Any], one: str, state: str, shown: str = ""
+) -> dict[str, Any]:
+    place = "/".join(filter(None, (store["collection"], shown)))
     path = store["path"] if "://" in store["path"] else Path(store["path"]).absolute().as_uri()
     key = "\0".join((path, store["collection"], rule, one))
     logical = [{"fullyQualifiedName": visible(place), "kind": "element"}] if place else []

@@ -25,7 +25,7 @@ from v2t_jax import progress
 from v2t_jax.audit.personal_data import detector, joined
 from v2t_jax.data.dataset import write_json
 from v2t_jax.data.readers import read_lines
-from v2t_jax.data.vector_file import VectorFile
+from v2t_jax.data.vector_file import VectorFile, is_text
 from v2t_jax.errors import InputError
 from v2t_jax.eval.evaluate import evaluation_texts
 from v2t_jax.eval.metrics import score, sentence_bleu, token_f1
@@ -38,7 +38,7 @@ from v2t_jax.stores.base import Store
 READ, EXAMPLES, WORST, SHOWN, TOP = 1024, 3, 20, 100, 10
 # Texts of the store that are embedded; their cosine to their vectors in the middle, which is 0.8 where only signs are
 # stored; and the share to which their own vector is the nearest of these. Anything less comes from another embedder.
-KNOWN, LEAST_COSINE, LEAST_OWN = 64, 0.7, 0.9
+KNOWN, LEAST_COSINE, LEAST_OWN, SAME = 64, 0.7, 0.9, 0.9999
 TESTED = 8  # texts of the self-test
 LENGTHS = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 10**6))  # in tokens of the model
 SURE, PROVEN, NEAR = 0.5, 0.99, 0.99
@@ -51,6 +51,7 @@ class Settings:
     seed: int = 0
     budget: int = BUDGET
     num_steps: int | None = None
+    text: str | None = None
     candidates: str | None = None
     deleted: str | None = None
 
@@ -79,13 +80,14 @@ def audit(
     ids = None if settings.deleted is None else set(read_lines(settings.deleted))
     gone, by = (None, Counter[str]()) if ids is None else _rows_of(store.rows, ids)
     numbers = np.unique(np.concatenate([chosen, gone if gone is not None else chosen[:0]]))
-    rows, sample = store.rows.at(numbers), store.rows.at(np.sort(chosen))
+    source = store.rows.with_texts(settings.text) if settings.text else store.rows
+    rows, sample = source.at(numbers), source.at(np.sort(chosen))
     report: dict[str, Any] = {
         "store": {
             **{name: getattr(store, name) for name in ("kind", "collection", "width", "metric", "approximate")},
             **{"path": store.rows.path, "count": count},
         },
-        "sample": {"n": sample.count, "seed": settings.seed, "budget": settings.budget},
+        "sample": {"n": sample.count} | {name: getattr(settings, name) for name in ("seed", "budget", "num_steps")},
         "personal_data_by": detector().name,
         "in_clear": in_clear(sample),
     }
@@ -93,8 +95,9 @@ def audit(
     report["fit"] = fit(model, sample)
     report["self_test"] = self_test(model, known_texts or _short_texts(model), settings)
     report["model"] = {"name": model.name, "embedder": model.embedder.name, "longest": model.config.max_length - 1}
+    weights = {"model": model.sha256, "embedder": model.embedder.identity.to_dict()}
     recovered = folder / "recovered.jsonl"
-    begun, made_of = folder / "settings.json", {"settings": vars(settings), **report["store"], **report["model"]}
+    begun, made_of = folder / "settings.json", {"settings": vars(settings), **report["store"], "weights": weights}
     made_of["rows"] = hashlib.sha256(numbers.tobytes()).hexdigest()  # which the file of deleted ids decides too
     if begun.exists() and json.loads(begun.read_text()) != json.loads(json.dumps(made_of)):
         raise InputError(f"{folder} holds an audit of something else, or with other settings; give another --out.")
@@ -104,15 +107,16 @@ def audit(
     if stopped or not recovered.exists() or not recovered.stat().st_size:
         recover_file(model, rows, recovered, num_steps=settings.num_steps, budget=settings.budget)
     sampled = np.isin(numbers, chosen)
-    report["recovery"] = recovery(model, (one for one in _records(recovered) if sampled[one["row"]]))
+    told = model.calibration is not None and not store.approximate  # by vectors as the embedder gives them
+    report["recovery"] = recovery(model, (one for one in _records(recovered, told) if sampled[one["row"]]), told)
     if compared is not None:
         report["candidates"] = candidates(model, sample, compared)
     if gone is not None:
         deleted = np.isin(numbers, gone)
-        sure = [one for one in _records(recovered) if deleted[one["row"]] and _is_sure(one)]
-        left = [str(one.get("id", one["row"])) for one in _records(recovered) if deleted[one["row"]]][:SHOWN]
+        sure = [one for one in _records(recovered, told) if deleted[one["row"]] and _is_sure(one)]
+        left = [str(one.get("id", one["row"])) for one in _records(recovered, told) if deleted[one["row"]]][:SHOWN]
         report["deleted"] = {"asked": len(ids or ()), "left": len(gone), "found_by": dict(by), "records": left}
-        report["deleted"]["recovered"] = share(len(sure), len(gone))
+        report["deleted"]["recovered"] = None if report["recovery"]["sure"] is None else share(len(sure), len(gone))
     return report
 
 
@@ -122,9 +126,11 @@ def in_clear(rows: VectorFile) -> dict[str, Any]:
     exposed = total = 0
     with progress.bar(rows.count, "reading what lies in clear", unit="rows") as update:
         for part in rows.batches(READ):
-            texts = part.texts or [None] * len(part.vectors)
-            for text, beside in zip(texts, part.metadata or itertools.repeat({}), strict=False):
+            texts, ids = (column or [None] * len(part.vectors) for column in (part.texts, part.ids))
+            for one, text, beside in zip(ids, texts, part.metadata or itertools.repeat({}), strict=False):
                 fields = beside | ({} if text is None else {"text": text})
+                if detector().find(str(one)):  # otherwise a number or a key, which tells nothing
+                    fields |= {"id": one}
                 told = {name: str(value) for name, value in fields.items() if value not in (None, "")}
                 counts.update(told.keys())
                 for name, value in told.items():
@@ -147,24 +153,26 @@ def fit(model: InversionPipeline, rows: VectorFile) -> dict[str, Any]:
     if not good:
         raise InputError(f"None of the first {len(e)} vectors of {rows.path} is one; there is nothing to invert.")
     other = "name the model that was trained for it with --model"
-    if reasons := foreign_reasons(model, e[good]):
+    norms = np.linalg.norm(e[good], axis=1)
+    # The last tenth by length isn't asked: one record that somebody put there mustn't end the audit.
+    usual = np.argsort(np.abs(norms - np.median(norms)))[: -(-9 * len(good) // 10)]
+    if reasons := foreign_reasons(model, e[good][usual]):
         why = " and ".join(reasons)
         raise InputError(f"The vectors don't look like {model.embedder.name}'s: {why}. Find the store's and {other}.")
-    norms = np.linalg.norm(e[good], axis=1)
     report: dict[str, Any] = {"norm_from": float(norms.min()), "norm_to": float(norms.max())}
-    texts = [] if first.texts is None else [i for i in good if isinstance(first.texts[i], str) and first.texts[i]]
+    texts = [] if first.texts is None else [i for i in good if is_text(first.texts[i])]
     if known := texts[:KNOWN]:
         theirs = model.embedder.embed([(first.texts or [])[i] for i in known])
         cosine = float(np.median(cosines(theirs, e[known])))
         vectors = e[known] / np.linalg.norm(e[known], axis=1, keepdims=True)
         nearest = vectors[(theirs @ vectors.T).argmax(axis=1)]
-        own = np.mean((nearest == vectors).all(axis=1))  # equal texts have equal vectors
+        own = np.mean((nearest * vectors).sum(axis=1) > SAME)  # equal texts have nearly equal vectors
         report |= {"known_texts": len(known), "cosine": cosine}
         if cosine < LEAST_COSINE or own < LEAST_OWN:
             raise InputError(
                 f"{len(known)} of the store's texts, embedded by {model.embedder.name}, have a cosine of {cosine:.2f} "
                 f"to their vectors in the middle, and {own:.0%} have theirs as the nearest: another embedder made "
-                f"those. Find out which, and {other}."
+                f"those, or they are of another text. Find out which, and {other}, or the texts' field with --text."
             )
     return report
 
@@ -189,9 +197,11 @@ def self_test(model: InversionPipeline, texts: Sequence[str], settings: Settings
     return {"n": len(found), "exact": exact}
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
+def _records(file: Path, told: bool) -> Iterator[dict[str, Any]]:
+    """What was recovered, with probabilities only where they hold."""
     with file.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+        for record in map(json.loads, lines):
+            yield record if told else {name: value for name, value in record.items() if name != "confidence"}
 
 
 def _is_sure(record: dict[str, Any]) -> bool:
@@ -199,8 +209,8 @@ def _is_sure(record: dict[str, Any]) -> bool:
     return bool(record.get("exact_match", (record.get("confidence") or 0.0) >= SURE))
 
 
-def recovery(model: InversionPipeline, records: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """Scores over all rows, and those that tell most."""
+def recovery(model: InversionPipeline, records: Iterator[dict[str, Any]], told: bool = True) -> dict[str, Any]:
+    """Scores over all rows, and those that tell most; `told`: probabilities can be trusted."""
     skipped = 0
     known = dict[str, list[float]](length=[], exact=[], bleu=[], token_f1=[])
     probabilities, cosine, sure, there, back = list[float](), list[float](), 0, Counter[str](), Counter[str]()
@@ -231,9 +241,9 @@ def recovery(model: InversionPipeline, records: Iterator[dict[str, Any]]) -> dic
     return {
         "n": n,
         "skipped": skipped,
-        "sure": share(sure, n),
+        "sure": share(sure, n) if told or len(exact) == n else None,
         "cosine": float(np.median(cosine)) if n else None,
-        "expected_exact": float(np.nansum(probabilities)) if n and not np.isnan(probabilities).all() else None,
+        "expected_exact": float(np.nansum(probabilities)) if n and told else None,
         "known": len(exact),
         "exact": share(int(exact.sum()), len(exact)) if len(exact) else None,
         **dict(zip(MEANS, (score(values)._asdict() if len(exact) else None for values in means), strict=True)),
@@ -264,10 +274,13 @@ def share(hits: int, n: int) -> dict[str, Any]:
 def candidates(model: InversionPipeline, rows: VectorFile, compared: Sequence[str]) -> dict[str, Any]:
     """The attack without training: lines of a corpus or dictionary, ranked by their cosine to each vector."""
     width = model.config.embedding_width
-    parts = [(as_targets(part.vectors, width)[0], part) for part in rows.batches(READ)]
-    e = np.nan_to_num(np.concatenate([vectors for vectors, _ in parts]))
-    e /= np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12)
-    texts = [text for _, part in parts for text in part.texts or [None] * len(part.vectors)]
+    targets, texts = list[np.ndarray](), list[Any]()
+    for part in rows.batches(READ):
+        vectors, faults = as_targets(part.vectors, width)
+        good = [i for i in range(len(vectors)) if i not in faults]
+        targets.append(vectors[good] / np.linalg.norm(vectors[good], axis=1, keepdims=True))
+        texts += [part.texts and part.texts[i] for i in good]
+    e = np.concatenate(targets)
     best, lines = np.full((len(e), TOP), -1.0, np.float32), np.full((len(e), TOP), -1)
     with progress.bar(len(compared), "comparing candidates", unit="lines") as update:
         for first in range(0, len(compared), READ):
@@ -281,7 +294,7 @@ def candidates(model: InversionPipeline, rows: VectorFile, compared: Sequence[st
                 best[some] = np.take_along_axis(values, order, axis=1)
                 lines[some] = np.take_along_axis(np.concatenate([lines[some], numbers], axis=1), order, axis=1)
             update(first + len(theirs))
-    known = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    known = [i for i, text in enumerate(texts) if is_text(text)]
     hits = np.array([[compared[j] == texts[i] for j in lines[i] if j >= 0] for i in known], bool).reshape(
         len(known), -1
     )
@@ -301,7 +314,9 @@ def _rows_of(rows: VectorFile, ids: set[str]) -> tuple[np.ndarray, Counter[str]]
         for part in rows.batches(READ):
             named = part.ids or range(rows.first + row, rows.first + row + len(part.vectors))
             for i, (one, beside) in enumerate(zip(named, part.metadata or itertools.repeat({}), strict=False)):
-                where = [name for name, value in ({"id": one} | beside).items() if str(value) in ids]
+                values = [("id", one), *beside.items()]
+                several = ((name, value if isinstance(value, list) else [value]) for name, value in values)
+                where = {name for name, value in several if not ids.isdisjoint(map(str, value))}
                 by.update(where)
                 found += [row + i] * bool(where)
             row += len(part.vectors)

@@ -29,6 +29,7 @@ class Audit:
     seed: int = 0  # of the sample
     budget: int = 2000  # calls of the embedder for a text
     num_steps: int | None = None  # correction steps, by default as for v2t invert
+    text: str | None = None  # field of the texts beside the vectors, if it isn't found
     candidates: str | None = None  # file of texts, one per line, that may be in the store: the attack by comparison
     deleted: str | None = None  # file of ids or sources, one per line, that were deleted: what is left of them
     show_text: bool = False  # show texts in the report, not only their first letters
@@ -42,6 +43,7 @@ class Audit:
         from v2t_jax.stores import open_store
 
         check_whole("sample", self.sample, 1)
+        check_whole("seed", self.seed, 0)
         if self.fail_above is not None and not 0 <= self.fail_above <= 1:
             raise InputError(f"fail_above is {self.fail_above}; give a share from 0 to 1, such as 0.05.")
         folder = Path(self.out)
@@ -50,14 +52,22 @@ class Audit:
         if folder.exists() and not os.access(folder, os.W_OK):
             raise InputError(f"The folder {self.out!r} can't be written to; give another --out.")
         store = open_store(self.store, self.collection)
-        names = ("sample", "seed", "budget", "num_steps", "candidates", "deleted")
+        names = ("sample", "seed", "budget", "num_steps", "text", "candidates", "deleted")
         settings = run.Settings(**{name: getattr(self, name) for name in names})
         with resumable(f"The audit of {store.rows.path}", folder):
             found = run.audit(store, lambda: load(self.model, open_embedder(self.embedder, self.api)), folder, settings)
             report.write(found, folder, self.show_text)
         recovered, clear = found["recovery"], found["in_clear"]
         print(f"in clear: {clear['rows']:,} of {clear['n']:,} records have text or metadata beside the vector")
-        print(f"recovered exactly{'' if recovered['exact'] else ', probably'}: {report.share(recovered['sure'])}")
+        if (sure := recovered["sure"]) is not None:
+            print(
+                f"recovered exactly{'' if recovered['known'] == recovered['n'] else ', probably'}: {report.share(sure)}"
+            )
         print(f"The report is {shlex.quote(str(folder / 'report.html'))}")
-        if self.fail_above is not None and recovered["sure"]["share"] > self.fail_above:
+        if self.fail_above is None:
+            return
+        if sure is None:
+            why = "compressed" if store.approximate else "no text is known, and the model isn't calibrated"
+            raise InputError(f"--fail-above has nothing to judge: the share of exact texts can't be told ({why}).")
+        if sure["share"] > self.fail_above:
             raise SystemExit(1)

@@ -3,11 +3,15 @@
 import itertools
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
+from numbers import Number
 from tokenize import TokenError
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import numpy as np
 
@@ -15,6 +19,7 @@ from v2t_jax.data.readers import IDS
 from v2t_jax.errors import InputError
 
 VECTORS = ("embedding", "embeddings", "vector", "vectors", "values", "emb", "dense")
+MOST_FIELDS, MOST_BITS = 1000, 10_000  # of a record and a number that are looked at: stores are anybody's
 TEXTS = ("text", "texts", "document", "documents", "content", "page_content", "sentence", "passage", "chunk")
 
 
@@ -24,7 +29,7 @@ class Rows(NamedTuple):
     vectors: np.ndarray  # [n, E], of the type that is stored
     ids: list[Any] | None = None
     texts: list[Any] | None = None
-    metadata: list[dict[str, Any]] | None = None  # what else a store keeps beside them
+    metadata: list[dict[str, Any]] | None = None  # what else is kept beside them, as `plain` has it
 
     def part(self, rows: slice) -> "Rows":
         return Rows(self.vectors[rows], *(column if column is None else column[rows] for column in self[1:]))
@@ -66,6 +71,16 @@ class VectorFile:
         """`size` rows drawn without replacement, in their order; see `at`."""
         count = self.rows()
         return self.at(np.sort(np.random.default_rng(seed).choice(count, min(size, count), replace=False)))
+
+    def with_texts(self, field: str) -> "VectorFile":
+        """The same rows with the texts of a field of their metadata."""
+
+        def read(start: int) -> Iterator[Rows]:
+            for rows in self.read(start):
+                texts = [beside.get(field) for beside in rows.metadata or [{}] * len(rows.vectors)]
+                yield rows._replace(texts=texts)
+
+        return replace(self, read=read)
 
     def at(self, chosen: np.ndarray) -> "VectorFile":
         """The rows of these numbers, which ascend; rows without ids get their numbers as such."""
@@ -117,7 +132,50 @@ class VectorFile:
                 if rows.vectors.shape[1] != width:
                     found = f"{rows.vectors.shape[1]} after those of {width}"
                     raise InputError(f"{self.path} holds vectors of {found} numbers; leave only those of one embedder.")
-                yield rows
+                ids, texts = (column and [*map(readable, column)] for column in rows[1:3])
+                yield Rows(rows.vectors, ids, texts, rows.metadata)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def readable(value: Any) -> Any:
+    """A value that can be written as text: no halves of characters, no numbers of thousands of digits."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        return f"a number of {value.bit_length():,} bits"
+    return value
+
+
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, texts, times and lists of texts in a record; those of inner records by dotted names."""
+    found: dict[str, Any] = {}
+    left, seen = deque([("", record)]), 0
+    while left:
+        before, values = left.popleft()
+        for key, value in values.items():
+            seen += 1
+            if seen > MOST_FIELDS:
+                return found
+            name, several = readable(f"{before}{key}"), value[:MOST_FIELDS] if isinstance(value, list) else [value]
+            left.extend((f"{name}.", one) for one in several if isinstance(one, Mapping))
+            kinds = str if isinstance(value, list) else str | Number | date | UUID  # lists of numbers are vectors
+            if told := [readable(one) for one in several if isinstance(one, kinds)]:
+                if name in found:
+                    held = found[name]
+                    found[name] = [*(held if isinstance(held, list) else [held]), *told]
+                else:
+                    found[name] = told if isinstance(value, list) else told[0]
+    return found
+
+
+def described(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]] | None:
+    """Metadata of rows by columns."""
+    if not columns:
+        return None
+    return [plain(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 
 def _joined(parts: list[Rows]) -> Rows:

@@ -30,7 +30,7 @@ import numpy as np
 
 from v2t_jax import progress
 from v2t_jax.data.readers import IDS
-from v2t_jax.data.vector_file import TEXTS, VECTORS, Rows, VectorFile, damage_named, of_rows, pick
+from v2t_jax.data.vector_file import TEXTS, VECTORS, Rows, VectorFile, damage_named, described, of_rows, pick, plain
 from v2t_jax.errors import InputError
 
 ROWS = 1024  # that are read at a time
@@ -131,13 +131,15 @@ def _open_npz(path: str, field: str | None) -> VectorFile:
 
     # Arrays of Python objects would have to be unpickled.
     usable = [name if name and headers[name][2].hasobject is False else None for name in names]
+    rest = [n for n, (shape, _, kind) in headers.items() if shape == (count,) and not kind.hasobject and n not in names]
     if usable[0] is None:
         raise InputError(OBJECTS.format(path))
 
     def read(start: int) -> Iterator[Rows]:
-        columns = [itertools.repeat(None) if name is None else column(name, start) for name in usable]
+        columns = [itertools.repeat(None) if name is None else column(name, start) for name in (*usable, *rest)]
         for vectors, *others in zip(*columns):  # noqa: B905 (columns that aren't there have no end)
-            yield Rows(vectors, *map(_listed, others))
+            ids, texts, *values = map(_listed, others)
+            yield Rows(vectors, ids, texts, described(dict(zip(rest, filter(None, values), strict=True))))
 
     return VectorFile(path, count, read)
 
@@ -239,16 +241,18 @@ def _of_table(
     candidates |= {name: sorted(columns, key=_number) for name, columns in dimensions.items() if len(columns) > 1}
     vector, *others = pick(path, field, schema.names, list(candidates))
     chosen = candidates[str(vector)]
+    rest = [name for name in schema.names if name not in {*others, *itertools.chain(*candidates.values())}]
 
     def read(start: int) -> Iterator[Rows]:
-        for batch in batches([*chosen, *filter(None, others)], start):
+        for batch in batches([*chosen, *filter(None, others), *rest], start):
             batch.validate(full=True)  # of damaged offsets, reading would crash
             if len(chosen) == 1:
                 vectors = _of_lists(path, batch.column(chosen[0]), start)
             else:
                 vectors = np.stack([batch.column(name).to_numpy(zero_copy_only=False) for name in chosen], axis=1)
             start += batch.num_rows
-            yield Rows(vectors, *(None if name is None else batch.column(name).to_pylist() for name in others))
+            ids, texts = (None if name is None else batch.column(name).to_pylist() for name in others)
+            yield Rows(vectors, ids, texts, described({name: batch.column(name).to_pylist() for name in rest}))
 
     return VectorFile(path, count, read)
 
@@ -332,12 +336,14 @@ def _of_columns(path: str, field: str | None, arrays: dict[str, list[msgspec.Raw
     candidates = [name for name, rows in arrays.items() if rows and _begins(rows[0], b"[")]
     vector, *others = pick(path, field, list(arrays), candidates)
     rows = arrays[str(vector)]
+    rest = [name for name in arrays if name not in (*candidates, *others) and len(arrays[name]) == len(rows)]
 
     def read(start: int) -> Iterator[Rows]:
         for first in range(start, len(rows), ROWS):
             part = slice(first, first + ROWS)
-            beside = (None if name is None else [*map(msgspec.json.decode, arrays[name][part])] for name in others)
-            yield Rows(of_rows(path, [*map(msgspec.json.decode, rows[part])], first), *beside)
+            columns = {name: [*map(msgspec.json.decode, arrays[name][part])] for name in (*filter(None, others), *rest)}
+            ids, texts = (None if name is None else columns.pop(name) for name in others)
+            yield Rows(of_rows(path, [*map(msgspec.json.decode, rows[part])], first), ids, texts, described(columns))
 
     return VectorFile(path, len(rows), read)
 
@@ -375,7 +381,8 @@ def _of_records(
         while part := list(itertools.islice(rows, ROWS)):
             columns = [[row.get(name) if isinstance(row, dict) else row for row in part] for name in names]
             ids, texts = (column if name else None for name, column in zip(names[1:], columns[1:], strict=True))
-            yield Rows(of_rows(path, columns[0], start), ids, texts)
+            rest = ({k: row[k] for k in row if k not in names} if isinstance(row, dict) else {} for row in part)
+            yield Rows(of_rows(path, columns[0], start), ids, texts, [*map(plain, rest)])
             start += len(part)
 
     return VectorFile(path, count, read)

@@ -30,7 +30,6 @@ BATCH_SIZE = 32
 BUDGET = 2000  # calls of the embedder for a text
 MOST_CALLS = 10_000_000
 MOST_ROWS = 1024  # sequences decoded side by side, unless a batch size is asked for
-BATCH_SIZES = (1, 8, BATCH_SIZE)  # batches are padded to these, or multiples of the last: few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,7 @@ def _placement(
     parts = 1 if rows is None else math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
     count = most * jax.local_device_count() if count is None else count
     each = -(-count // parts)
-    whole = -(-each // BATCH_SIZE) * BATCH_SIZE
-    size = parts * min(max(most, 1), next((size for size in BATCH_SIZES if each <= size), whole))
+    size = parts * min(max(most, 1), 1 << max(each - 1, 0).bit_length())  # powers of two: few shapes are compiled
     if rows is not None:
         return size, inverter.loop_params(), functools.partial(processes.put, shardings=rows)
     # Where hypotheses reach the embedder through the host, one device does everything.

@@ -20,7 +20,7 @@ import numpy as np
 
 from v2t_jax import progress
 from v2t_jax.data.dataset import resumable, write_json
-from v2t_jax.data.vector_file import Rows, VectorFile
+from v2t_jax.data.vector_file import Rows, VectorFile, is_text
 from v2t_jax.embedders.base import dequantize, is_signed
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.api import InversionResult, embed_decoded, invert_batches
@@ -82,13 +82,14 @@ def recover_rows(
         nonlocal row
         results = iter(found)
         for i in range(len(rows.vectors)):
-            beside = {"id": rows.ids and rows.ids[i], "original": rows.texts and rows.texts[i]}
+            text = rows.texts and rows.texts[i]
+            beside = {"id": rows.ids and rows.ids[i], "original": text if is_text(text) else None}
             record = {"row": row} | {name: value for name, value in beside.items() if value is not None}
             row += 1
             if i in faults:
                 yield record | {"error": faults[i]}, None
                 continue
-            one = compared(inverter, next(results), rows.texts and rows.texts[i])
+            one = compared(inverter, next(results), text)
             if len(first_results) < JUDGED:
                 first_results.append(one)
                 if len(first_results) == JUDGED:
@@ -108,7 +109,7 @@ def recover_rows(
 
 def compared(inverter: InversionPipeline, found: InversionResult, text: Any) -> InversionResult:
     """A result with its text's normal form as reference, if the text is known."""
-    if not isinstance(text, str):
+    if not is_text(text):
         return found
     reference = inverter.vocabulary.normalize([text], len(text.encode()) + 2)[0]
     return dataclasses.replace(found, reference=reference, exact_match=found.text == reference)

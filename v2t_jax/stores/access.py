@@ -7,15 +7,12 @@ import sqlite3
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date
-from numbers import Number
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import numpy as np
 
-from v2t_jax.data.vector_file import TEXTS, VECTORS, Rows, VectorFile, of_rows
+from v2t_jax.data.vector_file import TEXTS, VECTORS, Rows, VectorFile, of_rows, plain
 from v2t_jax.errors import InputError
 from v2t_jax.stores.base import Store
 
@@ -115,19 +112,8 @@ def vectors_of(path: str, rows: list[Any], first: int, width: int = 0) -> np.nda
 def beside(records: Iterable[Mapping[str, Any]]) -> tuple[list[str | None], list[dict[str, Any]]]:
     """The texts of records, and what else can be read in them."""
     texts: list[str | None] = []
-    metadata = [dict(_plain(record)) for record in records]
+    metadata = [*map(plain, records)]
     for values in metadata:
         name = next((name for name in TEXTS if isinstance(values.get(name), str)), None)
         texts.append(None if name is None else values.pop(name))
     return texts, metadata
-
-
-def _plain(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers, texts, times, and lists of texts; those of inner records by dotted names."""
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _plain(value, f"{before}{name}.")
-        elif isinstance(value, str | Number | date | UUID) or (
-            isinstance(value, list) and value and all(isinstance(one, str) for one in value)
-        ):
-            yield f"{before}{name}", value

@@ -42,7 +42,7 @@ def open_chroma(path: Path, collection: str = "") -> Store:
     log = "FROM embeddings_queue WHERE topic LIKE '%/' || ? AND vector IS NOT NULL"
     logged = {one: number for one, number in db.execute(f"SELECT id, max(seq_id) {log} GROUP BY id", (key,))}
     folder = inside(path, segments["VECTOR"])
-    indexed, at = _hnsw(folder, width) if (folder / "header.bin").exists() else (np.zeros((0, width)), {})
+    indexed, at = _hnsw(folder, width) if (folder / "index_metadata.pickle").exists() else (np.zeros((0, width)), {})
 
     def vector(one: str) -> np.ndarray | None:
         if one not in logged:

@@ -6,6 +6,7 @@ Texts aren't in an index, but LangChain keeps them beside it, in a pickle, of wh
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -70,8 +71,10 @@ def _pieces(path: Path, start: int) -> Generator[tuple[dict[str, Any], list[np.n
                     raise InputError(said["refused"])
                 if "fault" in said:
                     raise OSError(said["fault"])
-                arrays = [np.lib.format.read_array(child.stdout, allow_pickle=False) for _ in range(said.pop("arrays"))]
-                yield said, arrays
+                kinds = [(np.dtype(name), shape) for name, shape in said.pop("arrays")]
+                contents = [child.stdout.read(kind.itemsize * math.prod(shape)) for kind, shape in kinds]
+                made = zip(contents, kinds, strict=True)
+                yield said, [np.frombuffer(content, kind).reshape(shape) for content, (kind, shape) in made]
             if child.wait():
                 raise OSError(f"FAISS crashed on it, status {child.returncode}")
         finally:
@@ -79,7 +82,7 @@ def _pieces(path: Path, start: int) -> Generator[tuple[dict[str, Any], list[np.n
 
 
 def _serve(path: str, start: int) -> None:
-    """The other process: writes a line of JSON for each piece, and its arrays in NumPy's format."""
+    """The other process: writes a line of JSON for each piece, which tells its arrays' types and shapes, then these."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # FAISS prints
     with suppress(ImportError):  # which isn't on every system
@@ -89,9 +92,9 @@ def _serve(path: str, start: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     def put(said: dict[str, Any], *arrays: np.ndarray) -> None:
-        out.write(json.dumps(said | {"arrays": len(arrays)}).encode() + b"\n")
-        for array in arrays:
-            np.lib.format.write_array(out, array)
+        kinds = [(array.dtype.str, array.shape) for array in arrays]
+        out.write(json.dumps(said | {"arrays": kinds}).encode() + b"\n")
+        out.writelines(array.tobytes() for array in arrays)
         out.flush()
 
     try:
