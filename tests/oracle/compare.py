@@ -1,13 +1,21 @@
-"""Times ours beside PyTorch: same weights, same work (checked), same cores, alternating turns in one process.
+"""Times ours beside PyTorch: same weights, same work (checked), same cores, alternating turns.
 
-python -m tests.oracle.compare train|decode|embed [--json]        (in the environment of `make oracle`)
+    python -m tests.oracle.compare WORK [--json]        (in the environment of `make oracle`)
+
+Beside the original (hypotheses, correct), theirs runs in a process of its own (serve.py), which waits while ours runs.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import statistics
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +25,7 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from tests.oracle.original import Original
 from v2t_jax.bench import Turn, num_cores, turn
 from v2t_jax.bench.decode import T5_BASE, Decode, generate, source_ids
 from v2t_jax.bench.train import OPTIMIZER, T5_SMALL, Step, Train
@@ -24,16 +33,37 @@ from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.split import read_texts
 from v2t_jax.embedders.load import load_embedder, locate
 from v2t_jax.interop.hf_t5 import t5_from_huggingface
+from v2t_jax.inversion import upstream
+from v2t_jax.inversion.api import invert_embeddings
+from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.inversion.proposals import initial_hypotheses
 from v2t_jax.models.layers import Params
 from v2t_jax.models.t5 import unstack_decoder
+from v2t_jax.vec2text.convert import build
 
 LOSS_TOLERANCE = 1e-4
 VECTOR_TOLERANCE = 1e-5  # of vectors of length 1
+# The pair of serve.py: T5-small's sizes, and GTR-base's as its embedder.
+PAIR: dict[str, Any] = {
+    "seed": 0,
+    "num_repeat_tokens": 16,
+    "max_seq_length": 32,  # ids of a text, the start id included
+    "t5": {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "gtr": {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+}
+SEARCHES = ((1, 1, 3), (8, 4, 2))  # num_steps, sequence_beam_width, turns
+LONG_SEARCHES = ((20, 1, 2), (8, 8, 1))
 
 
-def take_turns(name: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> dict[str, Any]:
-    """Times both `repeats` times, ours, theirs, ours, theirs ...; both have been run before."""
-    turns: list[tuple[Turn, Turn]] = [(turn(ours), turn(theirs)) for _ in range(repeats)]
+def take_turns(
+    name: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    repeats: int,
+    clock: Callable[[Callable[[], Any]], Turn] | None = None,
+) -> dict[str, Any]:
+    """Times both `repeats` times, ours, theirs, ours, theirs ...; both have been run before. `clock` times theirs."""
+    turns: list[tuple[Turn, Turn]] = [(turn(ours), (clock or turn)(theirs)) for _ in range(repeats)]
     medians = {
         f"{side}_{kind}": statistics.median(getattr(pair[i], field) for pair in turns)
         for i, side in enumerate(("ours", "torch"))
@@ -65,12 +95,11 @@ def to_numpy(module: nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
 
 
-def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> list[dict[str, Any]]:
+def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> Iterator[dict[str, Any]]:
     """One comparison per batch size; both sides must generate the same tokens."""
     model = torch_t5(config)
     params = unstack_decoder(jax.tree.map(jnp.asarray, t5_from_huggingface(to_numpy(model), config)))
     jitted = jax.jit(generate, static_argnums=(0, 3))
-    results = []
     for batch_size in options.batch_size:
         ids = source_ids(config, batch_size, options.source_length)
         ours_in, theirs_in = jnp.asarray(ids, jnp.int32), torch.from_numpy(ids)
@@ -88,8 +117,7 @@ def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> list[dict[s
         assert mine.shape == reference.shape == (batch_size, options.num_tokens)
         np.testing.assert_array_equal(mine, reference)
         name = f"greedy decoding of {options.num_tokens} tokens, batch {batch_size}"
-        results.append(take_turns(name, ours, theirs, options.repeats))
-    return results
+        yield take_turns(name, ours, theirs, options.repeats)
 
 
 class TorchStep:
@@ -153,29 +181,105 @@ def compare_embedding(lines: int = 1000, batch_size: int = 64, repeats: int = 5)
     return [take_turns(f"{name}, {lines} WordNet lines, batch {batch_size}", *both, repeats)]
 
 
+@contextlib.contextmanager
+def random_pair(spec: dict[str, Any]) -> Iterator[tuple[InversionPipeline, Original]]:
+    """A pair that the original made and loaded, and ours converted from it. Both write texts of the same length."""
+    length = mock.patch.object(upstream, "UPSTREAM_LENGTH", spec["max_seq_length"] - 1)  # without the start id
+    with tempfile.TemporaryDirectory() as folder, Original(Path(folder), spec) as original, length:
+        parts = ("inverter", "corrector", "t5-base", "sentence-transformers/gtr-t5-base")
+        model, _ = build(*(f"{folder}/{part}" for part in parts))
+        model.embedding_norm = None  # that of texts of which this tokenizer knows no word
+        yield model, original
+
+
+def vectors(model: InversionPipeline, count: int) -> np.ndarray:
+    """Embeddings [count, E] of texts of made-up words."""
+    shape = (count, model.config.max_length - 1)
+    ids = np.random.default_rng(0).integers(3, model.config.t5.vocab_size, shape, np.int32)
+    return model.embedder.embed(model.vocabulary.decode(ids))
+
+
+def check_texts(mine: Sequence[str], reference: Sequence[str], length: int) -> None:
+    """All are equal and of full length: a token is a word here, and none is the end."""
+    assert [len(text.split()) for text in mine] == [length] * len(mine), mine
+    assert list(mine) == list(reference), [pair for pair in zip(mine, reference, strict=True) if pair[0] != pair[1]]
+
+
+def compare_hypotheses(count: int = 16, repeats: int = 5, spec: dict[str, Any] = PAIR) -> Iterator[dict[str, Any]]:
+    """The inverter's greedy decoding alone; every token is checked."""
+    with random_pair(spec) as (model, original):
+        e, ids = vectors(model, count), spec["max_seq_length"]
+        hypothesize = jax.jit(initial_hypotheses(upstream.upstream_lengths(model.config)[0]), static_argnums=2)
+
+        def ours() -> list[str]:
+            return model.vocabulary.decode(np.asarray(hypothesize(model.loop_params(), jnp.asarray(e), 1)[:, 0]))
+
+        def theirs() -> tuple[Turn, list[str]]:
+            return original.invert(e, None, 0, ids)
+
+        check_texts(ours(), theirs()[1], ids - 1)
+        name = f"hypotheses of {ids - 1} tokens for {count} vectors, beside vec2text {original.versions['vec2text']}"
+        yield take_turns(name, ours, theirs, repeats, clock=lambda run: run()[0])
+
+
+def compare_correction(
+    counts: Sequence[int] = (4, 16), searches: Sequence[tuple[int, int, int]] = SEARCHES, spec: dict[str, Any] = PAIR
+) -> Iterator[dict[str, Any]]:
+    """`invert_embeddings` of both, ours in mode "upstream", which ends no search early; every final text is checked.
+
+    Ours also embeds the text of every step once more, for the cosines that it returns; theirs returns texts alone.
+    """
+    with random_pair(spec) as (model, original):
+        ids = spec["max_seq_length"]
+        for (num_steps, width, repeats), count in itertools.product(searches, counts):
+            e = vectors(model, count)
+            # All at once, as theirs.
+            options: dict[str, Any] = {"num_steps": num_steps, "sequence_beam_width": width, "batch_size": count}
+
+            def ours(e: np.ndarray = e, options: dict[str, Any] = options) -> list[str]:
+                return [found.text for found in invert_embeddings(model, e, mode="upstream", **options)]
+
+            def theirs(e: np.ndarray = e, n: int = num_steps, width: int = width) -> tuple[Turn, list[str]]:
+                return original.invert(e, n, width, ids)
+
+            check_texts(ours(), theirs()[1], ids - 1)
+            name = f"{num_steps} correction steps, beam {width}, {count} texts of {ids - 1} tokens"
+            name += f", beside vec2text {original.versions['vec2text']}"
+            yield take_turns(name, ours, theirs, repeats, clock=lambda run: run()[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "decode", "embed"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    parser.add_argument("what", choices=("train", "decode", "embed", "hypotheses", "correct", "all"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document; lines go to the standard error")
+    parser.add_argument("--texts", type=int, nargs="+", default=(4, 16), help="numbers of texts that are corrected")
+    parser.add_argument("--long", action="store_true", help="correct by 20 steps, and by beams of 8, too: takes hours")
     options = parser.parse_args()
     torch.set_num_threads(num_cores())
-    compared = {
+    searches = SEARCHES + (LONG_SEARCHES if options.long else ())
+    compared: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "train": lambda: compare_training(Train()),
         "decode": lambda: compare_decoding(Decode()),
         "embed": compare_embedding,
+        "hypotheses": compare_hypotheses,
+        "correct": lambda: compare_correction(options.texts, searches),
     }
-    results = compared[options.what]()
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    lines = sys.stderr if options.json else sys.stdout
+    print(f"{num_cores()} cores, float32, " + ", ".join(f"{name} {v}" for name, v in versions.items()), file=lines)
+    results = []
+    for what in compared if options.what == "all" else (options.what,):
+        for r in compared[what]():
+            results.append(r)
+            print(
+                f"{r['name']}: v2t_jax {r['ours_seconds']:.3f} s, torch {r['torch_seconds']:.3f} s, "
+                f"speed-up {r['speedup']:.2f}x (median of {len(r['turns'])} turns); "
+                f"processor time {r['ours_cpu_seconds']:.2f} s and {r['torch_cpu_seconds']:.2f} s",
+                file=lines,
+                flush=True,
+            )
     if options.json:
         print(json.dumps({"cores": num_cores(), **versions, "results": results}))
-        return
-    print(f"{num_cores()} cores, float32, " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    for r in results:
-        print(
-            f"{r['name']}: v2t_jax {r['ours_seconds']:.3f} s, torch {r['torch_seconds']:.3f} s, "
-            f"speed-up {r['speedup']:.2f}x (median of {len(r['turns'])} turns); "
-            f"processor time {r['ours_cpu_seconds']:.2f} s and {r['torch_cpu_seconds']:.2f} s"
-        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """The original itself, live: its own pairs give the same here, and it reads what ours writes."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ import pytest
 from tests.helpers import upstream_pair
 from tests.helpers.equivalence import close, load
 from tests.helpers.upstream_pair import BEAMS, NAMES, SEARCHES, embedder_of, read_pair, read_recorded, record_of
+from tests.oracle.original import ROOT, Original, run_upstream
 from v2t_jax.errors import InputError
 from v2t_jax.inversion import pipeline
 from v2t_jax.inversion.upstream import rank
@@ -24,19 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # theirs are not ours to mend
 ]
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-upstream" / "bin" / "python"
 FRESH = {"seed": 11, "d_model": 40, "num_repeat_tokens": 5, "max_seq_length": 12, "steps": 120}
-
-
-def run_upstream(*jobs: list[Any]) -> None:
-    """Jobs of upstream.py, in the environment that it needs."""
-    assert PYTHON.exists(), f"{PYTHON} is missing: `make oracle` makes it"
-    # One thread is far quicker than two at this size. The rest of this test's environment is none of the original's.
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
-    command = [str(PYTHON), str(ROOT / "tests" / "oracle" / "upstream.py"), json.dumps(jobs)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def run_v2t(*arguments: str) -> str:
@@ -122,6 +108,29 @@ def test_equal_scores_are_ranked_as_torch_does(size: int) -> None:
             scores = rng.integers(0, different, size).astype(np.float32) / 7
             expected = torch.from_numpy(scores).topk(size).indices.numpy()
             np.testing.assert_array_equal(rank(scores), expected)
+
+
+def test_a_pair_is_searched_as_it_is_recorded(root: Path) -> None:
+    """By the process that `compare` takes turns with; it ends with its input."""
+    record = read_recorded(root / "fresh")
+    with Original(root / "fresh") as original:
+        for num_steps, width in ((None, 0), (3, 2)):
+            took, texts = original.invert(record["e"], num_steps, width, 128)
+            assert took.wall > 0
+            assert texts == record[f"search/{num_steps or 0}/{width}/texts"].tolist()
+    assert original.process.returncode == 0
+
+
+def test_searches_of_random_weights_are_compared() -> None:
+    from tests.oracle import compare
+
+    sizes = {"vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3}
+    gtr = {**sizes, "d_model": 768, "num_layers": 1}
+    spec = {"seed": 0, "num_repeat_tokens": 4, "max_seq_length": 8, "t5": sizes, "gtr": gtr}
+    (found,) = compare.compare_hypotheses(3, 1, spec)
+    assert found["torch_seconds"] > 0
+    steps = list(compare.compare_correction((2,), ((1, 1, 1), (3, 2, 1)), spec))
+    assert [len(one["turns"]) for one in steps] == [1, 1]
 
 
 def damage(kind: str, file: Path) -> None:

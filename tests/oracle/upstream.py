@@ -183,12 +183,9 @@ def train(model: torch.nn.Module, loss_of: Any, spec: dict[str, Any]) -> None:
     model.eval()
 
 
-def make(spec: dict[str, Any]) -> None:
-    """Trains a pair as the original does: the inverter on texts, the corrector on the inverter's guesses."""
-    torch.manual_seed(spec["seed"])
-    texts = sentences(48, spec["seed"])
-    make_bases(spec, texts)
-    config = InversionConfig(
+def settings(spec: dict[str, Any]) -> InversionConfig:
+    """Of both models of a pair."""
+    return InversionConfig(
         model_name_or_path=T5,
         embedder_model_name=spec["embedder"],
         embedder_model_api=None,
@@ -205,6 +202,14 @@ def make(spec: dict[str, Any]) -> None:
         max_seq_length=spec["max_seq_length"],
         num_repeat_tokens=spec["num_repeat_tokens"],
     )
+
+
+def make(spec: dict[str, Any]) -> None:
+    """Trains a pair as the original does: the inverter on texts, the corrector on the inverter's guesses."""
+    torch.manual_seed(spec["seed"])
+    texts = sentences(48, spec["seed"])
+    make_bases(spec, texts)
+    config = settings(spec)
     inverter = InversionModel(config)
     silence(inverter, spec["live"])
     labels = tokens(inverter.tokenizer, texts, spec["max_seq_length"])["input_ids"]
@@ -227,12 +232,18 @@ def make(spec: dict[str, Any]) -> None:
     model.save_pretrained(CORRECTOR, safe_serialization=False)
 
 
-def record(spec: dict[str, Any]) -> None:
-    """Logits, and every step of every search, of the pair in this folder."""
+def load_pair() -> Any:
+    """The pair in this folder, as the original's `invert_embeddings` takes it."""
     inverter, model = InversionModel.from_pretrained(INVERTER), CorrectorEncoderModel.from_pretrained(CORRECTOR)
-    corrector = vec2text.load_corrector(inverter, model)
     inverter.eval()
     model.eval()
+    return vec2text.load_corrector(inverter, model)
+
+
+def record(spec: dict[str, Any]) -> None:
+    """Logits, and every step of every search, of the pair in this folder."""
+    corrector = load_pair()
+    inverter, model = corrector.inversion_trainer.model, corrector.model
     length = inverter.config.max_seq_length
     texts = sentences(48, spec["seed"])[:3] + sentences(4, 1000)
     with torch.no_grad():
