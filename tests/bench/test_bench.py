@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import v2t_jax
-from v2t_jax.bench import decode, report, train
+from v2t_jax.bench import decode, train
+from v2t_jax.bench.measure import measure
 from v2t_jax.cli import main as cli
-from v2t_jax.config import ModelConfig, T5Config
+from v2t_jax.config import T5_SIZES, ModelConfig, T5Config
 from v2t_jax.decode.state import EOS
 from v2t_jax.errors import InputError
-from v2t_jax.models.inverter import Inverter
+from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.models.t5 import T5
 
 TINY = T5Config(
@@ -50,28 +51,28 @@ def test_torch_is_imported_in_one_function_alone() -> None:
     assert asking == ["interop/torch_files.py:_read_legacy"]
 
 
-@pytest.mark.parametrize("as_json", [True, False])
-def test_a_report_is_of_the_calls_after_the_first(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_is_of_the_calls_after_the_first() -> None:
     calls: list[int] = []
-    report("work", 8, lambda: calls.append(1), 3, as_json)
-    assert len(calls) == 4
-    said = capsys.readouterr().out
-    assert (json.loads(said)["rows_per_second"] > 0) if as_json else said.startswith("work:\n  0.000 s (median of 3)")
+    row = measure("work", lambda: calls.append(1), 3, sequences=8, tokens=40)
+    assert len(calls) == 4 and len(row.turns) == 3
+    assert row.tokens_per_second == pytest.approx(5 * row.sequences_per_second)
+    assert str(row).startswith("work:\n  0.000 s (median of 3") and row.mfu is None and row.compile_seconds is None
     with pytest.raises(InputError, match="repeats is 0; give at least 1"):
-        report("work", 8, lambda: None, 0, as_json)
+        measure("work", lambda: None, 0, 8)
 
 
 @pytest.mark.parametrize("command", ["decode", "train"])
 def test_the_commands_print_one_document(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(decode, "T5_BASE", TINY)
-    monkeypatch.setattr(train, "T5_SMALL", TINY)
-    size = ["--num-tokens", "4", "--repeats", "1", "--batch-size", "2"]
+    monkeypatch.setitem(T5_SIZES, "t5-large", TINY)
+    size = ["--size", "t5-large", "--num-tokens", "4", "--repeats", "1", "--batch-size", "2"]
     monkeypatch.setattr(sys, "argv", ["v2t", "bench", command, "--json", *size])
     cli.main()
-    found = json.loads(capsys.readouterr().out)
-    assert found["seconds"] > 0 and "batch 2" in found["name"] and len(found["turns"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)["rows"]
+    assert found["seconds"] > 0 and "t5-large, float32, batch 2" in found["name"] and len(found["turns"]) == 1
+    assert found["tokens_per_second"] == pytest.approx(8 / found["seconds"])
+    assert found["flops"] > 0 and found["xla_flops"] > 0 and found["compile_seconds"] > 0
     monkeypatch.setattr(sys, "argv", ["v2t", "bench", command, "--num-tokens", "0"])
     with pytest.raises(SystemExit):
         cli.main()
@@ -84,10 +85,12 @@ def test_decoding_makes_exactly_as_many_tokens_and_never_ends() -> None:
     assert ids.shape == (3, 6) and not (ids == EOS).any()
 
 
-def test_the_training_step_learns() -> None:
+@pytest.mark.parametrize("network", ["inverter", "corrector"])
+def test_the_training_step_learns(network: train.Network) -> None:
     config = ModelConfig(t5=TINY, embedding_width=8, num_pseudo_tokens=2, max_length=4, projection_dropout=0.0)
     e = np.random.default_rng(0).standard_normal((2, 8), np.float32)
-    step = train.Step(config, Inverter(config).init_params(jax.random.key(0)), e, np.full((2, 4), 7))
+    params = NETWORKS[network](config).init_params(jax.random.key(0))
+    step = train.Step(config, params, e, np.full((2, 4), 7), network)
     first, second = step(), step()
     assert second < first
 

@@ -26,9 +26,9 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from tests.oracle.original import Original
-from v2t_jax.bench import Turn, num_cores, turn
-from v2t_jax.bench.decode import T5_BASE, Decode, generate, source_ids
-from v2t_jax.bench.train import OPTIMIZER, T5_SMALL, Step, Train
+from v2t_jax.bench.decode import Decode, generate, sized, source_ids
+from v2t_jax.bench.measure import Turn, num_cores, turn
+from v2t_jax.bench.train import OPTIMIZER, Step, Train
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.split import read_texts
 from v2t_jax.embedders.load import load_embedder, locate
@@ -41,6 +41,7 @@ from v2t_jax.models.layers import Params
 from v2t_jax.models.t5 import unstack_decoder
 from v2t_jax.vec2text.convert import build
 
+T5_SMALL, T5_BASE = sized("t5-small"), sized("t5-base")
 LOSS_TOLERANCE = 1e-4
 VECTOR_TOLERANCE = 1e-5  # of vectors of length 1
 # The pair of serve.py: T5-small's sizes, and GTR-base's as its embedder.

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from v2t_jax.bench import Turn, num_cores
+from v2t_jax.bench.measure import Turn, num_cores
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-upstream" / "bin" / "python"

@@ -85,6 +85,37 @@ def embedder_sizes(config: Config) -> tuple[EmbedderConfig, TokenMap]:
     return sizes, TokenMap(() if isinstance(encoder, T5Config) else (0,), 1)
 
 
+def recipe_sizes(config: Config) -> tuple[ModelConfig, EmbedderConfig | None, TokenMap | None]:
+    """The sizes of a recipe's networks, and of its embedder unless that is behind an endpoint."""
+    if config.data.tokenizer:
+        raise InputError(
+            "A recipe with data.tokenizer retokenizes on the host, which can't be compiled here: leave "
+            "data.tokenizer empty to see what the networks need."
+        )
+    if is_endpoint(config.embedder):  # of whose vectors the recipe must say the width
+        return config.model, None, None
+    embedder, token_map = embedder_sizes(config)
+    t5 = config.model.t5
+    if not config.initial_t5:
+        t5 = dataclasses.replace(t5, vocab_size=config.data.vocabulary_size or embedder.encoder.vocab_size)
+    width, states = embedder.width, embedder.state_width
+    return dataclasses.replace(config.model, t5=t5, embedding_width=width, state_width=states), embedder, token_map
+
+
+def recipe_loop(model: ModelConfig, embedder: EmbedderConfig, token_map: TokenMap, beam: int) -> CorrectionLoop:
+    """The correction loop of a model that shares its embedder's vocabulary."""
+    functions = initial_hypotheses(model), (propose_corrections(model, "best"),), shared_embedder(embedder, token_map)
+    return CorrectionLoop(*functions, CorrectionSettings(sequence_beam_width=beam))
+
+
+def loop_work(loop: CorrectionLoop, params: Any, e: Any, num_steps: int, length: int) -> np.ndarray:
+    """[FLOPs, bytes] of first guesses and steps for targets e [B, E], if each of them decodes all `length` tokens."""
+    one = _array((), jnp.int32)
+    beam = jax.eval_shape(loop.first_beam, params, e, one, one)
+    first = work(jax.make_jaxpr(loop.first_beam)(params, e, one, one).jaxpr, length)
+    return first + num_steps * work(jax.make_jaxpr(loop.step)(params, e, beam, one, one).jaxpr, length)
+
+
 def _placed(tree: Any, shardings: Any) -> Any:
     """Shapes of arrays that lie as `shardings` say: a tree like them, or one for all."""
     return jax.tree.map(lambda x, s: _array(x.shape, x.dtype, sharding=s), tree, jax.tree.broadcast(shardings, tree))
@@ -94,27 +125,13 @@ def _bytes_a_chip(tree: Any) -> int:
     return sum(nbytes(x, x.sharding and x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-class _Recipe:
-    """The shapes of what a recipe's programs are given, and the programs."""
+class RecipeShapes:
+    """The shapes of what a recipe's programs are given on these devices."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        self.config, self.topology, self.model = config, topology, config.model
-        self.mesh = layouts.make_mesh(dataclasses.replace(config.mesh, slices=0), topology.devices)
-        if config.data.tokenizer:
-            raise InputError(
-                "A recipe with data.tokenizer retokenizes on the host, which can't be compiled here: leave "
-                "data.tokenizer empty to see what the networks need."
-            )
-        self.embedder: EmbedderConfig | None = None  # behind an endpoint, of which the recipe must say the width
-        self.token_map: TokenMap | None = None
-        if not is_endpoint(config.embedder):
-            self.embedder, self.token_map = embedder_sizes(config)
-            t5 = config.model.t5
-            if not config.initial_t5:
-                vocab_size = config.data.vocabulary_size or self.embedder.encoder.vocab_size
-                t5 = dataclasses.replace(t5, vocab_size=vocab_size)
-            width, states = self.embedder.width, self.embedder.state_width
-            self.model = dataclasses.replace(config.model, t5=t5, embedding_width=width, state_width=states)
+    def __init__(self, config: Config, devices: Sequence[jax.Device]) -> None:
+        self.config = config
+        self.mesh = layouts.make_mesh(dataclasses.replace(config.mesh, slices=0), devices)
+        self.model, self.embedder, self.token_map = recipe_sizes(config)
         # Chips that share a network's weights while decoding do the same on the same rows.
         self.sharing = self.mesh.shape["model"] if config.mesh.decode == "model" else 1
 
@@ -159,31 +176,64 @@ class _Recipe:
     def _work(self, run: Callable, *arguments: Any) -> np.ndarray:
         return work(jax.make_jaxpr(run)(*arguments).jaxpr, self.model.max_length)
 
-    def train(self, stage: Stage) -> Report:
-        """The training step of a stage, at the recipe's batch size and the longest texts."""
+    def _stage(self, stage: Stage) -> tuple[Callable[[ModelConfig], Callable], training.TrainState, Any]:
+        """A stage's step for a model's config, its state (not yet laid out) and what it reads beside."""
         settings: StageConfig = getattr(self.config, stage)
-        rows, cut, n = settings.batch_size, self.mesh.shape["model"], self.topology.num_slices
         shared = self.config.shared_table and stage == "corrector"
         optimizer, params = make_optimizer(settings.optimizer, settings.num_steps, shared), self._network(stage)
-        frozen = self._frozen(stage != "inverter" and not self.config.data.hypotheses)
 
         def step_of(model: ModelConfig) -> Callable:
             options = self.config.partial_hypotheses, self.config.edited_hypotheses, self.config.mesh.decode
             task = training.Task(stage, model, self.embedder, self.token_map, *options, shared)
             return training.make_step(task.loss, optimizer, settings.optimizer.accumulate_steps, self.config.seed)
 
-        state = training.TrainState(_array((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+        zero = _array((), jnp.int32)
+        state = training.TrainState(zero, params, jax.eval_shape(optimizer.init, params), zero)
+        return step_of, state, self._frozen(stage != "inverter" and not self.config.data.hypotheses)
+
+    def train_work(self, stage: Stage, rows: int, state: Any = None) -> tuple[np.ndarray, float]:
+        """[FLOPs, bytes] of a device's step on `rows` texts, and its FLOPs without recomputation.
+
+        Everything of the state, laid out if it is given, is read and written, once, beside what the products read.
+        """
+        step_of, new, frozen = self._stage(stage)
+        local = state or new, frozen, self._batch(stage, rows)
+        once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
+        run = self._work(step_of(self.model), *local) / self.mesh.shape["model"]
+        flops = float(self._work(step_of(once), *local)[0]) / self.mesh.shape["model"]
+        return run + (0, _bytes_a_chip((local[0], local[0], frozen))), flops
+
+    def loop_work(self, beam: int, num_steps: int, rows: int) -> np.ndarray:
+        """[FLOPs, bytes] of a device's correction loop for `rows` embeddings."""
+        e = _array((rows, self.model.embedding_width), jnp.float32)
+        return loop_work(*self._loop(beam), e, num_steps, self.model.max_length)
+
+    def _loop(self, beam: int) -> tuple[CorrectionLoop, dict[str, Any]]:
+        assert self.embedder is not None and self.token_map is not None
+        frozen = self._frozen(False)
+        params = {"embedder": frozen.embedder, "pieces": frozen.vocab_map}
+        params |= {stage: self._network(stage, decoding=True) for stage in ("inverter", "corrector")}
+        return recipe_loop(self.model, self.embedder, self.token_map, beam), params
+
+
+class _Recipe(RecipeShapes):
+    """The programs of a recipe, compiled for a topology."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__(config, topology.devices)
+        self.topology = topology
+
+    def train(self, stage: Stage) -> Report:
+        """The training step of a stage, at the recipe's batch size and the longest texts."""
+        rows, n = getattr(self.config, stage).batch_size, self.topology.num_slices
+        step_of, state, frozen = self._stage(stage)
         program, shardings = training.shard_step(step_of(self.model), self.mesh, state, stage)
         state = _placed(state, shardings)
-        local = state, frozen, self._batch(stage, rows * cut // self.mesh.size)
-        once = dataclasses.replace(self.model, t5=dataclasses.replace(self.model.t5, remat="none"))
-        # Everything of the state is read and written, once, beside what the matrix products read.
-        run = self._work(step_of(self.model), *local) / cut + (0, _bytes_a_chip((state, state, frozen)))
-        flops = self._work(step_of(once), *local)[0] / cut
+        run, flops = self.train_work(stage, rows * self.mesh.shape["model"] // self.mesh.size, state)
         # Between n slices, a ring over each chip's share of the gradients; the chips that hold the same share split it.
-        between = 2 * (n - 1) / n * _bytes_a_chip(params) / (self.mesh.shape["data"] // n)
+        between = 2 * (n - 1) / n * _bytes_a_chip(state.params) / (self.mesh.shape["data"] // n)
         arguments = state, frozen, _placed(self._batch(stage, rows), layouts.batch_sharding(self.mesh))
-        parts = {"params": params, "optimizer": state.optimizer, "frozen": frozen}
+        parts = {"params": state.params, "optimizer": state.optimizer, "frozen": frozen}
         return self._report(f"train {stage}", program, arguments, rows, parts, run, flops, between)
 
     def hypotheses(self) -> Report:
@@ -202,20 +252,11 @@ class _Recipe:
     def correct(self, beam: int) -> Report:
         """One step of the correction loop, laid out as a training run's evaluation has it."""
         layout, one = self.config.mesh.decode, _array((), jnp.int32)
-        assert self.embedder is not None and self.token_map is not None
-        loop = CorrectionLoop(
-            initial_hypotheses(self.model),
-            (propose_corrections(self.model, "best"),),
-            shared_embedder(self.embedder, self.token_map),
-            CorrectionSettings(sequence_beam_width=beam),
-        )
-        frozen = self._frozen(False)
-        params = {"embedder": frozen.embedder, "pieces": frozen.vocab_map}
-        params |= {stage: self._network(stage, decoding=True) for stage in ("inverter", "corrector")}
+        loop, params = self._loop(beam)
 
         def rows_of(count: int) -> Any:
             e = _array((count, self.model.embedding_width), jnp.float32)
-            return e, jax.eval_shape(loop.first_beam, params, e, one)
+            return e, jax.eval_shape(loop.first_beam, params, e, one, one)
 
         counted = self._work(loop.step, params, *rows_of(ROWS_A_CHIP), one, one) / self.sharing
         rows = ROWS_A_CHIP * self.mesh.size // self.sharing

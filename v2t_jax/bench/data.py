@@ -5,13 +5,15 @@ put on the device and waited for. The files may be in the operating system's cac
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from v2t_jax.bench import num_cores, show, turn
+from v2t_jax.bench.command import Measurement
+from v2t_jax.bench.measure import Row, num_cores, row_of, turn
 from v2t_jax.config import BuildSettings
 from v2t_jax.data.batches import Batches, Batching
 from v2t_jax.data.build import build
@@ -22,8 +24,8 @@ from v2t_jax.embedders.load import load_tokenizer
 from v2t_jax.errors import InputError
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, kw_only=True)
+class Data(Measurement):
     """Time a built data set's way from disk to device, without vectors and with them."""
 
     num_texts: int = 400_000
@@ -36,19 +38,19 @@ class Data:
     folder: str | None = (
         None  # where the data set is built, or found from an earlier run; by default a temporary folder
     )
-    json: bool = False  # print one JSON document per measurement and nothing else
 
-    def run(self) -> None:
+    def rows(self) -> Iterator[Row]:
         if min(self.num_texts, self.batch_size, self.bucket_width) < 1 or self.max_length < 4:
             raise InputError("num_texts, batch_size and bucket_width must be at least 1, max_length at least 4.")
         with tempfile.TemporaryDirectory() as temporary:
-            dataset = self.built(Path(self.folder or temporary))
-            self.read(dataset)
+            dataset, row = self.built(Path(self.folder or temporary))
+            yield row
+            yield self.read(dataset)
             if self.vector_width:
-                self.read(dataset, write_vectors(dataset, self.vector_width))
+                yield self.read(dataset, write_vectors(dataset, self.vector_width))
 
-    def built(self, folder: Path) -> TokenDataset:
-        """Builds the data set, or finds it."""
+    def built(self, folder: Path) -> tuple[TokenDataset, Row]:
+        """Builds the data set, or finds it; once, since that takes long."""
         source, tokenizer = folder / "texts.txt", load_tokenizer(self.embedder)
         if not source.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,27 +58,26 @@ class Data:
         found: list[TokenDataset] = []
         target, cores = folder / "built", num_cores()
         took = turn(lambda: found.append(build([str(source)], target, tokenizer, BuildSettings(), cores)))
-        show(f"building {len(found[0])} texts", self.num_texts, [took], self.json)
-        return found[0]
+        return found[0], row_of(f"building {len(found[0])} texts", [took], self.num_texts)
 
-    def read(self, dataset: TokenDataset, *columns: Column) -> None:
+    def read(self, dataset: TokenDataset, *columns: Column) -> Row:
         """From disk to the device over an epoch or `steps`, the first batch's wait included."""
         lengths = tuple(sorted(range(self.max_length, 3, -self.bucket_width)))
         batches = Batches([dataset], Batching(self.batch_size, self.max_length, lengths), columns=columns)
-        sizes: list[tuple[int, int, int]] = []
+        sizes: dict[int, tuple[int, int, int]] = {}
 
         def run() -> None:
             for step in range(self.steps or batches.steps_per_epoch):
                 ids = batches(step)
                 jax.block_until_ready(jax.device_put((ids, batches.columns(step))))
-                sizes.append((len(ids), ids.size, int(np.count_nonzero(ids))))
+                sizes[step] = len(ids), ids.size, int(np.count_nonzero(ids))
 
-        took = turn(run)
+        turns = [turn(run) for _ in range(self.repeats)]
         batches.close()
-        rows, positions, tokens = (sum(size) for size in zip(*sizes, strict=True))
+        rows, positions, tokens = (sum(size) for size in zip(*sizes.values(), strict=True))
         with_vectors = f"with float16 vectors of {self.vector_width}" if columns else "without vectors"
         name = f"disk to device, {rows} texts {with_vectors}, padding {1 - tokens / positions:.1%}"
-        show(name, rows, [took], self.json)
+        return row_of(name, turns, rows, tokens)
 
 
 def write_texts(file: Path, count: int) -> None:

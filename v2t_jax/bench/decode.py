@@ -2,46 +2,56 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v2t_jax.bench import report
-from v2t_jax.config import T5_SIZES, T5Config
+from v2t_jax.bench.command import Measurement
+from v2t_jax.bench.measure import Row, compile_program, measure
+from v2t_jax.config import T5_SIZES, Dtype, T5Config
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import EOS, Cache
 from v2t_jax.errors import check_whole
 from v2t_jax.models.layers import Params
-from v2t_jax.models.t5 import T5, unstack_decoder
+from v2t_jax.models.t5 import T5, round_weights, unstack_decoder
 
-T5_BASE = dataclasses.replace(T5_SIZES["t5-base"], dropout_rate=0.0)
+Size = Literal["t5-small", "t5-base", "t5-large"]
 
 
-@dataclass(frozen=True)
-class Decode:
-    """Times greedy decoding of a T5-base-sized model with random float32 weights."""
+@dataclass(frozen=True, kw_only=True)
+class Decode(Measurement):
+    """Time greedy decoding of a T5 with random weights."""
 
+    size: Size = "t5-base"
     batch_size: tuple[int, ...] = (1, 32)  # batch sizes to time, one after the other
     num_tokens: int = 32  # generated tokens per row
     source_length: int = 16  # encoder tokens per row
-    repeats: int = 3
-    json: bool = False  # print one JSON document per batch size and nothing else
+    dtype: Dtype = "float32"  # of the arithmetic
 
     def __post_init__(self) -> None:
         check_whole("num_tokens", self.num_tokens, 1)
         check_whole("source_length", self.source_length, 1)
         check_whole("batch_size", min(self.batch_size, default=0), 1)
 
-    def run(self) -> None:
-        params = unstack_decoder(T5(T5_BASE).init_params(jax.random.key(0)))
+    def rows(self) -> Iterator[Row]:
+        config = sized(self.size, self.dtype)
+        params = unstack_decoder(round_weights(config, T5(config).init_params(jax.random.key(0))))
         jitted = jax.jit(generate, static_argnums=(0, 3))
         for size in self.batch_size:
-            ids = jnp.asarray(source_ids(T5_BASE, size, self.source_length), jnp.int32)
-            name = f"greedy decoding of {self.num_tokens} tokens, T5-base, batch {size}"
-            call = functools.partial(jitted, T5_BASE, params, ids, self.num_tokens)
-            report(name, size, call, self.repeats, self.json)
+            ids = jnp.asarray(source_ids(config, size, self.source_length), jnp.int32)
+            name = f"greedy decoding of {self.num_tokens} tokens, {self.size}, {self.dtype}, batch {size}"
+            program = compile_program(jitted, config, params, ids, self.num_tokens, while_turns=self.num_tokens)
+            call = functools.partial(program.run, params, ids)
+            yield measure(name, call, self.repeats, size, size * self.num_tokens, program, self.dtype)
+
+
+def sized(size: str, dtype: Dtype = "float32") -> T5Config:
+    """A published size of T5 without dropout."""
+    return dataclasses.replace(T5_SIZES[size], dropout_rate=0.0, dtype=dtype)
 
 
 def source_ids(config: T5Config, batch_size: int, length: int) -> np.ndarray:

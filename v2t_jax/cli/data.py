@@ -29,7 +29,7 @@ class Build:
     json: bool = False  # print a JSON document instead of text
 
     def run(self) -> None:
-        from v2t_jax.bench import num_cores
+        from v2t_jax.bench.measure import num_cores
         from v2t_jax.data.build import build
         from v2t_jax.data.vocabulary import read_tokenizer
         from v2t_jax.embedders.load import load_tokenizer

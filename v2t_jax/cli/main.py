@@ -41,7 +41,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure speed, and compile for TPUs that aren't here."""
+    """Measure speed, compile for TPUs that aren't here, and estimate how long training takes."""
 
 
 # Data, Train and Bench are listed here, and parsed by `parse`.
