@@ -179,7 +179,11 @@ def _results(inverter: InversionPipeline, e: np.ndarray, found: Correction, mode
     """Results for the first n targets e [n, E]; cosines are of the texts, which the embedder's own tokenizer reads."""
     n, steps = len(e), found.trace_ids.shape[1]
     texts = inverter.vocabulary.decode(found.trace_ids[:n].reshape(n * steps, -1))
-    values = cosines(embed_decoded(inverter, texts), np.repeat(e, steps, axis=0))
+    values = found.trace_similarity[:n].ravel()
+    if inverter.shares_vocabulary:  # otherwise hypotheses were embedded as texts
+        places = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # steps repeat the best so far
+        vectors = embed_decoded(inverter, [*places])[[places[text] for text in texts]]
+        values = cosines(vectors, np.repeat(e, steps, axis=0))
     results = []
     for row, first in enumerate(range(0, n * steps, steps)):
         best, trace = first, []
