@@ -28,7 +28,7 @@ BUDGETS = {
     "embedders": 1367,
     "eval": 505,
     "interop": 894,
-    "inversion": 1974,
+    "inversion": 2003,
     "models": 1424,
     "parallel": 550,
     "stores": 1104,

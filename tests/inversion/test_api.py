@@ -70,9 +70,11 @@ def test_each_device_has_its_share_of_the_vectors(model: InversionPipeline, vect
 
 def test_few_texts_share_a_compiled_shape(model: InversionPipeline, vectors: np.ndarray) -> None:
     loop = model.correction_loop(1, "best")
-    for count in (2, 5, 8):
+    for count in (5, 8, 6):
         recover(model, vectors[:count], num_steps=1, sequence_beam_width=1, batch_size=None)
     assert loop.run._cache_size() == 1
+    recover(model, vectors[:3], num_steps=1, sequence_beam_width=1, batch_size=None)  # few enough to be worth another
+    assert loop.run._cache_size() == 2
 
 
 def test_weights_are_prepared_once(folder: Path, vectors: np.ndarray) -> None:

@@ -310,17 +310,21 @@ def test_upstream_mode_is_the_originals_selection(params, targets, propose, widt
 
 
 def test_first_pool_of_upstream_mode_is_the_children_of_one_hypothesis(params, targets):
+    rows = []
+
     def propose_by_row(params, given, k):
-        """As if rounding decided: copies of one hypothesis get other children."""
-        ids = given.ids
-        token = 2 + (jnp.arange(ids.shape[0])[:, None] % 3) * 3 + jnp.arange(k)[None]
-        return jnp.repeat(ids[:, None], k, axis=1).at[:, :, 0].set(token)
+        """As if rounding decided: copies of one hypothesis would get other children."""
+        rows.append(len(given.ids))
+        copy = jnp.arange(len(given.ids)) % (len(given.ids) // BATCH)
+        token = 2 + copy[:, None] * 3 + jnp.arange(k)[None]
+        return jnp.repeat(given.ids[:, None], k, axis=1).at[:, :, 0].set(token)
 
     loop = make_loop(propose_by_row, mode="upstream", sequence_beam_width=3)
     e = jnp.asarray(targets)
     beam = jax.jit(loop.first_beam)(params, e, len(e), 1)
     beam = jax.jit(loop.step)(params, e, beam, jnp.int32(1), jnp.int32(1))
     np.testing.assert_array_equal(np.sort(beam.pool.ids[:, :, 0], axis=1), [[2, 3, 4]] * BATCH)
+    assert set(rows) == {BATCH, 3 * BATCH}  # of the first step, in which copies aren't decoded, and of others
 
 
 def test_candidates_of_all_proposers_compete(params, targets):
@@ -404,7 +408,7 @@ def test_an_embedder_without_vectors_ends_the_loop(params, targets):
 
     def broken_later(params, ids):
         jax.debug.callback(lambda: calls.append(1))
-        return jnp.where(len(ids) == BATCH * 16, jnp.nan, embed(params, ids))
+        return jnp.where(len(ids) > BATCH, jnp.nan, embed(params, ids))
 
     for mode, steps_run in (("best", 0), ("upstream", 1)):  # upstream: the first guess alone has an embedding
         loop = CorrectionLoop(hypothesize, (propose_hashed,), broken_later, CorrectionSettings(mode=mode))

@@ -16,7 +16,7 @@ from v2t_jax.decode.state import EOS
 from v2t_jax.embedders.base import JaxEmbedder
 from v2t_jax.embedders.black_box import CallableEmbedder
 from v2t_jax.errors import InputError
-from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Hypotheses, Pool
+from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings, Hypotheses
 from v2t_jax.inversion.edits import (
     KEEP,
     NETWORKS_WEIGHT,
@@ -30,6 +30,7 @@ from v2t_jax.inversion.edits import (
     word_ranks,
 )
 from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.inversion.pool import Pool
 from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.encoders import encoder_network
 from v2t_jax.models.inverter import Inverter

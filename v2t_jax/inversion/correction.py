@@ -23,6 +23,7 @@ from jax import Array, lax
 
 from v2t_jax.decode.state import EOS, PAD, truncate_after_eos
 from v2t_jax.errors import InputError, check_whole
+from v2t_jax.inversion.pool import Pool, keep_distinct, nothing_ranked, take
 from v2t_jax.parallel.processes import fetch
 
 MOST_STEPS = 100_000
@@ -88,15 +89,6 @@ class Correction(NamedTuple):
     trace_similarity: np.ndarray  # [B, N + 1] float32
     trace_calls: np.ndarray  # [B, N + 1] int32, texts that the embedder was given; a gradient counts as 3
     steps_run: int  # steps executed, at most N
-
-
-class Pool(NamedTuple):
-    """P hypotheses of each target; one of similarity -inf only fills the shape and is never expanded."""
-
-    ids: Array  # [B, P, L] int32, pad after end
-    embedding: Array  # [B, P, E] float32
-    similarity: Array  # [B, P] float32
-    expanded: Array  # [B, P] bool, its candidates have been made
 
 
 class Beam(NamedTuple):
@@ -249,7 +241,7 @@ class CorrectionLoop:
 
     def _ended(self, pool: Pool) -> Array:
         """[B]: nothing can improve on a row, in mode "best"."""
-        return self._solved(pool.similarity[:, 0]) | _nothing_ranked(pool)
+        return self._solved(pool.similarity[:, 0]) | nothing_ranked(pool)
 
     def first_beam(self, params: Params, e: Array, rows: Array, num_steps: Array) -> Beam:
         """The beam before any step; `num_steps` decides whether first guesses are cut to be corrected."""
@@ -264,8 +256,8 @@ class CorrectionLoop:
         if upstream:
             # The original starts from one hypothesis; its copies become fillers, whose candidates do not count.
             pool = Pool(*(jnp.repeat(x, width, axis=1) for x in pool))
-        kept = _keep_distinct(pool, width if upstream else MEMORY * width)
-        done = _nothing_ranked(pool) if upstream else self._ended(kept)
+        kept = keep_distinct(pool, width if upstream else MEMORY * width)
+        done = nothing_ranked(pool) if upstream else self._ended(kept)
         zero = jnp.zeros(e.shape[0], jnp.int32)
         return Beam(kept, step=zero, stale=zero, done=done, calls=zero + ids.shape[1])
 
@@ -273,13 +265,16 @@ class CorrectionLoop:
         """One round of correction of every row that isn't done."""
         width = self.settings.sequence_beam_width
         if self.settings.mode == "upstream":
-            children = self._children(params, e, beam.pool)
+            if width > 1:  # the first step has one parent
+                children = lax.cond(step == 1, self._first_children, self._children, params, e, beam.pool)
+            else:
+                children = self._children(params, e, beam.pool)
             if self._rank is not None and width > 1:
                 in_order = jnp.arange(children.ids.shape[1], dtype=jnp.int32)[None]
-                children = _take(children, jnp.where(step == num_steps, in_order, self._rank(children.similarity)))
-            done = beam.done | _nothing_ranked(children)
+                children = take(children, jnp.where(step == num_steps, in_order, self._rank(children.similarity)))
+            done = beam.done | nothing_ranked(children)
             calls = beam.calls + width**2
-            return Beam(_keep_distinct(children, width), jnp.full_like(beam.step, step), beam.stale, done, calls)
+            return Beam(keep_distinct(children, width), jnp.full_like(beam.step, step), beam.stale, done, calls)
         return self._expanded(params, e, beam, step, width, self._children, width**2)
 
     def edit(self, params: Params, e: Array, beam: Beam, step: Array, num_steps: Array) -> Beam:
@@ -306,17 +301,17 @@ class CorrectionLoop:
         # The proposers are deterministic: a second time they would make the same children.
         unexpanded = jnp.where(beam.pool.expanded, -jnp.inf, beam.pool.similarity)
         index = lax.top_k(unexpanded, width)[1]
-        children = expand(params, e, _take(beam.pool, index))
+        children = expand(params, e, take(beam.pool, index))
         chosen = jnp.any(index[:, :, None] == jnp.arange(memory)[None, None], axis=1)
         held = beam.pool._replace(expanded=beam.pool.expanded | chosen)
         # What is held comes first: a child that repeats it is the duplicate, and among ties the older stays. What was
         # expanded and then dropped can't come back: by then all that is held lies nearer.
         pool = Pool(*(jnp.concatenate(pair, axis=1) for pair in zip(held, children, strict=True)))
-        kept = _keep_distinct(pool, memory)
+        kept = keep_distinct(pool, memory)
         better = kept.similarity[:, 0] > beam.pool.similarity[:, 0]
         stale = jnp.where(better, 0, beam.stale + 1)
         exhausted = jnp.all(kept.expanded | (kept.similarity == -jnp.inf), axis=1)
-        done = exhausted | self._solved(kept.similarity[:, 0]) | _nothing_ranked(children)
+        done = exhausted | self._solved(kept.similarity[:, 0]) | nothing_ranked(children)
         if self.settings.patience:
             done |= stale >= self.settings.patience
         moved = Beam(kept, jnp.where(better, step, beam.step), stale, done, beam.calls + calls)
@@ -335,16 +330,24 @@ class CorrectionLoop:
         embed = self._embed if self.edit_rows is None else self.trimmed
         return self._edit(params, given, lambda candidates: self._pool(params, e, candidates, childless, embed))
 
-    def _children(self, params: Params, e: Array, parents: Pool) -> Pool:
-        """The candidates of every proposer for parents [B, W]."""
+    def _children(self, params: Params, e: Array, parents: Pool, most: int | None = None) -> Pool:
+        """The candidates of every proposer for parents [B, P]: each makes `most` of each parent, or P."""
         batch, width, length = parents.ids.shape
         rows = [x.reshape(batch * width, *x.shape[2:]) for x in (parents.ids, parents.embedding, parents.similarity)]
         hypotheses = Hypotheses(jnp.repeat(e, width, axis=0), *rows)
-        ids = jnp.concatenate([propose(params, hypotheses, width) for propose in self._proposers], axis=1)
+        ids = jnp.concatenate([propose(params, hypotheses, most or width) for propose in self._proposers], axis=1)
         each = ids.shape[1]
         ids = truncate_after_eos(ids.reshape(batch, width * each, length).astype(jnp.int32))
         childless = parents.expanded | (parents.similarity == -jnp.inf)  # fillers repeat the first
         return self._pool(params, e, ids, absent=jnp.repeat(childless, each, axis=1))
+
+    def _first_children(self, params: Params, e: Array, parents: Pool) -> Pool:
+        """As `_children` where all parents but the first are fillers, which aren't decoded then."""
+        width = parents.ids.shape[1]
+        found = self._children(params, e, Pool(*(x[:, :1] for x in parents)), width)
+        missing = (width - 1) * found.ids.shape[1]
+        filled = Pool(*(jnp.concatenate([x, jnp.repeat(x[:, :1], missing, axis=1)], axis=1) for x in found))
+        return filled._replace(similarity=filled.similarity.at[:, -missing:].set(-jnp.inf))
 
     def trimmed(self, params: Params, ids: Array) -> Array:
         """Embeddings of edited texts. The longest of them decides how many tokens the embedder is given of each."""
@@ -362,36 +365,3 @@ class CorrectionLoop:
         similarity = self._similarity(embedding, e[:, None, :])
         similarity = jnp.where(absent | jnp.isnan(similarity), -jnp.inf, similarity)
         return Pool(ids, embedding, similarity, jnp.zeros(similarity.shape, bool))
-
-
-def _nothing_ranked(pool: Pool) -> Array:
-    """[B]: no candidate of a row has an embedding."""
-    return jnp.all(pool.similarity == -jnp.inf, axis=1)
-
-
-def _keep_distinct(pool: Pool, width: int) -> Pool:
-    """The `width` best distinct hypotheses of each pool, the first among equals; then fillers: the best, with -inf."""
-    present = pool.similarity > -jnp.inf
-    duplicate = repeats(pool.ids, present)
-    size = min(width, pool.ids.shape[1])
-    top, index = lax.top_k(jnp.where(present & ~duplicate, pool.similarity, -jnp.inf), size)
-    missing = ((0, 0), (0, width - size))
-    top, index = jnp.pad(top, missing, constant_values=-jnp.inf), jnp.pad(index, missing)
-    filler = (top == -jnp.inf) & (jnp.arange(width) > 0)[None]
-    kept = _take(pool, jnp.where(filler, index[:, :1], index))
-    return kept._replace(similarity=jnp.where(filler, -jnp.inf, kept.similarity))
-
-
-def repeats(ids: Array, present: Array) -> Array:
-    """[B, P]: which of ids [B, P, L] equal one before them that is `present`."""
-    weights = jnp.asarray(np.random.default_rng(0).integers(1, 1 << 32, ids.shape[-1], np.uint32) | np.uint32(1))
-    hashes = jnp.sum(ids.astype(jnp.uint32) * weights[None, None], axis=-1)
-    order = jnp.lexsort((~present, hashes))  # stable, and equals adjoin
-    in_order = jnp.take_along_axis(ids, order[..., None], axis=1)
-    same = jnp.all(in_order[:, 1:] == in_order[:, :-1], axis=-1)
-    back = jnp.argsort(order)
-    return jnp.take_along_axis(jnp.pad(same, ((0, 0), (1, 0))), back, axis=1)
-
-
-def _take(pool: Pool, index: Array) -> Pool:
-    return Pool(*(jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1) for x in pool))

@@ -17,7 +17,8 @@ from jax import Array
 
 from v2t_jax.config import ModelConfig
 from v2t_jax.decode.state import EOS, PAD, arranged
-from v2t_jax.inversion.correction import Edit, Hypotheses, Look, Params, Pool, cosine_similarity, repeats
+from v2t_jax.inversion.correction import Edit, Hypotheses, Look, Params, cosine_similarity
+from v2t_jax.inversion.pool import Pool, repeats
 from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, token_gradient
 from v2t_jax.models.inverter import Inverter

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from v2t_jax.config import ModelConfig
 from v2t_jax.data.vocabulary import Vocabulary
@@ -30,7 +30,13 @@ def embed_hypotheses(
 
     def embed_text(params: Any, ids: Array) -> Array:
         token_ids, mask = tokens(ids)
-        return jnp.where(mask[:, :1] < 0, jnp.nan, embed(embedder.config, params["embedder"], token_ids, mask))
+        # There is room for texts of twice as many tokens as the model's; the longest decides how many are embedded.
+        lengths = [-(-mask.shape[1] * quarters // 4) for quarters in (2, 3, 4)]
+        embeds = [
+            lambda *given, n=n: embed(embedder.config, params["embedder"], *(x[:, :n] for x in given)) for n in lengths
+        ]
+        e = lax.switch(sum(jnp.any(mask[:, n:] > 0) for n in lengths[:-1]), embeds, token_ids, mask)
+        return jnp.where(mask[:, :1] < 0, jnp.nan, e)
 
     return embed_text, host.check
 
