@@ -195,13 +195,18 @@ def test_the_commands(
         assert {row["known_pairs"] for row in found["rows"]} == {None, 3, 20}
 
 
-def test_collisions_finds_the_nearest_two(model: InversionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collisions_finds_the_nearest_two(
+    model: InversionPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(study, "SEEDS", 1)
     monkeypatch.setattr(study, "evaluation_texts", lambda *_, **__: ["the red cat", "a dog", "the boat"])
     found = study.collisions(model, 40)
     first, second = found["nearest"]
     e = unit(model.embedder.embed([first, second])).astype(np.float64)
     assert found["distance"] == pytest.approx(float(np.linalg.norm(e[0] - e[1])), abs=1e-6)
+    assert len(found["distances"]) == 3 and min(found["distances"]) == found["distance"] < found["median"]
+    study.plot_collisions(found, tmp_path / "plot.svg", "toy")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
     assert found["texts"] == 3 * 14 and first != second and found["shared"] == 0
     with pytest.raises(InputError, match="edits is 1"):
         study.collisions(model, 1)

@@ -81,9 +81,10 @@ class Study:
         model = load(self.model)
         if self.what == "collisions":
             found = study.collisions(model, self.edits)
-            said = (
-                "{texts:,} texts; the nearest two, {nearest}, are {distance:.2g} apart; {shared} pairs share a vector"
-            )
+            if self.plot is not None:
+                study.plot_collisions(found, Path(self.plot), f"{model.name}: {found['texts']:,} edits of texts")
+            said = "{texts:,} texts; the nearest two, {nearest}, are {distance:.2g} apart, of a text in the middle "
+            said += "{median:.2g}; {shared} pairs share a vector"
             print(json.dumps(found, indent=1) if self.json else said.format(**found))
             return
         rows: Any = {"length": study.by_length, "width": study.by_width, "noise": study.by_noise}[self.what](

@@ -62,27 +62,47 @@ def by_noise(model: InversionPipeline, limit: int, budget: int) -> list[dict[str
 
 
 def collisions(model: InversionPipeline, count: int) -> dict[str, Any]:
-    """The nearest two of `count` texts that come from `SEEDS` texts by one or two edits; pairs of one origin."""
+    """The nearest two of `count` texts that come from `SEEDS` texts by one or two edits; pairs of one origin.
+
+    "distances" [SEEDS] has the least of each origin's.
+    """
     if count < 2 * SEEDS:
         raise InputError(f"edits is {count}; give {2 * SEEDS} or more.")
     origins = evaluation_texts(model, limit=SEEDS)
     words = sorted({word for text in evaluation_texts(model) for word in text.split()})
-    nearest, shared, made = (2.0, "", ""), 0, 0
+    nearest, shared, made, distances = (2.0, "", ""), 0, 0, list[float]()
     with progress.bar(count, "embedding edits", unit="texts") as update:
         for i, origin in enumerate(origins):
             texts = [origin, *edits(origin, words, count // len(origins), random.Random(i))]
-            e = unit(model.embedder.embed(texts)).astype(np.float64)
+            e, least = unit(model.embedder.embed(texts)).astype(np.float64), 2.0
             for first in range(0, len(e), 1024):
                 # Of unit vectors; 1 - cosine loses nothing here, as the products are summed in float64.
                 distance = np.sqrt(np.maximum(2 - 2 * (e[first : first + 1024] @ e.T), 0))
                 distance[np.arange(len(distance)), np.arange(first, first + len(distance))] = 2
                 shared += int((distance < 1e-6).sum())
                 row, column = np.unravel_index(distance.argmin(), distance.shape)
+                least = min(least, float(distance[row, column]))
                 if distance[row, column] < nearest[0]:
                     nearest = float(distance[row, column]), texts[first + row], texts[column]
+            distances.append(least)
             made += len(texts)
             update(min(made, count))
-    return {"texts": made, "distance": nearest[0], "nearest": nearest[1:], "shared": shared // 2}
+    found = {"texts": made, "distance": nearest[0], "nearest": nearest[1:], "shared": shared // 2}
+    return found | {"median": float(np.median(distances)), "distances": distances}
+
+
+def plot_collisions(found: dict[str, Any], file: Path, title: str) -> None:
+    """How many texts have their nearest two edits at which distance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(found["distances"], bins=30)
+    axis.axvline(1e-6, color="black", linestyle=":")
+    axis.annotate("float32's error", (1e-6, 0), xytext=(4, 60), textcoords="offset points", rotation=90, fontsize=8)
+    axis.set(xlabel="distance of the nearest two of a text's edits", ylabel="texts", xlim=(-0.01, None))
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
 
 
 def edits(origin: str, words: Sequence[str], count: int, draw: random.Random) -> list[str]:
