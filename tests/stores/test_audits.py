@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.store_rows import hashes
-from v2t_jax.audit import report
+from v2t_jax.audit import personal_data, report
 from v2t_jax.audit.personal_data import detector, joined
 from v2t_jax.audit.run import Settings, audit
 from v2t_jax.data.split import read_texts
@@ -96,3 +96,17 @@ def test_presidio_finds_what_patterns_do() -> None:
     for text, kind in (("john . smith @ example . com", "email_address"), ("card 4111 1111 1111 1111", "credit_card")):
         assert kind in {kind for kind, _ in detector().find(joined(text))}
     assert not detector().find("the red house near the river")
+
+
+def test_names_are_found_by_spacy_where_it_has_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a toy model, as the real ones aren't on the package index: lower-case texts are given capitals first."""
+    import spacy
+
+    language = spacy.blank("en")
+    language.add_pipe("entity_ruler").add_patterns([{"label": "PERSON", "pattern": "Anna Smith"}])  # type: ignore[attr-defined]
+    monkeypatch.setattr(spacy.util, "get_installed_models", lambda: ["en_toy"])
+    monkeypatch.setattr(spacy, "load", lambda _: language)
+    people, whose = personal_data._names()
+    assert whose == ", names by en_toy"
+    assert people("call anna smith") == people("Call Anna Smith") == {("person", "annasmith")}
+    assert not people("the red house")
