@@ -19,7 +19,7 @@ MOST_LINES_OF_A_FUNCTION = 80
 BUDGETS = {
     "": 540,  # __init__, config, errors, progress
     "assets": 50,
-    "audit": 644,
+    "audit": 650,
     "bench": 1441,
     "cli": 1301,
     "data": 2515,

@@ -4,7 +4,7 @@ import functools
 import ipaddress
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Found = set[tuple[str, str]]  # kind, and the value in a form that can be compared
 
@@ -14,6 +14,7 @@ class Detector(NamedTuple):
     find: Callable[[str], Found]
 
 
+SHORTEST_ID = 7  # characters
 # Texts of a store are anybody's: each pattern takes time in proportion to the text, whatever that is.
 _PATTERNS = {
     "email": r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
@@ -45,6 +46,11 @@ def detector() -> Detector:
         return sure | people(text)
 
     return Detector(f"Presidio's pattern recognizers{whose}", find)
+
+
+def in_id(one: Any) -> Found:
+    """Personal data in a record's id; short ones are numbers and keys, some of which would pass for phones."""
+    return detector().find(str(one)) if len(str(one)) >= SHORTEST_ID else set()
 
 
 def _names() -> tuple[Callable[[str], Found], str]:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from v2t_jax import __version__
-from v2t_jax.audit.personal_data import detector
+from v2t_jax.audit.personal_data import in_id
 from v2t_jax.audit.run import PROVEN, SURE, is_proven
 
 INVERSION, CLEARTEXT = "CWE-200/embedding-inversion", "CWE-200/cleartext-payload"
@@ -66,7 +66,7 @@ def mask(text: Any) -> str:
 
 def hidden(one: Any) -> str:
     """A record's id, masked if it holds personal data."""
-    return mask(one) if detector().find(str(one)) else str(one)
+    return mask(one) if in_id(one) else str(one)
 
 
 def redacted(report: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from v2t_jax import progress
-from v2t_jax.audit.personal_data import detector, joined
+from v2t_jax.audit.personal_data import detector, in_id, joined
 from v2t_jax.data.dataset import write_json
 from v2t_jax.data.readers import read_lines
 from v2t_jax.data.vector_file import VectorFile, is_text
@@ -129,7 +129,7 @@ def in_clear(rows: VectorFile) -> dict[str, Any]:
             texts, ids = (column or [None] * len(part.vectors) for column in (part.texts, part.ids))
             for one, text, beside in zip(ids, texts, part.metadata or itertools.repeat({}), strict=False):
                 fields = beside | ({} if text is None else {"text": text})
-                if detector().find(str(one)):  # otherwise a number or a key, which tells nothing
+                if in_id(one):
                     fields |= {"id": one}
                 told = {name: str(value) for name, value in fields.items() if value not in (None, "")}
                 counts.update(told.keys())
