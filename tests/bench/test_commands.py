@@ -1,7 +1,6 @@
 """The commands of `v2t bench` beside decode and train: what they print, compare and estimate."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import pytest
 
+from tests.helpers.command_line import status_of
 from tests.helpers.tiny_model import make_model
 from v2t_jax.bench.command import Measurement
 from v2t_jax.bench.compare import compare
@@ -19,7 +19,6 @@ from v2t_jax.bench.estimate import Hardware, estimate, hardware
 from v2t_jax.bench.measure import Row, measure
 from v2t_jax.bench.peaks import Peak
 from v2t_jax.cli import bench
-from v2t_jax.cli import main as cli
 from v2t_jax.config import T5_SIZES, T5Config, load_recipe
 from v2t_jax.errors import InputError
 
@@ -46,18 +45,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(models: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `v2t bench ARGUMENTS`; `M/` in an argument is the folder of models."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         real = [argument.replace("M/", f"{models}/") for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["v2t", "bench", *real])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
+        return status_of("bench", *real), *capsys.readouterr()
 
     return run
 

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.command_line import status_of
 from tests.helpers.tiny_model import WIDTH, make_model
 from tests.helpers.tiny_run import make_texts
 from v2t_jax.cli import invert
@@ -56,14 +57,7 @@ def run(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
     def run(*arguments: str) -> tuple[int, str, str]:
         real = [a.replace("M/", f"{models}/").replace("T/", f"{tmp_path}/") for a in arguments]
-        monkeypatch.setattr(sys, "argv", ["v2t", *real])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
+        return status_of(*real), *capsys.readouterr()
 
     return run
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.command_line import status_of
 from tests.helpers.fake_endpoint import EXPECTED, KEY, TEXTS, Api, Endpoint, changed, raw, status
 from v2t_jax import progress
-from v2t_jax.cli import main as cli
 from v2t_jax.config import ApiConfig
 from v2t_jax.embedders.black_box import HttpEmbedder
 from v2t_jax.errors import InputError
@@ -155,21 +155,13 @@ def v2t(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from v2t_jax.cli.main import main; main()", *arguments]
 
 
-def test_embed_from_the_command_line(
-    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embed_from_the_command_line(endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lines.txt").write_text("\n".join(TEXTS) + "\n")
     output = tmp_path / "made.npy"
 
     def run(*more: str, embedder: str = endpoint.url) -> tuple[int, str, str]:
         arguments = ["embed", "--input", str(tmp_path / "lines.txt"), "--output", str(output), "--embedder", embedder]
-        monkeypatch.setattr(sys, "argv", ["v2t", *arguments, "--api.cache", str(tmp_path / "cache"), *more])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        return status_of(*arguments, "--api.cache", str(tmp_path / "cache"), *more), *capsys.readouterr()
 
     options = ("--api.model", "tiny", "--api.backoff", "0.01", "--batch-size", "10")
     assert run()[0] == 2

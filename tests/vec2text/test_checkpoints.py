@@ -1,6 +1,5 @@
 """The original's checkpoints: read, inverted with, written back, and refused, from pairs that the original trained."""
 
-import functools
 import itertools
 import json
 import re
@@ -18,10 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import torch_bytes, upstream_pair
+from tests.helpers.command_line import status_of
 from tests.helpers.equivalence import Case, check_t5_decoding
 from tests.helpers.equivalence import load as load_golden
 from tests.helpers.upstream_pair import NAMES, embedder_of, read_pair, record_of
-from v2t_jax.cli import main as cli
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.pipeline import InversionPipeline, load
@@ -103,7 +102,6 @@ def test_the_commands(
     folders: dict[str, Path],
     goldens: dict[str, Case],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """There, inverting, and back: as the README has it."""
@@ -113,18 +111,17 @@ def test_the_commands(
     options = zip(
         ("--inverter", "--corrector", "--t5", "--embedder"), [str(folder / "inverter"), *sources], strict=True
     )
-    run = functools.partial(run_v2t, monkeypatch)
-    assert run("convert", "--from", "vec2text", *itertools.chain(*options), str(out)) == 0
+    assert status_of("convert", "--from", "vec2text", *itertools.chain(*options), str(out)) == 0
     assert sorted(file.name for file in out.iterdir()) == [
         *("README.md", "config.json", "corrector.safetensors", "inverter.safetensors"),
         *("pieces.safetensors", "tokenizer.json"),
     ]
     capsys.readouterr()
     inverting = ("--mode", "upstream", "--num-steps", "0", "--sequence-beam-width", "1", "--json")
-    assert run("invert", "--model", str(out), "--embeddings", str(tmp_path / "e.npy"), *inverting) == 0
+    assert status_of("invert", "--model", str(out), "--embeddings", str(tmp_path / "e.npy"), *inverting) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["text"] for one in found] == record["search/0/0/texts"].tolist()
-    assert run("convert", "--to", "vec2text", str(out), str(tmp_path / "back")) == 0
+    assert status_of("convert", "--to", "vec2text", str(out), str(tmp_path / "back")) == 0
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["corrector", "inverter"]
 
 
@@ -136,29 +133,22 @@ def test_without_corrector_what_is_advised_and_printed_works(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A checkpoint as --model, the command that this advises, and the one that converting prints."""
-    folder, run = folders["vec2text_b"], functools.partial(run_v2t, monkeypatch)
+    folder = folders["vec2text_b"]
     np.save(tmp_path / "vectors.npy", record_of(goldens["vec2text_b"])["e"])
     monkeypatch.chdir(tmp_path)
     for stage in ("corrector", "inverter"):
-        assert run("invert", "--model", str(folder / stage), "--embeddings", "vectors.npy") == 2
+        assert status_of("invert", "--model", str(folder / stage), "--embeddings", "vectors.npy") == 2
         said = capsys.readouterr().err.splitlines()[-1]
         (advised,) = re.findall("checkpoint of the original vec2text; convert it first: v2t (.*)[.]$", said)
         assert f"--{stage} {folder / stage}" in advised
     without = advised.replace("--corrector DIR OUT", "'a model'")
-    assert run(*shlex.split(without), "--t5", str(folder / "t5-base"), "--embedder", str(embedder_of(folder))) == 0
+    assert (
+        status_of(*shlex.split(without), "--t5", str(folder / "t5-base"), "--embedder", str(embedder_of(folder))) == 0
+    )
     (printed,) = re.findall("try: v2t (.*)", capsys.readouterr().out)
-    assert run(*shlex.split(printed)) == 0
+    assert status_of(*shlex.split(printed)) == 0
     shown = capsys.readouterr()
     assert "step  0" in shown.out and "has no corrector, so it takes 0 correction steps" in shown.err
-
-
-def run_v2t(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["v2t", *arguments])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_there_and_back_changes_nothing(converted: Path, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -525,11 +515,11 @@ def test_the_embedder_is_by_default_the_one_that_the_inverter_names(
     names = {"inverter": "inverter", "corrector": "corrector", "t5": "t5-base"}
     options = itertools.chain(*((f"--{option}", str(folder / name)) for option, name in names.items()))
     command = ("convert", "--from", "vec2text", *options, str(tmp_path / "out"))
-    assert run_v2t(monkeypatch, *command) == 2
+    assert status_of(*command) == 2
     assert "The embedder gtr-base is not installed: give its folder as gtr-base@FOLDER" in capsys.readouterr().err
     here = {"gtr_base": f"gtr-base@{embedder_of(folder)}"}
     monkeypatch.setattr(convert, "default_name", here.__getitem__)
-    assert run_v2t(monkeypatch, *command) == 0
+    assert status_of(*command) == 0
     assert load(str(tmp_path / "out")).embedder.name.startswith("gtr-base@")
 
 
@@ -560,7 +550,7 @@ def test_command_lines_that_make_no_sense(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_v2t(monkeypatch, "convert", *arguments) == 2
+    assert status_of("convert", *arguments) == 2
     said = capsys.readouterr().err
     if "gpt" not in arguments:  # a choice, which the command-line library refuses in its own words
         said = said.splitlines()[-1]
