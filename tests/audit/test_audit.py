@@ -16,10 +16,10 @@ import jsonschema
 import numpy as np
 import pytest
 
+from tests.helpers.command_line import status_of
 from tests.helpers.tiny_model import make_model
 from v2t_jax.audit import report, run
 from v2t_jax.audit.run import Settings, audit
-from v2t_jax.cli import main as cli
 from v2t_jax.data.vector_file import Rows, VectorFile
 from v2t_jax.errors import InputError
 from v2t_jax.inversion import pipeline, stream
@@ -190,6 +190,10 @@ def test_ids_and_lists_are_looked_at(model: InversionPipeline, trusted: None, tm
     settings = Settings(num_steps=0, deleted=str(tmp_path / "gone.txt"), text="talk")
     with pytest.raises(InputError, match="or they are of another text"):
         audit(dataclasses.replace(store, rows=named), lambda: model, tmp_path, settings)
+    with pytest.raises(InputError, match="has no field 'tok' beside its vectors; give one of id, sources, talk"):
+        audit(
+            dataclasses.replace(store, rows=named), lambda: model, tmp_path, dataclasses.replace(settings, text="tok")
+        )
     settings = dataclasses.replace(settings, text=None)
     found = audit(dataclasses.replace(store, rows=named), lambda: model, tmp_path, settings)
     assert found["deleted"]["left"] == 4 and found["deleted"]["found_by"] == {"id": 3, "sources": 1}
@@ -292,13 +296,7 @@ def test_the_command_and_its_status(
 
     def status(*options: str) -> int:
         given = [str(tmp_path / "store.jsonl"), "--model", str(tmp_path / "tiny"), "--num-steps", "0", *options]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["v2t", "audit", *given])
-            try:
-                cli.main()
-            except SystemExit as stop:
-                return int(stop.code or 0)
-        return 0
+        return status_of("audit", *given)
 
     out = str(tmp_path / "out")
     assert status("--out", out, "--fail-above", "2") == 2
@@ -307,7 +305,7 @@ def test_the_command_and_its_status(
     assert "12 of 12 records have text" in capsys.readouterr().out
     assert status("--out", out) == 2 and "holds a finished audit" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_is_sure", lambda _: True)
+        patch.setattr(run, "is_sure", lambda _: True)
         assert status("--out", f"{out}2", "--fail-above", "0.9") == 1
     rows = ({"embedding": e[i].tolist(), "note": "half a smile \ud83d"} for i in range(len(TEXTS)))
     (tmp_path / "store.jsonl").write_text("\n".join(map(json.dumps, rows)))

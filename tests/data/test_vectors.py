@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from v2t_jax.data.vector_file import Rows, VectorFile, plain
 from v2t_jax.data.vectors import open_vectors
 from v2t_jax.errors import InputError
+from v2t_jax.stores import open_store
 
 ROWS, WIDTH = 2500, 6  # more rows than are read at a time
 E = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
@@ -130,8 +131,9 @@ def test_what_else_a_file_holds_is_metadata(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(lists))
     for name in ("a.parquet", "a.arrow", "a.csv", "a.npz", "a.jsonl", "a.json"):
         location = str(tmp_path / name) + (":embedding" if name in ("a.parquet", "a.arrow", "a.jsonl") else "")
-        found = [one for part in open_vectors(location).batches(999, 301) for one in part.metadata or []]
+        found = [one for part in open_store(location).rows.batches(999, 301) for one in part.metadata or []]
         assert found == [{"owner": o, "page": p} for o, p in zip(owner[301:], page[301:], strict=True)], name
+        assert next(open_vectors(location).batches(1)).metadata is None  # where nobody asks, it isn't read
 
 
 def test_records_are_read_to_a_limit() -> None:

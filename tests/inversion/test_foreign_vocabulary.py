@@ -1,5 +1,6 @@
 """Models with a tokenizer of their own, in front of embedders with another one, or of which only the output is seen."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import EmbedderIdentity, TextEmbedder, embed_texts
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.errors import InputError
+from v2t_jax.inversion import embed_hypotheses
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import cosines
 from v2t_jax.models.ranker import NETWORKS
@@ -102,6 +104,20 @@ def test_the_loop_sees_the_embeddings_of_the_texts(which: str, request: pytest.F
     assert (
         found.similarity.mean() > found.trace_similarity[:, 0].mean()
     )  # and it searches: random networks, yet it gets nearer
+
+
+@pytest.mark.parametrize("which", ["model", "black_box"])
+def test_a_result_has_the_cosine_of_its_whole_text(
+    which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the loop cut it to what it has room for: such texts are embedded again."""
+    one: InversionPipeline = request.getfixturevalue(which)
+    e = one.embedder.embed(make_texts(4))
+    monkeypatch.setattr(embed_hypotheses, "_most_tokens", lambda *_: 4)
+    fresh = dataclasses.replace(one)  # whose loop isn't compiled yet
+    for found, target in zip(v2t.invert_embeddings(fresh, e, num_steps=1), e, strict=True):
+        expected = cosines(embed_texts(one.embedder, [found.text]), target[None])[0]
+        assert found.cosine == pytest.approx(expected, abs=2e-6)
 
 
 def test_a_text_too_long_for_the_embedder_is_cut(folder: Path) -> None:

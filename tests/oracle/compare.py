@@ -228,7 +228,7 @@ def compare_correction(
 ) -> Iterator[dict[str, Any]]:
     """`invert_embeddings` of both, ours in mode "upstream", which ends no search early; every final text is checked.
 
-    Ours also embeds the text of every step once more, for the cosines that it returns; theirs returns texts alone.
+    Ours also returns each step's text and cosine; theirs returns texts alone.
     """
     with random_pair(spec) as (model, original):
         ids = spec["max_seq_length"]

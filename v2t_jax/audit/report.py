@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from v2t_jax import __version__
 from v2t_jax.audit.personal_data import in_id
-from v2t_jax.audit.run import PROVEN, SURE, is_proven
+from v2t_jax.audit.run import PROVEN, SURE, is_proven, is_sure, records
 
 INVERSION, CLEARTEXT = "CWE-200/embedding-inversion", "CWE-200/cleartext-payload"
 RULES = {
@@ -141,23 +141,19 @@ def sarif(report: dict[str, Any], recovered: Path, show_text: bool) -> dict[str,
         fields = ", ".join(f"{visible(name)} ({field['rows']:,})" for name, field in clear["fields"].items())
         said = f"{clear['rows']:,} of {clear['n']:,} sampled records have fields in clear: {fields}."
         results.append(_result(CLEARTEXT, "warning", said, store, "", "demonstrated"))
-    with recovered.open(encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            probability, told = record.get("confidence") or 0.0, report["recovery"]["sure"] is not None
-            if not record.get("exact_match", told and probability >= SURE):
-                continue
-            if len(results) > MOST_RESULTS:
-                left_out += 1
-                continue
-            one = str(record.get("id", record["row"]))
-            said = f"The text of record {visible(one if show_text else hidden(one))} is recovered from its embedding"
-            exact = record.get("exact_match")
-            said += " exactly" if exact else f" with a probability of {probability:.3f} of being exact"
-            said += f" (cosine {record['cosine']:.4f}; {_conditions(report)})"
-            said += f": {visible(record['text'])}" if show_text else "."
-            state = "demonstrated" if is_proven(record) else "poc"
-            place = one if show_text else hidden(one)
-            results.append(_result(INVERSION, "error", said, store, one, state, place))
+    for record in filter(is_sure, records(recovered, report["recovery"]["sure"] is not None)):
+        if len(results) > MOST_RESULTS:
+            left_out += 1
+            continue
+        one = str(record.get("id", record["row"]))
+        place = one if show_text else hidden(one)
+        said = f"The text of record {visible(place)} is recovered from its embedding"
+        exact = record.get("exact_match")
+        said += " exactly" if exact else f" with a probability of {record['confidence']:.3f} of being exact"
+        said += f" (cosine {record['cosine']:.4f}; {_conditions(report)})"
+        said += f": {visible(record['text'])}" if show_text else "."
+        state = "demonstrated" if is_proven(record) else "poc"
+        results.append(_result(INVERSION, "error", said, store, one, state, place))
     taxa = {
         name: {"name": name, "taxa": [{"id": one} for one in ids], "shortDescription": {"text": name}}
         for name, ids in TAXONOMIES.items()

@@ -108,15 +108,17 @@ def audit(
         recover_file(model, rows, recovered, num_steps=settings.num_steps, budget=settings.budget)
     sampled = np.isin(numbers, chosen)
     told = model.calibration is not None and not store.approximate  # by vectors as the embedder gives them
-    report["recovery"] = recovery(model, (one for one in _records(recovered, told) if sampled[one["row"]]), told)
+    report["recovery"] = recovery(model, (one for one in records(recovered, told) if sampled[one["row"]]), told)
     if compared is not None:
         report["candidates"] = candidates(model, sample, compared)
     if gone is not None:
         deleted = np.isin(numbers, gone)
-        sure = [one for one in _records(recovered, told) if deleted[one["row"]] and _is_sure(one)]
-        left = [str(one.get("id", one["row"])) for one in _records(recovered, told) if deleted[one["row"]]][:SHOWN]
+        left, sure = list[str](), 0
+        for one in records(recovered, told):
+            if deleted[one["row"]]:
+                left, sure = [*left, str(one.get("id", one["row"]))][:SHOWN], sure + is_sure(one)
         report["deleted"] = {"asked": len(ids or ()), "left": len(gone), "found_by": dict(by), "records": left}
-        report["deleted"]["recovered"] = None if report["recovery"]["sure"] is None else share(len(sure), len(gone))
+        report["deleted"]["recovered"] = None if report["recovery"]["sure"] is None else share(sure, len(gone))
     return report
 
 
@@ -197,14 +199,14 @@ def self_test(model: InversionPipeline, texts: Sequence[str], settings: Settings
     return {"n": len(found), "exact": exact}
 
 
-def _records(file: Path, told: bool) -> Iterator[dict[str, Any]]:
+def records(file: Path, told: bool) -> Iterator[dict[str, Any]]:
     """What was recovered, with probabilities only where they hold."""
     with file.open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):
             yield record if told else {name: value for name, value in record.items() if name != "confidence"}
 
 
-def _is_sure(record: dict[str, Any]) -> bool:
+def is_sure(record: dict[str, Any]) -> bool:
     """Whether the text is exact: known to be, or else by its probability."""
     return bool(record.get("exact_match", (record.get("confidence") or 0.0) >= SURE))
 
@@ -232,9 +234,9 @@ def recovery(model: InversionPipeline, records: Iterator[dict[str, Any]], told: 
             back.update(kind for kind, _ in found & true)
         probabilities.append(record.get("confidence", float("nan")))
         cosine.append(record["cosine"])
-        sure += _is_sure(record)
+        sure += is_sure(record)
         entry = record | {"personal_data": sorted({kind for kind, _ in found}), "proven": is_proven(record)}
-        rank = (_is_sure(record) and bool(found), _is_sure(record), record.get("confidence") or record["cosine"])
+        rank = (is_sure(record) and bool(found), is_sure(record), record.get("confidence") or record["cosine"])
         (heapq.heappush if len(worst) < WORST else heapq.heappushpop)(worst, (rank, -record["row"], entry))
     n, (length, exact, *means) = len(cosine), map(np.array, known.values())
     inside = [(a, b, (length >= a) & (length <= b)) for a, b in LENGTHS]

@@ -44,6 +44,7 @@ class VectorFile:
     read: Callable[[int], Iterator[Rows]]  # the rows from one on, some at a time
     field: str | None = None  # of the vectors, if it was named
     first: int = 0  # the row of the file that is the first here
+    described: Callable[[int], Iterator[Rows]] | None = None  # as `read`, with metadata, which takes longer
 
     def share(self, index: int, count: int) -> "VectorFile":
         """The `index`-th of `count` parts of equal size."""
@@ -73,7 +74,11 @@ class VectorFile:
         return self.at(np.sort(np.random.default_rng(seed).choice(count, min(size, count), replace=False)))
 
     def with_texts(self, field: str) -> "VectorFile":
-        """The same rows with the texts of a field of their metadata."""
+        """The same rows with the texts of a field of their metadata, which one of the first must have."""
+        names = {name for beside in next(self.batches(1024)).metadata or () for name in beside}
+        if field not in names:
+            known = ", ".join(sorted(names)) or "none"
+            raise InputError(f"{self.path} has no field {field!r} beside its vectors; give one of {known}.")
 
         def read(start: int) -> Iterator[Rows]:
             for rows in self.read(start):

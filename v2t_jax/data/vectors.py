@@ -22,7 +22,7 @@ import mmap
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -135,13 +135,13 @@ def _open_npz(path: str, field: str | None) -> VectorFile:
     if usable[0] is None:
         raise InputError(OBJECTS.format(path))
 
-    def read(start: int) -> Iterator[Rows]:
+    def read(start: int, rest: Sequence[str] = ()) -> Iterator[Rows]:
         columns = [itertools.repeat(None) if name is None else column(name, start) for name in (*usable, *rest)]
         for vectors, *others in zip(*columns):  # noqa: B905 (columns that aren't there have no end)
             ids, texts, *values = map(_listed, others)
             yield Rows(vectors, ids, texts, described(dict(zip(rest, filter(None, values), strict=True))))
 
-    return VectorFile(path, count, read)
+    return VectorFile(path, count, read, described=functools.partial(read, rest=rest))
 
 
 def _listed(array: np.ndarray | None) -> list[Any] | None:
@@ -243,7 +243,7 @@ def _of_table(
     chosen = candidates[str(vector)]
     rest = [name for name in schema.names if name not in {*others, *itertools.chain(*candidates.values())}]
 
-    def read(start: int) -> Iterator[Rows]:
+    def read(start: int, rest: Sequence[str] = ()) -> Iterator[Rows]:
         for batch in batches([*chosen, *filter(None, others), *rest], start):
             batch.validate(full=True)  # of damaged offsets, reading would crash
             if len(chosen) == 1:
@@ -254,7 +254,7 @@ def _of_table(
             ids, texts = (None if name is None else batch.column(name).to_pylist() for name in others)
             yield Rows(vectors, ids, texts, described({name: batch.column(name).to_pylist() for name in rest}))
 
-    return VectorFile(path, count, read)
+    return VectorFile(path, count, read, described=functools.partial(read, rest=rest))
 
 
 def _is_list(kind: Any) -> bool:
@@ -338,14 +338,14 @@ def _of_columns(path: str, field: str | None, arrays: dict[str, list[msgspec.Raw
     rows = arrays[str(vector)]
     rest = [name for name in arrays if name not in (*candidates, *others) and len(arrays[name]) == len(rows)]
 
-    def read(start: int) -> Iterator[Rows]:
+    def read(start: int, rest: Sequence[str] = ()) -> Iterator[Rows]:
         for first in range(start, len(rows), ROWS):
             part = slice(first, first + ROWS)
             columns = {name: [*map(msgspec.json.decode, arrays[name][part])] for name in (*filter(None, others), *rest)}
             ids, texts = (None if name is None else columns.pop(name) for name in others)
             yield Rows(of_rows(path, [*map(msgspec.json.decode, rows[part])], first), ids, texts, described(columns))
 
-    return VectorFile(path, len(rows), read)
+    return VectorFile(path, len(rows), read, described=functools.partial(read, rest=rest))
 
 
 def _begins(raw: msgspec.Raw, byte: bytes) -> bool:
@@ -376,16 +376,16 @@ def _of_records(
     elif not isinstance(first, list):
         raise InputError(f'{path} begins with neither an object nor a list; give rows such as {{"embedding": [...]}}.')
 
-    def read(start: int) -> Iterator[Rows]:
+    def read(start: int, metadata: bool = False) -> Iterator[Rows]:
         rows = decoded(start)
         while part := list(itertools.islice(rows, ROWS)):
             columns = [[row.get(name) if isinstance(row, dict) else row for row in part] for name in names]
             ids, texts = (column if name else None for name, column in zip(names[1:], columns[1:], strict=True))
             rest = ({k: row[k] for k in row if k not in names} if isinstance(row, dict) else {} for row in part)
-            yield Rows(of_rows(path, columns[0], start), ids, texts, [*map(plain, rest)])
+            yield Rows(of_rows(path, columns[0], start), ids, texts, [*map(plain, rest)] if metadata else None)
             start += len(part)
 
-    return VectorFile(path, count, read)
+    return VectorFile(path, count, read, described=functools.partial(read, metadata=True))
 
 
 _OPENERS: dict[str, Callable[[str, str | None], VectorFile]] = {

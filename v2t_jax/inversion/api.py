@@ -21,6 +21,7 @@ from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts, named
 from v2t_jax.errors import InputError, check_texts, check_whole
 from v2t_jax.inversion.confidence import probability
 from v2t_jax.inversion.correction import MOST_STEPS, Correction, Mode, Search
+from v2t_jax.inversion.embed_hypotheses import embedded_as_text
 from v2t_jax.inversion.pipeline import InversionPipeline
 from v2t_jax.inversion.vectors import check_vectors, cosines, warn_of_foreign_vectors, warn_of_long_texts
 from v2t_jax.parallel import processes
@@ -179,11 +180,11 @@ def _results(inverter: InversionPipeline, e: np.ndarray, found: Correction, mode
     """Results for the first n targets e [n, E]; cosines are of the texts, which the embedder's own tokenizer reads."""
     n, steps = len(e), found.trace_ids.shape[1]
     texts = inverter.vocabulary.decode(found.trace_ids[:n].reshape(n * steps, -1))
-    values = found.trace_similarity[:n].ravel()
-    if inverter.shares_vocabulary:  # otherwise hypotheses were embedded as texts
-        places = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # steps repeat the best so far
-        vectors = embed_decoded(inverter, [*places])[[places[text] for text in texts]]
-        values = cosines(vectors, np.repeat(e, steps, axis=0))
+    values, again = found.trace_similarity[:n].flatten(), np.arange(len(texts))
+    if not inverter.shares_vocabulary:  # most were embedded as texts
+        again = np.flatnonzero(~embedded_as_text(inverter.embedder, inverter.config.max_length, texts))
+    if len(again):
+        values[again] = cosines(embed_decoded(inverter, [texts[i] for i in again]), e[again // steps])
     results = []
     for row, first in enumerate(range(0, n * steps, steps)):
         best, trace = first, []

@@ -12,6 +12,7 @@ deterministic functions that take the weights first, as arguments of the compile
 Shapes: B batch, L tokens, E embedding width, W sequence beam, N steps.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -113,6 +114,13 @@ def cosine_similarity(a: Array, b: Array) -> Array:
     # Multiply and add, not a matmul: accelerators round matmul inputs, and here differences of 1e-6 decide.
     norms = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
     return jnp.clip(jnp.sum(a * b, axis=-1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny), -1.0, 1.0)
+
+
+def at_longest(run: Callable[..., Array], used: Array, *rows: Array) -> Array:
+    """`run(*rows)` of rows [R, N] cut to a half or three quarters, where no row has anything `used` [R, N] behind."""
+    lengths = [-(-used.shape[1] * quarters // 4) for quarters in (2, 3, 4)]
+    runs = [lambda *rows, n=n: run(*(x[:, :n] for x in rows)) for n in lengths]
+    return lax.switch(sum(jnp.any(used[:, n:]) for n in lengths[:-1]), runs, *rows)
 
 
 def is_solved(cosine: Array) -> Array:
@@ -265,10 +273,8 @@ class CorrectionLoop:
         """One round of correction of every row that isn't done."""
         width = self.settings.sequence_beam_width
         if self.settings.mode == "upstream":
-            if width > 1:  # the first step has one parent
-                children = lax.cond(step == 1, self._first_children, self._children, params, e, beam.pool)
-            else:
-                children = self._children(params, e, beam.pool)
+            expand = functools.partial(lax.cond, step == 1, self._first_children, self._children)  # from one parent
+            children = (expand if width > 1 else self._children)(params, e, beam.pool)
             if self._rank is not None and width > 1:
                 in_order = jnp.arange(children.ids.shape[1], dtype=jnp.int32)[None]
                 children = take(children, jnp.where(step == num_steps, in_order, self._rank(children.similarity)))
@@ -351,9 +357,7 @@ class CorrectionLoop:
 
     def trimmed(self, params: Params, ids: Array) -> Array:
         """Embeddings of edited texts. The longest of them decides how many tokens the embedder is given of each."""
-        lengths = [-(-ids.shape[1] * quarters // 4) for quarters in (2, 3, 4)]
-        embeds = [lambda params, ids, n=n: self._embed(params, ids[:, :n]) for n in lengths]
-        return lax.switch(sum(jnp.any(ids[:, n:] > EOS) for n in lengths[:-1]), embeds, params, ids)
+        return at_longest(functools.partial(self._embed, params), ids > EOS, ids)
 
     def _pool(
         self, params: Params, e: Array, ids: Array, absent: Array | bool = False, embed: Embed | None = None

@@ -1,18 +1,19 @@
 """From hypotheses to their embeddings, inside a compiled program: on the device, or by one batched callback a step to
 what lives on the host, the embedder's own tokenizer (`tokens`) or an embedder that isn't JAX at all (`vectors`)."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from v2t_jax.config import ModelConfig
 from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.base import JaxEmbedder, TextEmbedder, embed_texts
-from v2t_jax.inversion.correction import Embed
+from v2t_jax.inversion.correction import Embed, at_longest
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed, embed_model_ids
 
 
@@ -31,12 +32,8 @@ def embed_hypotheses(
     def embed_text(params: Any, ids: Array) -> Array:
         token_ids, mask = tokens(ids)
         # There is room for texts of twice as many tokens as the model's; the longest decides how many are embedded.
-        lengths = [-(-mask.shape[1] * quarters // 4) for quarters in (2, 3, 4)]
-        embeds = [
-            lambda *given, n=n: embed(embedder.config, params["embedder"], *(x[:, :n] for x in given)) for n in lengths
-        ]
-        e = lax.switch(sum(jnp.any(mask[:, n:] > 0) for n in lengths[:-1]), embeds, token_ids, mask)
-        return jnp.where(mask[:, :1] < 0, jnp.nan, e)
+        run = functools.partial(embed, embedder.config, params["embedder"])
+        return jnp.where(mask[:, :1] < 0, jnp.nan, at_longest(run, mask > 0, token_ids, mask))
 
     return embed_text, host.check
 
@@ -50,8 +47,7 @@ def retokenizer(
     vocabulary: Vocabulary, embedder: JaxEmbedder, length: int
 ) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], int]:
     """Model ids [rows, length] -> the embedder's ids and mask [rows, M] of their texts; and M."""
-    around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
-    most = min(embedder.config.max_length, 2 * length + around)  # what needs more than twice as many tokens is cut
+    most = _most_tokens(embedder, length)
     short = embedder.shortened(most)
 
     def retokenize(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,6 +56,20 @@ def retokenizer(
         return np.pad(token_ids, missing), np.pad(mask, missing)
 
     return retokenize, most
+
+
+def _most_tokens(embedder: JaxEmbedder, length: int) -> int:
+    """What needs more than twice as many tokens as the model's is cut."""
+    around = len(embedder.tokenizer.encode(embedder.config.prefix).ids)
+    return min(embedder.config.max_length, 2 * length + around)
+
+
+def embedded_as_text(embedder: TextEmbedder, length: int, texts: Sequence[str]) -> np.ndarray:
+    """[n] bool: which texts a loop without the embedder's vocabulary embeds as `embed_texts`: not blank nor cut."""
+    if not isinstance(embedder, JaxEmbedder):
+        return np.ones(len(texts), bool)
+    _, mask = embedder.tokenize(texts)
+    return (mask.sum(axis=1) <= _most_tokens(embedder, length)) & [bool(text.strip()) for text in texts]
 
 
 class HostFunctions:
