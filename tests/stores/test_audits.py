@@ -103,7 +103,7 @@ def test_names_are_found_by_spacy_where_it_has_a_model(monkeypatch: pytest.Monke
     import spacy
 
     language = spacy.blank("en")
-    language.add_pipe("entity_ruler").add_patterns([{"label": "PERSON", "pattern": "Anna Smith"}])  # type: ignore[attr-defined]
+    language.add_pipe("entity_ruler").add_patterns([{"label": "PERSON", "pattern": "Anna Smith"}])
     monkeypatch.setattr(spacy.util, "get_installed_models", lambda: ["en_toy"])
     monkeypatch.setattr(spacy, "load", lambda _: language)
     people, whose = personal_data._names()
