@@ -7,6 +7,7 @@ Beside the original (hypotheses, correct), theirs runs in a process of its own (
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import statistics
@@ -27,6 +28,7 @@ from torch import nn
 
 from tests.oracle.original import Original
 from v2t_jax.bench.decode import Decode, generate, sized, source_ids
+from v2t_jax.bench.embed import long_texts
 from v2t_jax.bench.measure import Turn, num_cores, turn
 from v2t_jax.bench.train import OPTIMIZER, Step, Train
 from v2t_jax.config import ModelConfig, T5Config
@@ -171,15 +173,20 @@ def compare_training(options: Train, t5: T5Config = T5_SMALL) -> list[dict[str, 
     return [take_turns(name, ours, theirs, options.repeats)]
 
 
-def compare_embedding(lines: int = 1000, batch_size: int = 64, repeats: int = 5) -> list[dict[str, Any]]:
-    """all-MiniLM-L6-v2 by sentence-transformers: held-out lines of WordNet, whose vectors must agree."""
+def compare_embedding(count: int = 1000, batch_size: int = 64, repeats: int = 5) -> Iterator[dict[str, Any]]:
+    """all-MiniLM-L6-v2 beside sentence-transformers, on lines of WordNet and on texts of equal length; vectors agree."""
     name = "all-MiniLM-L6-v2"
-    texts, ours, theirs = read_texts("wordnet", "held_out")[:lines], load_embedder(name), locate(name)
-    model = SentenceTransformer(str(theirs), device="cpu")
-    difference = np.abs(ours.embed(texts, batch_size) - model.encode(texts, batch_size=batch_size)).max()
-    assert difference < VECTOR_TOLERANCE, f"the vectors differ by {difference}"
-    both = lambda: ours.embed(texts, batch_size), lambda: model.encode(texts, batch_size=batch_size)  # noqa: E731
-    return [take_turns(f"{name}, {lines} WordNet lines, batch {batch_size}", *both, repeats)]
+    embedder, model = load_embedder(name), SentenceTransformer(str(locate(name)), device="cpu")
+    for num_tokens in (None, 16, 128):
+        ours = embedder if num_tokens is None else embedder.shortened(num_tokens)
+        model.max_seq_length = ours.config.max_length
+        texts = read_texts("wordnet", "held_out")[:count] if num_tokens is None else long_texts(ours, count)
+        mine = functools.partial(ours.embed, texts, batch_size)
+        theirs = functools.partial(model.encode, texts, batch_size=batch_size)
+        difference = np.abs(mine() - theirs()).max()
+        assert difference < VECTOR_TOLERANCE, f"the vectors differ by {difference}"
+        what = "WordNet lines" if num_tokens is None else f"texts of {num_tokens} tokens"
+        yield take_turns(f"{name}, {count} {what}, batch {batch_size}", mine, theirs, repeats)
 
 
 @contextlib.contextmanager
