@@ -174,7 +174,7 @@ def compare_training(options: Train, t5: T5Config = T5_SMALL) -> list[dict[str, 
 
 
 def compare_embedding(count: int = 1000, batch_size: int = 64, repeats: int = 5) -> Iterator[dict[str, Any]]:
-    """all-MiniLM-L6-v2 beside sentence-transformers, on lines of WordNet and on texts of equal length; vectors agree."""
+    """all-MiniLM-L6-v2 beside sentence-transformers, on lines of WordNet and texts of equal length; vectors agree."""
     name = "all-MiniLM-L6-v2"
     embedder, model = load_embedder(name), SentenceTransformer(str(locate(name)), device="cpu")
     for num_tokens in (None, 16, 128):
