@@ -98,7 +98,7 @@ def test_tokens_and_losses_are_those_of_torch() -> None:
     options = decode.Decode(batch_size=(1, 3), num_tokens=5, source_length=4, repeats=1)
     assert len(list(compare.compare_decoding(options, TINY))) == 2
     small = train.Train(batch_size=2, num_tokens=4, num_pseudo_tokens=2, embedding_width=8, repeats=1)
-    assert compare.compare_training(small, TINY)[0]["speedup"] > 0
+    assert len(list(compare.compare_training(small, TINY))) == 2
 
 
 @pytest.mark.oracle

@@ -292,10 +292,8 @@ def test_rows_are_edited_part_by_part(
         v2t.invert_embeddings(pipeline, vectors, search="both", num_steps=2, budget=900, **OPTIONS)
         for pipeline in (model, one)
     ]
-    assert (model.correction_loop(2, search="both").edit_rows, one.correction_loop(2, search="both").edit_rows) == (
-        8,
-        1,
-    )
+    loops = [pipeline.correction_loop(2, search="both") for pipeline in (model, one)]
+    assert [(loop.devices, loop.edit_rows) for loop in loops] == [(8, 1), (1, 1)]
     for whole, part in zip(*results, strict=True):
         assert [step.embedder_calls for step in part.trace] == [step.embedder_calls for step in whole.trace]
         assert [step.text for step in part.trace] == [step.text for step in whole.trace]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import jax
@@ -30,7 +30,7 @@ from tests.oracle.original import Original
 from v2t_jax.bench.decode import Decode, generate, sized, source_ids
 from v2t_jax.bench.embed import long_texts
 from v2t_jax.bench.measure import Turn, num_cores, turn
-from v2t_jax.bench.train import OPTIMIZER, Step, Train
+from v2t_jax.bench.train import OPTIMIZER, Network, Step, Train
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.split import read_texts
 from v2t_jax.embedders.load import load_embedder, locate
@@ -124,15 +124,21 @@ def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> Iterator[di
 
 
 class TorchStep:
-    """One training step in torch per call; returns the loss before its update."""
+    """One training step in torch per call; returns the loss before its update. Its batch is that of ours, `Step`."""
 
-    def __init__(self, config: ModelConfig, e: np.ndarray, ids: np.ndarray) -> None:
+    def __init__(self, config: ModelConfig, e: np.ndarray, ids: np.ndarray, network: Network) -> None:
         width = config.embedding_width
-        self.model = torch_t5(config.t5).train()
-        output = nn.Linear(width, config.t5.d_model * config.num_pseudo_tokens)
-        self.projection = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0), nn.GELU(), output).train()
-        self.e, self.ids, self.num_pseudo_tokens = torch.from_numpy(e), torch.from_numpy(ids), config.num_pseudo_tokens
-        self.params = [*self.model.parameters(), *self.projection.parameters()]
+        self.model, self.num_pseudo_tokens = torch_t5(config.t5).train(), config.num_pseudo_tokens
+
+        def projection() -> nn.Module:
+            output = nn.Linear(width, config.t5.d_model * self.num_pseudo_tokens)
+            return nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0), nn.GELU(), output).train()
+
+        names = ("projection",) if network == "inverter" else ("target", "hypothesis", "difference")
+        self.projections = nn.ModuleDict({name: projection() for name in names})
+        self.norm = nn.LayerNorm(config.t5.d_model, eps=1e-5) if network == "corrector" else nn.Identity()
+        self.e, self.ids = torch.from_numpy(e), torch.from_numpy(ids)
+        self.params = [p for part in (self.model, self.projections, self.norm) for p in part.parameters()]
         groups = [
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": OPTIMIZER.weight_decay},
             {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0},
@@ -140,20 +146,39 @@ class TorchStep:
         betas = (OPTIMIZER.b1, OPTIMIZER.b2)
         self.optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=betas, eps=1e-8)
 
-    def inverter_params(self, t5: T5Config) -> Params:
-        """Our inverter's parameters with copies of its weights."""
-        weights = to_numpy(self.projection)
-        projection = {
-            name: {"kernel": weights[f"{i}.weight"].T, "bias": weights[f"{i}.bias"]}
-            for name, i in (("hidden", 0), ("output", 3))
-        }
-        params = {"t5": t5_from_huggingface(to_numpy(self.model), t5), "projection": projection}
+    def our_params(self, t5: T5Config) -> Params:
+        """Our network's parameters with copies of its weights."""
+        params: Params = {"t5": t5_from_huggingface(to_numpy(self.model), t5)}
+        for name, module in self.projections.items():
+            weights = to_numpy(module)
+            params[name if name == "projection" else f"projection_{name}"] = {
+                layer: {"kernel": weights[f"{i}.weight"].T, "bias": weights[f"{i}.bias"]}
+                for layer, i in (("hidden", 0), ("output", 3))
+            }
+        if "target" in self.projections:
+            weights = to_numpy(self.norm)
+            params["input_norm"] = {"scale": weights["weight"], "bias": weights["bias"]}
         return jax.tree.map(lambda p: jnp.array(p, copy=True), params)
+
+    def encoder_input(self) -> torch.Tensor:
+        def projected(name: str, x: torch.Tensor) -> torch.Tensor:
+            return self.projections[name](x).reshape(len(x), self.num_pseudo_tokens, -1)
+
+        if "projection" in self.projections:
+            return projected("projection", self.e)
+        hypothesis, embedding = self.ids.roll(1, 0), self.e.roll(1, 0)
+        separator = self.model.shared(torch.ones_like(self.ids[:, :1]))
+        text = self.model.shared(nn.functional.pad(hypothesis, (1, 0)))
+        given = {"target": self.e, "hypothesis": embedding, "difference": self.e - embedding}
+        parts = [part for name, x in given.items() for part in (separator, projected(name, x))]
+        return self.norm(torch.cat([*parts, separator, text], dim=1))
 
     def __call__(self) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        embeds = self.projection(self.e).reshape(len(self.e), self.num_pseudo_tokens, -1)
+        embeds = self.encoder_input()
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        if "target" in self.projections:
+            mask[:, -self.ids.shape[1] - 1] = 0  # the start id, as in the original
         loss = self.model(inputs_embeds=embeds, attention_mask=mask, labels=self.ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, OPTIMIZER.clip_norm)
@@ -161,16 +186,17 @@ class TorchStep:
         return float(loss.detach())
 
 
-def compare_training(options: Train, t5: T5Config = T5_SMALL) -> list[dict[str, Any]]:
-    """The losses of the first two steps must agree within `LOSS_TOLERANCE`, so the first update is checked too."""
+def compare_training(options: Train, t5: T5Config = T5_SMALL) -> Iterator[dict[str, Any]]:
+    """Of both networks. The losses of the first two steps must agree, so the first update is checked too."""
     config, e, ids = options.problem(t5)
-    theirs = TorchStep(config, e, ids)
-    ours = Step(config, theirs.inverter_params(t5), e, ids)
-    for step in range(2):
-        mine, reference = ours(), theirs()
-        assert abs(mine - reference) < LOSS_TOLERANCE, f"step {step}: our loss is {mine}, torch's {reference}"
-    name = f"inverter training step, batch {options.batch_size} x {config.max_length} tokens"
-    return [take_turns(name, ours, theirs, options.repeats)]
+    for network in get_args(Network):
+        theirs = TorchStep(config, e, ids, network)
+        ours = Step(config, theirs.our_params(t5), e, ids, network)
+        for step in range(2):
+            mine, reference = ours(), theirs()
+            assert abs(mine - reference) < LOSS_TOLERANCE, f"step {step}: our loss is {mine}, torch's {reference}"
+        name = f"{network} training step, batch {options.batch_size} x {config.max_length} tokens"
+        yield take_turns(name, ours, theirs, options.repeats)
 
 
 def compare_embedding(count: int = 1000, batch_size: int = 64, repeats: int = 5) -> Iterator[dict[str, Any]]:

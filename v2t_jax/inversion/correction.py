@@ -24,6 +24,7 @@ from jax import Array, lax
 
 from v2t_jax.decode.state import EOS, PAD, truncate_after_eos
 from v2t_jax.errors import InputError, check_whole
+from v2t_jax.inversion.parts import by_parts
 from v2t_jax.inversion.pool import Pool, keep_distinct, nothing_ranked, take
 from v2t_jax.parallel.processes import fetch
 
@@ -144,7 +145,9 @@ class CorrectionLoop:
         *,
         edit: Edit | None = None,  # for rounds of edits, which follow the steps and expand one hypothesis each
         edit_calls: int = 0,  # of the embedder in a round: its candidates, and what `edit` itself asks
-        edit_rows: int | None = None,  # edited at a time, if they divide a batch; None: all
+        devices: int = 1,  # that the rows of a batch lie on
+        step_rows: int | None = None,  # of a device that are corrected at a time, if they divide a batch; None: all
+        edit_rows: int | None = None,  # that are edited at a time
         similarity: Callable[[Array, Array], Array] = cosine_similarity,  # of embeddings and targets [..., E]
         solved: Callable[[Array], Array] = is_solved,  # similarity [B] -> whether a row is finished; in mode "best"
         # similarity [B, P] -> indices, best first, in mode "upstream" before its last step; None: ties in place
@@ -154,7 +157,8 @@ class CorrectionLoop:
         self.settings = settings
         self._hypothesize, self._proposers, self._embed = hypothesize, tuple(proposers), embed
         self._similarity, self._solved, self._rank, self._check = similarity, solved, rank, check
-        self._edit, self.edit_calls, self.edit_rows = edit, edit_calls, edit_rows
+        self._edit, self.edit_calls = edit, edit_calls
+        self.devices, self.step_rows, self.edit_rows = devices, step_rows, edit_rows
         self.run = jax.jit(self._run, static_argnames="room")
         self.start = jax.jit(self._start, static_argnames="room")
         self.advance = jax.jit(self._advance, donate_argnames="state")
@@ -281,7 +285,9 @@ class CorrectionLoop:
             done = beam.done | nothing_ranked(children)
             calls = beam.calls + width**2
             return Beam(keep_distinct(children, width), jnp.full_like(beam.step, step), beam.stale, done, calls)
-        return self._expanded(params, e, beam, step, width, self._children, width**2)
+        expand = functools.partial(self._expanded, params, step, width, self._children, width**2)
+        after: Beam = by_parts(expand, self.step_rows, self.devices, beam.done, e, beam)
+        return after
 
     def edit(self, params: Params, e: Array, beam: Beam, step: Array, num_steps: Array) -> Beam:
         """One round of edits of every row that isn't done: they are made of the nearest hypothesis not yet edited."""
@@ -290,17 +296,12 @@ class CorrectionLoop:
         done = jnp.where(first, self._ended(pool), beam.done)
         beam = beam._replace(pool=pool, done=done, stale=jnp.where(first, 0, beam.stale))
 
-        def edited(e: Array, beam: Beam) -> Beam:
-            return self._expanded(params, e, beam, step, 1, self._edits, self.edit_calls)
-
-        # Part by part, so that those whose rows are all done cost nothing. On a mesh, a part has rows of every device.
-        rows = len(e) if self.edit_rows is None or len(e) % self.edit_rows else self.edit_rows
-        split = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), (e, beam))
-        parts = lax.map(lambda part: lax.cond(jnp.all(part[1].done), lambda e, beam: beam, edited, *part), split)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+        expand = functools.partial(self._expanded, params, step, 1, self._edits, self.edit_calls)
+        after: Beam = by_parts(expand, self.edit_rows, self.devices, beam.done, e, beam)
+        return after
 
     def _expanded(
-        self, params: Params, e: Array, beam: Beam, step: Array, width: int, expand: Callable[..., Pool], calls: int
+        self, params: Params, step: Array, width: int, expand: Callable[..., Pool], calls: int, e: Array, beam: Beam
     ) -> Beam:
         """The beam with the candidates of its `width` nearest hypotheses that haven't been expanded."""
         batch, memory, _ = beam.pool.ids.shape

@@ -39,6 +39,7 @@ from v2t_jax.inversion.confidence import Weights
 from v2t_jax.inversion.correction import STEPS, CorrectionLoop, CorrectionSettings, Mode, Search
 from v2t_jax.inversion.edits import BLACK_BOX, GRADIENT_CALLS, EditCounts, embedder_gain, guided_edits
 from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
+from v2t_jax.inversion.parts import rows_at_once
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
 from v2t_jax.inversion.upstream import topk_order, upstream_lengths
 from v2t_jax.models.layers import Params
@@ -48,7 +49,6 @@ from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import DECODING_RULES, param_specs, replicated, state_shardings
 
 FORMAT_VERSION = 1
-EDITED_AT_ONCE = 1024  # texts that an accelerator's device embeds; a CPU embeds few as fast
 QUANTIZED_SIZE = 4096  # numbers of a parameter from which on it is quantized
 PACKAGED = Path(__file__).parent.parent / "assets" / "models"
 TOKENIZER = "tokenizer.json"
@@ -140,30 +140,31 @@ class InversionPipeline:
         self, sequence_beam_width: int = 4, mode: Mode = "best", patience: int = 0, search: Search = "corrector"
     ) -> CorrectionLoop:
         """The compiled loop for these settings, made once."""
-        config, guess_length = self.config, None
-        if mode == "upstream" and not self.shares_vocabulary:
-            config, guess_length = upstream_lengths(config)
+        cuts = mode == "upstream" and not self.shares_vocabulary
+        config, guess_length = upstream_lengths(self.config) if cuts else (self.config, None)
         settings = CorrectionSettings(sequence_beam_width, mode, patience, guess_length)
         if (settings, search) not in self._loops:
             embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary)
             corrects = search == "corrector" or (search == "both" and self.has_corrector)
             proposers = (propose_corrections(config, mode),) if corrects else ()
-            edits: dict[str, Any] = {} if search == "corrector" else self._edits(mode)
+            more: dict[str, Any] = {} if search == "corrector" else self._edits(mode)
+            more["devices"] = jax.local_device_count() if self.mesh is None else self.mesh.size
+            more["step_rows"] = (
+                rows_at_once(sequence_beam_width**2, 0) if isinstance(self.embedder, JaxEmbedder) else None
+            )
             functions = initial_hypotheses(config), proposers, embed
-            self._loops[settings, search] = CorrectionLoop(*functions, settings, rank=topk_order, check=check, **edits)
+            self._loops[settings, search] = CorrectionLoop(*functions, settings, rank=topk_order, check=check, **more)
         return self._loops[settings, search]
 
     def _edits(self, mode: Mode) -> dict[str, Any]:
         if mode == "upstream":
             raise InputError('Mode "upstream" knows no edits; use search="corrector".')
-        counts, gain, calls, rows = BLACK_BOX, None, sum(BLACK_BOX), None  # what is asked of the host is asked at once
+        counts, gain, calls = BLACK_BOX, None, sum(BLACK_BOX)
         if isinstance(self.embedder, JaxEmbedder) and self.shares_vocabulary:
             counts, gain = EditCounts(), embedder_gain(self.embedder.config, self.embedder.token_map())
             calls = sum(counts) + GRADIENT_CALLS
-            devices = jax.local_device_count() if self.mesh is None else self.mesh.size
-            rows = devices * (1 if jax.default_backend() == "cpu" else EDITED_AT_ONCE // calls)
         edit = guided_edits(self.config, jnp.asarray(self.vocabulary.writable), counts, gain)
-        return {"edit": edit, "edit_calls": calls, "edit_rows": rows}
+        return {"edit": edit, "edit_calls": calls, "edit_rows": rows_at_once(calls, 1) if gain else None}
 
     def save(self, folder: Path, record: dict[str, Any], quantize: bool = False, card: str = "") -> None:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json."""
