@@ -1,6 +1,7 @@
 """The benchmarks run, do the work that they time, and import no torch; beside torch, both sides do the same work."""
 
 import ast
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,8 +13,7 @@ import numpy as np
 import pytest
 
 import v2t_jax
-from v2t_jax.bench import decode, train
-from v2t_jax.bench.measure import measure
+from v2t_jax.bench import decode, measure, train
 from v2t_jax.cli import main as cli
 from v2t_jax.config import T5_SIZES, ModelConfig, T5Config
 from v2t_jax.decode.state import EOS
@@ -52,7 +52,7 @@ def test_torch_is_imported_in_one_function_alone() -> None:
 
 def test_a_row_is_of_the_calls_after_the_first() -> None:
     calls: list[int] = []
-    row = measure("work", lambda: calls.append(1), 3, sequences=8, tokens=40)
+    row = measure.measure("work", lambda: calls.append(1), 3, sequences=8, tokens=40)
     assert len(calls) == 4 and len(row.turns) == 3
     assert row.tokens_per_second == pytest.approx(5 * row.sequences_per_second)
     assert str(row).startswith("work:\n  0.000 s (median of 3") and row.mfu is None and row.compile_seconds is None
@@ -74,6 +74,15 @@ def test_the_commands_print_one_document(
     with pytest.raises(SystemExit):
         cli.main()
     assert "--num-tokens is 0; give at least 1" in capsys.readouterr().err
+
+
+def test_a_step_is_of_as_many_texts_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(T5_SIZES, "t5-large", TINY)
+    command = train.Train(size="t5-large", num_tokens=4, num_pseudo_tokens=2, embedding_width=8, repeats=1)
+    needed = {size: command.compiled(size)[1].needed for size in (32, 64)}
+    monkeypatch.setattr(measure, "memory_limit", lambda: sum(needed.values()) // 2)
+    (row,) = dataclasses.replace(command, batch_size=16, fill=True).rows()
+    assert "batch 32 x 4 tokens" in row.name and row.needed == needed[32]
 
 
 def test_decoding_makes_exactly_as_many_tokens_and_never_ends() -> None:

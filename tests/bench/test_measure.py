@@ -88,14 +88,43 @@ def test_a_row_says_what_share_of_the_peak_it_reaches(monkeypatch: pytest.Monkey
     monkeypatch.setattr(measure, "peak_of", lambda device, dtype: peak)
     walls = [1.0, 5.0, 2.0, 3.0, 9.0]
     turns = [Turn(wall, 2 * wall) for wall in walls]
-    row = row_of("work", turns, 6, 60, Program(None, 0.5, flops=6e12, moved=3e10, xla_flops=5e12))
+    row = row_of("work", turns, 6, 60, Program(None, 0.5, flops=6e12, moved=3e10, xla_flops=5e12, needed=4 * 10**9))
     assert (row.seconds, row.cpu_seconds, row.spread) == (statistics.median(walls), 6, 3.0)
     assert (row.sequences_per_second, row.tokens_per_second) == (2, 20)
     assert (row.tflops_per_second, row.mfu, row.compile_seconds) == (2.0, 0.25, 0.5)
     assert "6,000.0 GFLOP a call, 2 TFLOP/s, 25.0% of 8 (published, bfloat16)" in str(row)
-    unknown = row_of("work", turns, 6, None, Program(None, 0.5, None, None, 5e12))
+    assert "device memory: the program needs 4.00 GB" in str(row)
+    unknown = row_of("work", turns, 6, None, Program(None, 0.5, None, None, 5e12, 0))
     assert (unknown.mfu, unknown.compile_seconds, unknown.tokens_per_second) == (None, 0.5, None)
     plot([row, unknown], tmp_path / "roof.svg")
     assert "peak, published, bfloat16" in (tmp_path / "roof.svg").read_text()
     with pytest.raises(InputError, match="nothing to plot"):
         plot([unknown], tmp_path / "none.svg")
+
+
+def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def compiled(size: int) -> Program:
+        asked.append(size)
+        if size > 64:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
+        return Program(None, 0.5, None, None, None, needed=100 * size)
+
+    monkeypatch.setattr(measure, "memory_limit", lambda: 1000)
+    assert measure.largest_batch(compiled, 2) == 8 and asked == [4, 8, 16]
+    monkeypatch.setattr(measure, "memory_limit", lambda: 10**9)
+    assert measure.largest_batch(compiled, 2) == 64
+
+    def broken(size: int) -> Program:
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        measure.largest_batch(broken, 2)
+
+
+def test_a_program_needs_what_it_is_given_gives_and_keeps() -> None:
+    x = jnp.ones((256, 1024))  # 1 MiB
+    needed = compile_program(jax.jit(lambda x: x + 1), x).needed
+    assert 2 << 20 <= needed < 3 << 20
+    assert 1 << 30 < measure.memory_limit() < 1 << 50

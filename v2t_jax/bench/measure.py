@@ -37,6 +37,7 @@ class Program(NamedTuple):
     flops: float | None  # of its matrix products, counted as in roofline.py; None: it depends on the arguments
     moved: float | None  # bytes of their operands and results
     xla_flops: float | None  # by XLA's cost analysis: elementwise operations too, but a loop's body only once
+    needed: int  # bytes of device memory: arguments, results and temporaries
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Row:
     flops: float | None = None  # of a call, as in `Program`
     moved: float | None = None
     xla_flops: float | None = None
+    needed: int | None = None
     tflops_per_second: float | None = None
     mfu: float | None = None  # share of the peak FLOP/s
     peak: Peak | None = None
@@ -67,8 +69,9 @@ class Row:
         if self.flops is not None and self.peak is not None:
             done = f"{self.flops / 1e9:,.1f} GFLOP a call, {self.tflops_per_second:.4g} TFLOP/s"
             lines.append(f"{done}, {self.mfu:.1%} of {self.peak.flops / 1e12:.4g} ({self.peak.source})")
-        if self.peak_bytes is not None:
-            lines.append(f"device memory: at most {self.peak_bytes / 1e9:.2f} GB so far")
+        if self.needed is not None:
+            most = "" if self.peak_bytes is None else f", at most {self.peak_bytes / 1e9:.2f} GB so far"
+            lines.append(f"device memory: the program needs {self.needed / 1e9:.2f} GB{most}")
         return "\n  ".join(lines)
 
 
@@ -92,7 +95,32 @@ def compile_program(jitted: Any, *arguments: Any, while_turns: int = 1, **static
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
     flops, moved = map(float, work(traced.jaxpr.jaxpr, while_turns))
-    return Program(compiled, seconds, flops, moved, (compiled.cost_analysis() or {}).get("flops"))
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return Program(compiled, seconds, flops, moved, (compiled.cost_analysis() or {}).get("flops"), needed)
+
+
+def memory_limit() -> int:
+    """Bytes that programs may use of this device; of a CPU, the machine's memory."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def largest_batch(compiled: Callable[[int], Program], size: int) -> int:
+    """The last of size, 2 size, 4 size, ... whose program, which is compiled and not run, fits the device's memory."""
+    limit = memory_limit()
+    while True:
+        try:
+            needed = compiled(2 * size).needed
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return size
+        progress.note(f"batch {2 * size} needs {needed / 1e9:.2f} of {limit / 1e9:.2f} GB")
+        if needed > limit:
+            return size
+        size *= 2
 
 
 def measure(

@@ -1,5 +1,6 @@
 """A training step: `v2t bench train`. It is forward, backward, clipping of the gradient's norm, AdamW."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import numpy as np
 
 from v2t_jax.bench.command import Measurement
 from v2t_jax.bench.decode import Size, sized
-from v2t_jax.bench.measure import Row, compile_program, measure
+from v2t_jax.bench.measure import Program, Row, compile_program, largest_batch, measure
 from v2t_jax.config import Dtype, ModelConfig, OptimizerConfig, T5Config
 from v2t_jax.errors import check_whole
 from v2t_jax.models.layers import Params
@@ -32,6 +33,7 @@ class Train(Measurement):
     size: Size = "t5-small"
     network: Network = "inverter"
     batch_size: int = 16
+    fill: bool = False  # double batch_size as long as the step fits the device's memory
     num_tokens: int = 32  # tokens of every text
     num_pseudo_tokens: int = 16  # pseudo-tokens that an embedding becomes
     embedding_width: int = 768
@@ -42,13 +44,17 @@ class Train(Measurement):
             check_whole(name, getattr(self, name), 1)
 
     def rows(self) -> Iterator[Row]:
-        config, e, ids = self.problem(sized(self.size, self.dtype))
-        step = Step(config, NETWORKS[self.network](config).init_params(jax.random.key(0)), e, ids, self.network)
-        program = compile_program(step.step, step.state, *step.batch)
+        size = largest_batch(lambda size: self.compiled(size)[1], self.batch_size) if self.fill else self.batch_size
+        step, program = self.compiled(size)
         step.step = program.run
-        of = f"{self.size}, {self.dtype}, batch {self.batch_size} x {self.num_tokens} tokens"
-        name = f"{self.network} training step, {of}"
-        yield measure(name, step, self.repeats, self.batch_size, ids.size, program, self.dtype)
+        name = f"{self.network} training step, {self.size}, {self.dtype}, batch {size} x {self.num_tokens} tokens"
+        yield measure(name, step, self.repeats, size, size * self.num_tokens, program, self.dtype)
+
+    def compiled(self, size: int) -> tuple["Step", Program]:
+        """The step of a batch of this size."""
+        config, e, ids = dataclasses.replace(self, batch_size=size).problem(sized(self.size, self.dtype))
+        step = Step(config, NETWORKS[self.network](config).init_params(jax.random.key(0)), e, ids, self.network)
+        return step, compile_program(step.step, step.state, *step.batch)
 
     def problem(self, t5: T5Config) -> tuple[ModelConfig, np.ndarray, np.ndarray]:
         """The networks' config, random embeddings [B, E] and random texts [B, L]."""
