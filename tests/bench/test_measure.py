@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from v2t_jax.bench import measure
 from v2t_jax.bench.chart import plot
 from v2t_jax.bench.measure import Program, Turn, compile_program, row_of
 from v2t_jax.bench.peaks import Peak, peak_of, published
+from v2t_jax.bench.roofline import work
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.errors import InputError
-from v2t_jax.models.embedder import EmbedderConfig, embed
+from v2t_jax.models.embedder import EmbedderConfig, EmbedderNetwork, embed
 from v2t_jax.models.encoders import BertConfig, encoder_network
 from v2t_jax.models.inverter import Inverter
 from v2t_jax.train.step import cross_entropy
@@ -103,7 +105,9 @@ def test_a_row_says_what_share_of_the_peak_it_reaches(monkeypatch: pytest.Monkey
 
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    limit, asked = {"bytes_limit": 1000}, []
+    device = SimpleNamespace(memory_stats=lambda: limit, device_kind="toaster")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
 
     def compiled(size: int) -> Program:
         asked.append(size)
@@ -111,9 +115,10 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
         return Program(None, 0.5, None, None, None, needed=100 * size)
 
-    monkeypatch.setattr(measure, "memory_limit", lambda: 1000)
-    assert measure.largest_batch(compiled, 2) == 8 and asked == [4, 8, 16]
-    monkeypatch.setattr(measure, "memory_limit", lambda: 10**9)
+    assert measure.largest_batch(compiled, 2) == 8 and asked == [2, 4, 8, 16]
+    with pytest.raises(InputError, match="batch_size 16 doesn't fit 0.00 GB; give a smaller one"):
+        measure.largest_batch(compiled, 16)
+    limit["bytes_limit"] = 10**9
     assert measure.largest_batch(compiled, 2) == 64
 
     def broken(size: int) -> Program:
@@ -121,10 +126,22 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         measure.largest_batch(broken, 2)
+    limit.clear()
+    with pytest.raises(InputError, match="kind toaster doesn't tell its memory's limit; give batch_size without fill"):
+        measure.largest_batch(compiled, 2)
 
 
 def test_a_program_needs_what_it_is_given_gives_and_keeps() -> None:
-    x = jnp.ones((256, 1024))  # 1 MiB
-    needed = compile_program(jax.jit(lambda x: x + 1), x).needed
-    assert 2 << 20 <= needed < 3 << 20
-    assert 1 << 30 < measure.memory_limit() < 1 << 50
+    needed = compile_program(jax.jit(lambda x: x + 1), jnp.ones((256, 1024))).needed  # of 1 MiB each
+    assert needed is not None and 2 << 20 <= needed < 3 << 20
+
+
+def test_parts_of_an_embedders_batch_are_a_cpus_alone() -> None:
+    """Compared with the count of the network, which is that of TPUs: its weights are read once."""
+    config = EmbedderConfig(BertConfig(100, 32, 1, 2, 64, 128), width=32)
+    params = {"encoder": encoder_network(config.encoder).init_params(jax.random.key(0)), "dense": []}
+    ids = jnp.ones((64, 128), jnp.int32)
+    whole = jax.make_jaxpr(lambda *given: EmbedderNetwork(config).apply({"params": given[0]}, *given[1:]))
+    parts = jax.make_jaxpr(functools.partial(embed, config))
+    assert "platform_index" in str(parts(params, ids, ids))
+    assert work(parts(params, ids, ids).jaxpr).tolist() == work(whole(params, ids, ids).jaxpr).tolist()

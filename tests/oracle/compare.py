@@ -7,6 +7,7 @@ Beside the original (hypotheses, correct), theirs runs in a process of its own (
 
 import argparse
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -29,7 +30,7 @@ from torch import nn
 from tests.oracle.original import Original
 from v2t_jax.bench.decode import Decode, generate, sized, source_ids
 from v2t_jax.bench.embed import long_texts
-from v2t_jax.bench.measure import Turn, num_cores, turn
+from v2t_jax.bench.measure import Turn, num_cores, processor, turn
 from v2t_jax.bench.train import OPTIMIZER, Network, Step, Train
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.split import read_texts
@@ -54,8 +55,8 @@ PAIR: dict[str, Any] = {
     "t5": {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
     "gtr": {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
 }
-SEARCHES = ((1, 1, 3), (8, 4, 2))  # num_steps, sequence_beam_width, turns
-LONG_SEARCHES = ((20, 1, 2), (8, 8, 1))
+SEARCHES = ((1, 1, 3), (20, 1, 1), (8, 4, 2))  # num_steps, sequence_beam_width, turns
+LONG_SEARCHES = ((8, 8, 1),)
 
 
 def take_turns(
@@ -94,8 +95,8 @@ def torch_t5(config: T5Config, seed: int = 0) -> Any:
 
 
 def to_numpy(module: nn.Module) -> dict[str, np.ndarray]:
-    """A module's state dict as arrays that share its memory."""
-    return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+    """A module's state dict as arrays, which share its memory on a CPU."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
 
 
 def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> Iterator[dict[str, Any]]:
@@ -105,7 +106,7 @@ def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> Iterator[di
     jitted = jax.jit(generate, static_argnums=(0, 3))
     for batch_size in options.batch_size:
         ids = source_ids(config, batch_size, options.source_length)
-        ours_in, theirs_in = jnp.asarray(ids, jnp.int32), torch.from_numpy(ids)
+        ours_in, theirs_in = jnp.asarray(ids, jnp.int32), torch.tensor(ids)
 
         def ours(ids: jax.Array = ours_in) -> np.ndarray:
             return np.asarray(jitted(config, params, ids, options.num_tokens))
@@ -114,7 +115,7 @@ def compare_decoding(options: Decode, config: T5Config = T5_BASE) -> Iterator[di
             count = options.num_tokens
             lengths = {"max_new_tokens": count, "min_new_tokens": count}
             made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **lengths)
-            return made[:, 1:].numpy()  # without the start id
+            return made[:, 1:].cpu().numpy()  # without the start id
 
         mine, reference = ours(), theirs()
         assert mine.shape == reference.shape == (batch_size, options.num_tokens)
@@ -137,7 +138,7 @@ class TorchStep:
         names = ("projection",) if network == "inverter" else ("target", "hypothesis", "difference")
         self.projections = nn.ModuleDict({name: projection() for name in names})
         self.norm = nn.LayerNorm(config.t5.d_model, eps=1e-5) if network == "corrector" else nn.Identity()
-        self.e, self.ids = torch.from_numpy(e), torch.from_numpy(ids)
+        self.e, self.ids = torch.tensor(e), torch.tensor(ids)
         self.params = [p for part in (self.model, self.projections, self.norm) for p in part.parameters()]
         groups = [
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": OPTIMIZER.weight_decay},
@@ -183,6 +184,8 @@ class TorchStep:
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, OPTIMIZER.clip_norm)
         self.optimizer.step()
+        if loss.is_cuda:
+            torch.cuda.synchronize()
         return float(loss.detach())
 
 
@@ -202,7 +205,10 @@ def compare_training(options: Train, t5: T5Config = T5_SMALL) -> Iterator[dict[s
 def compare_embedding(count: int = 1000, batch_size: int = 64, repeats: int = 5) -> Iterator[dict[str, Any]]:
     """all-MiniLM-L6-v2 beside sentence-transformers, on lines of WordNet and texts of equal length; vectors agree."""
     name = "all-MiniLM-L6-v2"
-    embedder, model = load_embedder(name), SentenceTransformer(str(locate(name)), device="cpu")
+    embedder, model = (
+        load_embedder(name),
+        SentenceTransformer(str(locate(name)), device=str(torch.get_default_device())),
+    )
     for num_tokens in (None, 16, 128):
         ours = embedder if num_tokens is None else embedder.shortened(num_tokens)
         model.max_seq_length = ours.config.max_length
@@ -287,9 +293,13 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "decode", "embed", "hypotheses", "correct", "all"))
     parser.add_argument("--json", action="store_true", help="print one JSON document; lines go to the standard error")
     parser.add_argument("--texts", type=int, nargs="+", default=(4, 16), help="numbers of texts that are corrected")
-    parser.add_argument("--long", action="store_true", help="correct by 20 steps, and by beams of 8, too: takes hours")
+    parser.add_argument("--long", action="store_true", help="correct by beams of 8, too: takes an hour")
     options = parser.parse_args()
     torch.set_num_threads(num_cores())
+    if jax.default_backend() == "gpu":
+        if not torch.cuda.is_available():
+            parser.error("JAX has a GPU here and torch has none; install a torch for CUDA, or set JAX_PLATFORMS=cpu.")
+        torch.set_default_device("cuda")
     searches = SEARCHES + (LONG_SEARCHES if options.long else ())
     compared: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "train": lambda: compare_training(Train()),
@@ -313,7 +323,9 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        print(json.dumps({"cores": num_cores(), **versions, "results": results}))
+        where = {"date": datetime.date.today().isoformat(), "processor": processor(), "cores": num_cores()}
+        where["device"] = jax.devices()[0].device_kind
+        print(json.dumps({**where, **versions, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def make(spec: dict[str, Any]) -> None:
 @torch.no_grad()
 def search(corrector: Any, vectors: str, num_steps: int | None, sequence_beam_width: int, max_length: int) -> Any:
     """One timed call. `invert_embeddings` lets texts be 128 ids long; its networks are told another limit."""
-    e = torch.from_numpy(np.load(vectors))
+    e = torch.from_numpy(np.load(vectors)).to(corrector.model.device)
     for model in (corrector.model, corrector.inversion_trainer.model):
         t5 = model.encoder_decoder
         t5.generate = lambda t5=t5, **given: type(t5).generate(t5, **given | {"max_length": max_length})

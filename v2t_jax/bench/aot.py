@@ -102,10 +102,12 @@ def recipe_sizes(config: Config) -> tuple[ModelConfig, EmbedderConfig | None, To
     return dataclasses.replace(config.model, t5=t5, embedding_width=width, state_width=states), embedder, token_map
 
 
-def recipe_loop(model: ModelConfig, embedder: EmbedderConfig, token_map: TokenMap, beam: int) -> CorrectionLoop:
+def recipe_loop(
+    model: ModelConfig, embedder: EmbedderConfig, token_map: TokenMap, beam: int, step_rows: int | None = None
+) -> CorrectionLoop:
     """The correction loop of a model that shares its embedder's vocabulary."""
     functions = initial_hypotheses(model), (propose_corrections(model, "best"),), shared_embedder(embedder, token_map)
-    return CorrectionLoop(*functions, CorrectionSettings(sequence_beam_width=beam))
+    return CorrectionLoop(*functions, CorrectionSettings(sequence_beam_width=beam), step_rows=step_rows)
 
 
 def loop_work(loop: CorrectionLoop, params: Any, e: Any, num_steps: int, length: int) -> np.ndarray:

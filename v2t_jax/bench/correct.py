@@ -16,6 +16,7 @@ from v2t_jax.config import ModelConfig, Stage, load_recipe
 from v2t_jax.errors import InputError, check_whole
 from v2t_jax.eval.evaluate import evaluation_texts
 from v2t_jax.inversion.correction import TRACE_STEPS, CorrectionLoop
+from v2t_jax.inversion.parts import rows_at_once
 from v2t_jax.inversion.pipeline import load
 from v2t_jax.models.embedder import EmbedderConfig
 from v2t_jax.models.encoders import encoder_network
@@ -84,7 +85,8 @@ class Correct(Measurement):
         params |= {"embedder": embedder_params(embedder), "pieces": pieces}
         e = np.random.default_rng(0).standard_normal((self.batch_size, embedder.width), np.float32)
         e /= np.linalg.norm(e, axis=1, keepdims=True)
-        loop = recipe_loop(model, embedder, token_map, self.sequence_beam_width)
+        beam = self.sequence_beam_width
+        loop = recipe_loop(model, embedder, token_map, beam, rows_at_once(beam**2, 0))
         return Problem(f"{config.name} with random weights", model, loop, params, e)
 
 

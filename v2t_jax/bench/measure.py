@@ -18,6 +18,7 @@ import numpy as np
 from v2t_jax import __version__, progress
 from v2t_jax.bench.peaks import Peak, peak_of
 from v2t_jax.bench.roofline import work
+from v2t_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -37,7 +38,7 @@ class Program(NamedTuple):
     flops: float | None  # of its matrix products, counted as in roofline.py; None: it depends on the arguments
     moved: float | None  # bytes of their operands and results
     xla_flops: float | None  # by XLA's cost analysis: elementwise operations too, but a loop's body only once
-    needed: int  # bytes of device memory: arguments, results and temporaries
+    needed: int | None  # bytes of device memory: arguments, results and temporaries; None: the backend doesn't tell
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class Row:
             done = f"{self.flops / 1e9:,.1f} GFLOP a call, {self.tflops_per_second:.4g} TFLOP/s"
             lines.append(f"{done}, {self.mfu:.1%} of {self.peak.flops / 1e12:.4g} ({self.peak.source})")
         if self.needed is not None:
-            most = "" if self.peak_bytes is None else f", at most {self.peak_bytes / 1e9:.2f} GB so far"
-            lines.append(f"device memory: the program needs {self.needed / 1e9:.2f} GB{most}")
+            lines.append(f"device memory: the program needs {self.needed / 1e9:.2f} GB")
+        if self.peak_bytes is not None:
+            lines.append(f"device memory: at most {self.peak_bytes / 1e9:.2f} GB so far")
         return "\n  ".join(lines)
 
 
@@ -95,32 +97,35 @@ def compile_program(jitted: Any, *arguments: Any, while_turns: int = 1, **static
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
     flops, moved = map(float, work(traced.jaxpr.jaxpr, while_turns))
-    memory = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    needed, memory = None, compiled.memory_analysis()
+    if memory is not None:
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Program(compiled, seconds, flops, moved, (compiled.cost_analysis() or {}).get("flops"), needed)
-
-
-def memory_limit() -> int:
-    """Bytes that programs may use of this device; of a CPU, the machine's memory."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def largest_batch(compiled: Callable[[int], Program], size: int) -> int:
     """The last of size, 2 size, 4 size, ... whose program, which is compiled and not run, fits the device's memory."""
-    limit = memory_limit()
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        kind = jax.devices()[0].device_kind
+        raise InputError(f"A device of kind {kind} doesn't tell its memory's limit; give batch_size without fill.")
+    fitting = 0
     while True:
         try:
-            needed = compiled(2 * size).needed
+            needed = compiled(size).needed or 0
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return size
-        progress.note(f"batch {2 * size} needs {needed / 1e9:.2f} of {limit / 1e9:.2f} GB")
-        if needed > limit:
-            return size
-        size *= 2
+            needed = limit + 1
+        fits = 0 < needed <= limit
+        progress.note(f"batch {size}: " + (f"{needed / 1e9:.2f} of {limit / 1e9:.2f} GB" if fits else "doesn't fit"))
+        if not fits:
+            break
+        fitting, size = size, 2 * size
+    if not fitting:
+        raise InputError(f"batch_size {size} doesn't fit {limit / 1e9:.2f} GB; give a smaller one.")
+    return fitting
 
 
 def measure(

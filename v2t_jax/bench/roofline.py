@@ -91,7 +91,8 @@ def work(jaxpr: Any, while_turns: int = 1) -> np.ndarray:
             moved = sum(nbytes(v.aval) for v in equation.invars) + result * left.dtype.itemsize
             total += 2 * result * prod(left.shape[axis] for axis in contracted), moved
         elif name == "cond":
-            total += max(inner, key=lambda branch: branch[0])
+            # Of equal work, the branch that moves less: `embed` takes parts on a CPU alone.
+            total += max(inner, key=lambda branch: (branch[0], -branch[1]))
         elif inner:
             total += sum(inner) * {"scan": equation.params.get("length", 1), "while": while_turns}.get(name, 1)
     return total

@@ -1,5 +1,6 @@
-"""From hypotheses to their embeddings, inside a compiled program: on the device, or by one batched callback a step to
-what lives on the host, the embedder's own tokenizer (`tokens`) or an embedder that isn't JAX at all (`vectors`)."""
+"""From hypotheses to their embeddings, inside a compiled program: on the device, or by one batched callback a step (or
+part of it) to what lives on the host, the embedder's own tokenizer (`tokens`) or one that isn't JAX at all (`vectors`).
+"""
 
 import functools
 from collections.abc import Callable, Sequence

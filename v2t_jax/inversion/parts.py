@@ -28,7 +28,7 @@ def by_parts(expand: Callable[..., Any], rows: int | None, devices: int, done: A
         given, state: pytrees of arrays [B, ...].
     """
     each = len(done) // devices
-    if rows is None or each <= rows or each % rows:
+    if rows is None or len(done) % devices or each <= rows or each % rows:
         return expand(given, state)
     order = jnp.argsort(done.reshape(devices, each), axis=1)  # stable
 

@@ -115,13 +115,13 @@ def embed(config: EmbedderConfig, params: Params, ids: Tokens, mask: Int[Array, 
     rows, length = ids.shape
     most = max(CPU_TOKENS, length)
     divisors = (n for n in range(1, rows + 1) if rows % n == 0)
-    parts = next((n for n in divisors if most // 4 < rows // n * length <= most), 1)
+    fitting = (n for n in divisors if most // 4 < rows // n * length <= most)
+    parts = next((n for n in fitting if rows // n % jax.device_count() == 0), 1)  # each has rows of every device
 
     def run(ids: Tokens, mask: Int[Array, "B L"]) -> Any:
         return EmbedderNetwork(config).apply({"params": params}, ids, mask)
 
     def run_parts(ids: Tokens, mask: Int[Array, "B L"]) -> Any:
-        # On a mesh, a part has rows of every device.
         split = (x.reshape(-1, parts, length).swapaxes(0, 1) for x in (ids, mask))
         return jax.lax.map(lambda part: run(*part), tuple(split)).swapaxes(0, 1).reshape(rows, -1)
 

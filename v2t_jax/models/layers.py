@@ -285,6 +285,7 @@ def attend_cached(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.
     exact = precision(query.dtype)
     scores = jnp.einsum("bqhk,bhks->bhqs", query, key, preferred_element_type=jnp.float32, precision=exact)
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
+    # As in `Attention`, the heads move afterwards.
     return jnp.swapaxes(jnp.einsum("bhqs,bhsk->bhqk", weights, value, precision=exact), 1, 2)
 
 
