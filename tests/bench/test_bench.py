@@ -79,7 +79,8 @@ def test_the_commands_print_one_document(
 def test_a_step_is_of_as_many_texts_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(T5_SIZES, "t5-large", TINY)
     command = train.Train(size="t5-large", num_tokens=4, num_pseudo_tokens=2, embedding_width=8, repeats=1)
-    limit = command.compiled(48)[1].needed
+    (between,) = dataclasses.replace(command, batch_size=48).rows()
+    limit = between.needed
     monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", lambda _: {"bytes_limit": limit})
     (row,) = dataclasses.replace(command, batch_size=16, fill=True).rows()
     assert "batch 32 x 4 tokens" in row.name and row.needed < limit

@@ -115,11 +115,12 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
         return Program(None, 0.5, None, None, None, needed=100 * size)
 
-    assert measure.largest_batch(compiled, 2) == 8 and asked == [2, 4, 8, 16]
+    size, program = measure.largest_batch(compiled, 2)
+    assert (size, program.needed) == (8, 800) and asked == [2, 4, 8, 16]
     with pytest.raises(InputError, match="batch_size 16 doesn't fit 0.00 GB; give a smaller one"):
         measure.largest_batch(compiled, 16)
     limit["bytes_limit"] = 10**9
-    assert measure.largest_batch(compiled, 2) == 64
+    assert measure.largest_batch(compiled, 2)[0] == 64
 
     def broken(size: int) -> Program:
         raise jax.errors.JaxRuntimeError("INTERNAL: no")

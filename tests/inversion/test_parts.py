@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.toy_loop import BATCH, assert_same, embed, hypothesize, propose_hashed
 from v2t_jax.config import MeshConfig
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.parts import by_parts, rows_at_once
+from v2t_jax.inversion.parts import CORRECTED, EDITED, by_parts
 from v2t_jax.parallel.mesh import batch_sharding, make_mesh
 
 
@@ -60,7 +60,7 @@ def test_a_search_finds_the_same_part_by_part(params, targets, settings) -> None
 
 
 def test_rows_at_once_are_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [rows_at_once(each, 0) for each in (1, 16, 60, 100)] == [64, 4, 1, 1]  # on a CPU
-    assert rows_at_once(143, 1) == 1
+    assert [CORRECTED.rows(each) for each in (1, 16, 60, 100)] == [64, 4, 1, 1]  # on a CPU
+    assert EDITED.rows(143) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [rows_at_once(each, 0) for each in (1, 16, 81)] == [4096, 256, 32] and rows_at_once(143, 1) == 4
+    assert [CORRECTED.rows(each) for each in (1, 16, 81)] == [4096, 256, 32] and EDITED.rows(143) == 4

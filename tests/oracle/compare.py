@@ -130,14 +130,16 @@ class TorchStep:
     def __init__(self, config: ModelConfig, e: np.ndarray, ids: np.ndarray, network: Network) -> None:
         width = config.embedding_width
         self.model, self.num_pseudo_tokens = torch_t5(config.t5).train(), config.num_pseudo_tokens
+        self.corrects = network == "corrector"
 
         def projection() -> nn.Module:
             output = nn.Linear(width, config.t5.d_model * self.num_pseudo_tokens)
             return nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0), nn.GELU(), output).train()
 
-        names = ("projection",) if network == "inverter" else ("target", "hypothesis", "difference")
+        parts = ("target", "hypothesis", "difference")
+        names = [f"projection_{part}" for part in parts] if self.corrects else ["projection"]
         self.projections = nn.ModuleDict({name: projection() for name in names})
-        self.norm = nn.LayerNorm(config.t5.d_model, eps=1e-5) if network == "corrector" else nn.Identity()
+        self.norm = nn.LayerNorm(config.t5.d_model, eps=1e-5) if self.corrects else nn.Identity()
         self.e, self.ids = torch.tensor(e), torch.tensor(ids)
         self.params = [p for part in (self.model, self.projections, self.norm) for p in part.parameters()]
         groups = [
@@ -152,11 +154,11 @@ class TorchStep:
         params: Params = {"t5": t5_from_huggingface(to_numpy(self.model), t5)}
         for name, module in self.projections.items():
             weights = to_numpy(module)
-            params[name if name == "projection" else f"projection_{name}"] = {
+            params[name] = {
                 layer: {"kernel": weights[f"{i}.weight"].T, "bias": weights[f"{i}.bias"]}
                 for layer, i in (("hidden", 0), ("output", 3))
             }
-        if "target" in self.projections:
+        if self.corrects:
             weights = to_numpy(self.norm)
             params["input_norm"] = {"scale": weights["weight"], "bias": weights["bias"]}
         return jax.tree.map(lambda p: jnp.array(p, copy=True), params)
@@ -165,20 +167,20 @@ class TorchStep:
         def projected(name: str, x: torch.Tensor) -> torch.Tensor:
             return self.projections[name](x).reshape(len(x), self.num_pseudo_tokens, -1)
 
-        if "projection" in self.projections:
+        if not self.corrects:
             return projected("projection", self.e)
         hypothesis, embedding = self.ids.roll(1, 0), self.e.roll(1, 0)
         separator = self.model.shared(torch.ones_like(self.ids[:, :1]))
         text = self.model.shared(nn.functional.pad(hypothesis, (1, 0)))
-        given = {"target": self.e, "hypothesis": embedding, "difference": self.e - embedding}
-        parts = [part for name, x in given.items() for part in (separator, projected(name, x))]
+        given = zip(self.projections, (self.e, embedding, self.e - embedding), strict=True)
+        parts = [part for name, x in given for part in (separator, projected(name, x))]
         return self.norm(torch.cat([*parts, separator, text], dim=1))
 
     def __call__(self) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         embeds = self.encoder_input()
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        if "target" in self.projections:
+        if self.corrects:
             mask[:, -self.ids.shape[1] - 1] = 0  # the start id, as in the original
         loss = self.model(inputs_embeds=embeds, attention_mask=mask, labels=self.ids).loss
         loss.backward()
@@ -205,10 +207,8 @@ def compare_training(options: Train, t5: T5Config = T5_SMALL) -> Iterator[dict[s
 def compare_embedding(count: int = 1000, batch_size: int = 64, repeats: int = 5) -> Iterator[dict[str, Any]]:
     """all-MiniLM-L6-v2 beside sentence-transformers, on lines of WordNet and texts of equal length; vectors agree."""
     name = "all-MiniLM-L6-v2"
-    embedder, model = (
-        load_embedder(name),
-        SentenceTransformer(str(locate(name)), device=str(torch.get_default_device())),
-    )
+    embedder = load_embedder(name)
+    model = SentenceTransformer(str(locate(name)), device=str(torch.get_default_device()))
     for num_tokens in (None, 16, 128):
         ours = embedder if num_tokens is None else embedder.shortened(num_tokens)
         model.max_seq_length = ours.config.max_length

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from v2t_jax import progress
-from v2t_jax.bench.roofline import Report, Topology, nbytes, totals, work
+from v2t_jax.bench.roofline import Report, Topology, memory_of, nbytes, totals, work
 from v2t_jax.config import T5_SIZES, Config, ModelConfig, Stage, StageConfig, T5Config, is_endpoint
 from v2t_jax.embedders.known import KNOWN
 from v2t_jax.embedders.load import locate
@@ -290,10 +290,9 @@ class _Recipe(RecipeShapes):
             except jax.errors.JaxRuntimeError as error:
                 needed = _needed(error, _bytes_a_chip(arguments))
             else:
-                found = compiled.memory_analysis()
-                made = {"temporaries": found.temp_size_in_bytes, "program": found.generated_code_size_in_bytes}
-                given = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-                memory, needed = memory | made, given + sum(made.values())
+                found = memory_of(compiled) or {}
+                needed = sum(found.values())
+                memory |= {part: found[part] for part in ("temporaries", "program")}
                 try:
                     sent = totals(compiled.as_text())
                 except jax.errors.JaxRuntimeError:

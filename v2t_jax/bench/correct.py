@@ -16,7 +16,7 @@ from v2t_jax.config import ModelConfig, Stage, load_recipe
 from v2t_jax.errors import InputError, check_whole
 from v2t_jax.eval.evaluate import evaluation_texts
 from v2t_jax.inversion.correction import TRACE_STEPS, CorrectionLoop
-from v2t_jax.inversion.parts import rows_at_once
+from v2t_jax.inversion.parts import CORRECTED
 from v2t_jax.inversion.pipeline import load
 from v2t_jax.models.embedder import EmbedderConfig
 from v2t_jax.models.encoders import encoder_network
@@ -86,7 +86,7 @@ class Correct(Measurement):
         e = np.random.default_rng(0).standard_normal((self.batch_size, embedder.width), np.float32)
         e /= np.linalg.norm(e, axis=1, keepdims=True)
         beam = self.sequence_beam_width
-        loop = recipe_loop(model, embedder, token_map, beam, rows_at_once(beam**2, 0))
+        loop = recipe_loop(model, embedder, token_map, beam, CORRECTED.rows(beam**2))
         return Problem(f"{config.name} with random weights", model, loop, params, e)
 
 

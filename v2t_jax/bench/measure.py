@@ -17,7 +17,7 @@ import numpy as np
 
 from v2t_jax import __version__, progress
 from v2t_jax.bench.peaks import Peak, peak_of
-from v2t_jax.bench.roofline import work
+from v2t_jax.bench.roofline import memory_of, work
 from v2t_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -97,33 +97,30 @@ def compile_program(jitted: Any, *arguments: Any, while_turns: int = 1, **static
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
     flops, moved = map(float, work(traced.jaxpr.jaxpr, while_turns))
-    needed, memory = None, compiled.memory_analysis()
-    if memory is not None:
-        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    memory = memory_of(compiled)
+    needed = None if memory is None else sum(memory.values())
     return Program(compiled, seconds, flops, moved, (compiled.cost_analysis() or {}).get("flops"), needed)
 
 
-def largest_batch(compiled: Callable[[int], Program], size: int) -> int:
-    """The last of size, 2 size, 4 size, ... whose program, which is compiled and not run, fits the device's memory."""
+def largest_batch(compiled: Callable[[int], Program], size: int) -> tuple[int, Program]:
+    """The last of size, 2 size, 4 size, ... whose program fits the device's memory, and the program; none is run."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         kind = jax.devices()[0].device_kind
         raise InputError(f"A device of kind {kind} doesn't tell its memory's limit; give batch_size without fill.")
-    fitting = 0
+    fitting: tuple[int, Program] | None = None
     while True:
         try:
-            needed = compiled(size).needed or 0
+            program = compiled(size)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            needed = limit + 1
-        fits = 0 < needed <= limit
-        progress.note(f"batch {size}: " + (f"{needed / 1e9:.2f} of {limit / 1e9:.2f} GB" if fits else "doesn't fit"))
-        if not fits:
             break
-        fitting, size = size, 2 * size
-    if not fitting:
+        if program.needed is None or program.needed > limit:
+            break
+        progress.note(f"batch {size} needs {program.needed / 1e9:.2f} of {limit / 1e9:.2f} GB")
+        fitting, size = (size, program), 2 * size
+    if fitting is None:
         raise InputError(f"batch_size {size} doesn't fit {limit / 1e9:.2f} GB; give a smaller one.")
     return fitting
 

@@ -75,6 +75,16 @@ class Topology:
         self.num_slices, self.chip, self.devices = num_slices, CHIPS[kind], list(found.devices)
 
 
+def memory_of(compiled: Any) -> dict[str, int] | None:
+    """Bytes of device memory that a compiled program needs, by what they hold; None: the backend doesn't tell."""
+    found = compiled.memory_analysis()
+    return found and {
+        "arguments and results": found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+    }
+
+
 def work(jaxpr: Any, while_turns: int = 1) -> np.ndarray:
     """[FLOPs, bytes of operands and results] of a traced program's matrix products; the rest is assumed fused and free.
 

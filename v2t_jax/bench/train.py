@@ -1,6 +1,5 @@
 """A training step: `v2t bench train`. It is forward, backward, clipping of the gradient's norm, AdamW."""
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,17 +43,18 @@ class Train(Measurement):
             check_whole(name, getattr(self, name), 1)
 
     def rows(self) -> Iterator[Row]:
-        size = largest_batch(lambda size: self.compiled(size)[1], self.batch_size) if self.fill else self.batch_size
-        step, program = self.compiled(size)
-        step.step = program.run
+        config, e, ids = self.problem(sized(self.size, self.dtype))
+        step = Step(config, NETWORKS[self.network](config).init_params(jax.random.key(0)), e, ids, self.network)
+
+        def compiled(size: int) -> Program:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), step.batch)
+            return compile_program(step.step, step.state, *shapes)
+
+        first = self.batch_size
+        size, program = largest_batch(compiled, first) if self.fill else (first, compiled(first))
+        step.step, step.batch = program.run, jax.tree.map(lambda x: jnp.resize(x, (size, *x.shape[1:])), step.batch)
         name = f"{self.network} training step, {self.size}, {self.dtype}, batch {size} x {self.num_tokens} tokens"
         yield measure(name, step, self.repeats, size, size * self.num_tokens, program, self.dtype)
-
-    def compiled(self, size: int) -> tuple["Step", Program]:
-        """The step of a batch of this size."""
-        config, e, ids = dataclasses.replace(self, batch_size=size).problem(sized(self.size, self.dtype))
-        step = Step(config, NETWORKS[self.network](config).init_params(jax.random.key(0)), e, ids, self.network)
-        return step, compile_program(step.step, step.state, *step.batch)
 
     def problem(self, t5: T5Config) -> tuple[ModelConfig, np.ndarray, np.ndarray]:
         """The networks' config, random embeddings [B, E] and random texts [B, L]."""

@@ -1,21 +1,26 @@
 """Batches that are worked on part by part, without the rows that are done."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Texts that a device corrects, and edits, at a time. A CPU is as fast with few, which stay in its caches.
-AT_ONCE = {"cpu": (64, 1)}
-AT_ONCE_ELSEWHERE = 4096, 1024
+
+class AtOnce(NamedTuple):
+    """Texts that a device works on at a time. A CPU is as fast with few, which stay in its caches."""
+
+    cpu: int
+    elsewhere: int
+
+    def rows(self, texts_each: int) -> int:
+        """Rows with so many texts each: a power of two, as sizes of batches are."""
+        texts = self.cpu if jax.default_backend() == "cpu" else self.elsewhere
+        return 1 << max(texts // texts_each, 1).bit_length() - 1
 
 
-def rows_at_once(texts_each: int, kind: int) -> int:
-    """Rows of a device that are corrected (kind 0) or edited (1) at a time: a power of two, as sizes of batches are."""
-    texts = AT_ONCE.get(jax.default_backend(), AT_ONCE_ELSEWHERE)[kind]
-    return 1 << max(texts // texts_each, 1).bit_length() - 1
+CORRECTED, EDITED = AtOnce(64, 4096), AtOnce(1, 1024)
 
 
 def by_parts(expand: Callable[..., Any], rows: int | None, devices: int, done: Array, given: Any, state: Any) -> Any:

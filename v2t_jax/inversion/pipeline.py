@@ -39,7 +39,7 @@ from v2t_jax.inversion.confidence import Weights
 from v2t_jax.inversion.correction import STEPS, CorrectionLoop, CorrectionSettings, Mode, Search
 from v2t_jax.inversion.edits import BLACK_BOX, GRADIENT_CALLS, EditCounts, embedder_gain, guided_edits
 from v2t_jax.inversion.embed_hypotheses import embed_hypotheses
-from v2t_jax.inversion.parts import rows_at_once
+from v2t_jax.inversion.parts import CORRECTED, EDITED
 from v2t_jax.inversion.proposals import initial_hypotheses, propose_corrections
 from v2t_jax.inversion.upstream import topk_order, upstream_lengths
 from v2t_jax.models.layers import Params
@@ -149,9 +149,8 @@ class InversionPipeline:
             proposers = (propose_corrections(config, mode),) if corrects else ()
             more: dict[str, Any] = {} if search == "corrector" else self._edits(mode)
             more["devices"] = jax.local_device_count() if self.mesh is None else self.mesh.size
-            more["step_rows"] = (
-                rows_at_once(sequence_beam_width**2, 0) if isinstance(self.embedder, JaxEmbedder) else None
-            )
+            if isinstance(self.embedder, JaxEmbedder):  # of others everything is asked at once
+                more["step_rows"] = CORRECTED.rows(sequence_beam_width**2)
             functions = initial_hypotheses(config), proposers, embed
             self._loops[settings, search] = CorrectionLoop(*functions, settings, rank=topk_order, check=check, **more)
         return self._loops[settings, search]
@@ -164,7 +163,7 @@ class InversionPipeline:
             counts, gain = EditCounts(), embedder_gain(self.embedder.config, self.embedder.token_map())
             calls = sum(counts) + GRADIENT_CALLS
         edit = guided_edits(self.config, jnp.asarray(self.vocabulary.writable), counts, gain)
-        return {"edit": edit, "edit_calls": calls, "edit_rows": rows_at_once(calls, 1) if gain else None}
+        return {"edit": edit, "edit_calls": calls, "edit_rows": EDITED.rows(calls) if gain else None}
 
     def save(self, folder: Path, record: dict[str, Any], quantize: bool = False, card: str = "") -> None:
         """Writes the model folder, whole or not at all; `record` (recipe, scores) is kept in its config.json."""
