@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v2t_jax.models.layers import Attention, Dense, Dropout, GemmaNorm, LayerNorm, attend_cached, for_one_query
+from v2t_jax.models.layers import (
+    Attention,
+    Dense,
+    Dropout,
+    GemmaNorm,
+    LayerNorm,
+    attend_cached,
+    for_one_query,
+    matmul_float32,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -72,3 +81,17 @@ def test_dense_computes_in_its_dtype_and_gives_kernels_float32_gradients() -> No
     loss = lambda p: jnp.sum(Dense(1, dtype=jnp.bfloat16).apply({"params": p}, x))  # noqa: E731
     gradient = jax.grad(loss)({"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)})["kernel"]
     assert float(gradient[0, 0]) == 1 + 2 / 256  # in bfloat16 it would be rounded to 1 + 1/128 or 1
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("wide_in", "wide_out"), [(3, 5), (5, 3)])
+def test_the_gradient_of_a_product_is_its_own(wide_in: int, wide_out: int, transposed: bool) -> None:
+    """For all ways in which its operands may come first."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, g = jax.random.normal(keys[0], (2, 4, wide_in)), jax.random.normal(keys[1], (2, 4, wide_out))
+    kernel = jax.random.normal(keys[2], (wide_out, wide_in) if transposed else (wide_in, wide_out))
+    found = jax.vjp(lambda x, kernel: matmul_float32(x, kernel, jnp.float32, transposed), x, kernel)[1](g)
+    dx = np.einsum("blo,oi->bli" if transposed else "blo,io->bli", g, kernel)
+    dkernel = np.einsum("blo,bli->oi" if transposed else "blo,bli->io", g, x)
+    np.testing.assert_allclose(found[0], dx, atol=1e-5)
+    np.testing.assert_allclose(found[1], dkernel, atol=1e-5)

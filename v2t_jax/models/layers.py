@@ -79,11 +79,14 @@ def _matmul_backward(dtype: Any, transposed: bool, kept: Any, g: jax.Array) -> t
     dx = _contract("...o,oi->...i" if transposed else "...o,io->...i", g, kernel)
     # Summed over all leading axes at once: merging them by a reshape first takes twice as long on CPUs.
     axes = tuple(range(x.ndim - 1))
-    left, right = (g, x) if transposed else (x, g)
+    # On a CPU XLA copies the first operand, so the narrower one comes first; the product may have to be transposed.
+    gradient_first = g.shape[-1] < x.shape[-1]
+    left, right = (g, x) if gradient_first else (x, g)
     exact = precision(g.dtype)
     dkernel = jax.lax.dot_general(
         left, right, ((axes, axes), ((), ())), preferred_element_type=jnp.float32, precision=exact
     )
+    dkernel = dkernel.T if gradient_first != transposed else dkernel
     return dx.astype(like_x.dtype), dkernel.astype(like_kernel.dtype)
 
 
