@@ -17,10 +17,14 @@ from tests.helpers.toy_loop import (
     hypothesize,
     make_loop,
     propose_greedy,
+    toy_texts,
 )
+from v2t_jax.config import MeshConfig
 from v2t_jax.errors import InputError
 from v2t_jax.inversion.correction import CorrectionLoop, CorrectionSettings
-from v2t_jax.inversion.embed_hypotheses import HostFunctions
+from v2t_jax.inversion.embed_hypotheses import HostFunctions, embed_once
+from v2t_jax.inversion.upstream import topk_order
+from v2t_jax.parallel.mesh import batch_sharding, make_mesh
 
 
 def embed_masked(params, ids, mask):
@@ -126,3 +130,52 @@ def test_what_fails_has_no_embeddings(params):
     with pytest.raises(InputError, match="^7 is wrong; change it.$"):
         host.check()
     host.check()  # raised once
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "run_for"),
+    [
+        (1, 1, [0, 1, 2, 5]),
+        (2, 1, [0, 1, 2, 5]),
+        (1, 2, [0, 1, 2, 4, 5, 6]),  # a device knows nothing of the other's
+        (3, 1, range(8)),  # doesn't divide 8
+        (1, 3, [0, 1, 2, 5]),  # the batch lies on fewer devices than there are
+    ],
+)
+def test_each_text_is_embedded_once_on_a_device(rows, devices, run_for) -> None:
+    ids = jnp.asarray(toy_texts(0, 4)[[0, 1, 2, 0, 1, 3, 2, 1]])
+    first = [0, 1, 2, 0, 4, 5, 6, 4] if devices == 2 else [0, 1, 2, 0, 1, 5, 2, 1]
+    seen = []
+
+    def host(ids, place):
+        seen.extend(place.tolist())
+        return np.concatenate([ids, place[:, None]], axis=1).astype(np.float32)
+
+    def run(ids, place):
+        return jax.pure_callback(host, jax.ShapeDtypeStruct((len(ids), LENGTH + 1), jnp.float32), ids, place)
+
+    found = jax.jit(partial(embed_once, run, rows, devices))(ids, jnp.arange(8))
+    np.testing.assert_array_equal(found, np.concatenate([ids, np.array(first)[:, None]], axis=1))
+    assert sorted(seen) == list(run_for)
+
+
+def test_texts_on_several_devices_stay_there() -> None:
+    place = batch_sharding(make_mesh(MeshConfig(), jax.devices()))
+    ids = jax.device_put(jnp.asarray(toy_texts(0, 64) % 3), place)
+    run = jax.jit(partial(embed_once, lambda ids: ids.astype(jnp.float32), 2, 8))
+    np.testing.assert_array_equal(run(ids), ids)
+    assert "all-gather" not in run.lower(ids).compile().as_text()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "upstream"}, {"sequence_beam_width": 1}])
+def test_a_search_finds_the_same_where_texts_are_embedded_once(params, targets, settings) -> None:
+    whole = make_loop(**settings)(params, targets, 6)
+    for rows in (1, BATCH):
+        once = CorrectionLoop(
+            hypothesize,
+            (propose_greedy,),
+            lambda p, ids, rows=rows: embed_once(partial(embed, p), rows, 1, ids),
+            CorrectionSettings(**settings),
+            rank=topk_order,
+        )
+        assert_same(once(params, targets, 6), whole)

@@ -20,7 +20,7 @@ class AtOnce(NamedTuple):
         return 1 << max(texts // texts_each, 1).bit_length() - 1
 
 
-CORRECTED, EDITED = AtOnce(64, 4096), AtOnce(1, 1024)
+CORRECTED, EDITED, EMBEDDED = AtOnce(64, 4096), AtOnce(1, 1024), AtOnce(16, 256)
 
 
 def by_parts(expand: Callable[..., Any], rows: int | None, devices: int, done: Array, given: Any, state: Any) -> Any:

@@ -144,15 +144,16 @@ class InversionPipeline:
         config, guess_length = upstream_lengths(self.config) if cuts else (self.config, None)
         settings = CorrectionSettings(sequence_beam_width, mode, patience, guess_length)
         if (settings, search) not in self._loops:
-            embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary)
+            devices = jax.local_device_count() if self.mesh is None else self.mesh.size
+            embed, check = embed_hypotheses(config, self.embedder, self.vocabulary, self.shares_vocabulary, devices)
             corrects = search == "corrector" or (search == "both" and self.has_corrector)
             proposers = (propose_corrections(config, mode),) if corrects else ()
             more: dict[str, Any] = {} if search == "corrector" else self._edits(mode)
-            more["devices"] = jax.local_device_count() if self.mesh is None else self.mesh.size
+            more |= {"devices": devices, "rank": topk_order, "check": check}
             if isinstance(self.embedder, JaxEmbedder):  # of others everything is asked at once
                 more["step_rows"] = CORRECTED.rows(sequence_beam_width**2)
             functions = initial_hypotheses(config), proposers, embed
-            self._loops[settings, search] = CorrectionLoop(*functions, settings, rank=topk_order, check=check, **more)
+            self._loops[settings, search] = CorrectionLoop(*functions, settings, **more)
         return self._loops[settings, search]
 
     def _edits(self, mode: Mode) -> dict[str, Any]:

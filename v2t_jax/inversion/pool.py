@@ -24,8 +24,8 @@ def nothing_ranked(pool: Pool) -> Array:
 def keep_distinct(pool: Pool, width: int) -> Pool:
     """The `width` best distinct hypotheses of each pool, the first among equals; then fillers: the best, with -inf."""
     present = pool.similarity > -jnp.inf
-    duplicate = repeats(pool.ids, present)
     size = min(width, pool.ids.shape[1])
+    duplicate = repeats(pool.ids, present)
     top, index = lax.top_k(jnp.where(present & ~duplicate, pool.similarity, -jnp.inf), size)
     missing = ((0, 0), (0, width - size))
     top, index = jnp.pad(top, missing, constant_values=-jnp.inf), jnp.pad(index, missing)
@@ -34,15 +34,20 @@ def keep_distinct(pool: Pool, width: int) -> Pool:
     return kept._replace(similarity=jnp.where(filler, -jnp.inf, kept.similarity))
 
 
-def repeats(ids: Array, present: Array) -> Array:
-    """[B, P]: which of ids [B, P, L] equal one before them that is `present`."""
+def first_equals(ids: Array, present: Array) -> Array:
+    """[B, P]: where the first that is `present` and equal stands, of ids [B, P, L]; without one, any that is equal."""
     weights = jnp.asarray(np.random.default_rng(0).integers(1, 1 << 32, ids.shape[-1], np.uint32) | np.uint32(1))
     hashes = jnp.sum(ids.astype(jnp.uint32) * weights[None, None], axis=-1)
     order = jnp.lexsort((~present, hashes))  # stable, and equals adjoin
     in_order = jnp.take_along_axis(ids, order[..., None], axis=1)
-    same = jnp.all(in_order[:, 1:] == in_order[:, :-1], axis=-1)
-    back = jnp.argsort(order)
-    return jnp.take_along_axis(jnp.pad(same, ((0, 0), (1, 0))), back, axis=1)
+    differs = jnp.pad(jnp.any(in_order[:, 1:] != in_order[:, :-1], axis=-1), ((0, 0), (1, 0)), constant_values=True)
+    begins = lax.cummax(jnp.where(differs, jnp.arange(ids.shape[1])[None], 0), axis=1)
+    return jnp.take_along_axis(jnp.take_along_axis(order, begins, axis=1), jnp.argsort(order), axis=1)
+
+
+def repeats(ids: Array, present: Array) -> Array:
+    """[B, P]: which of ids [B, P, L] equal one before them that is `present`."""
+    return first_equals(ids, present) != jnp.arange(ids.shape[1])[None]
 
 
 def take(pool: Pool, index: Array) -> Pool:
