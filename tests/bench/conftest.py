@@ -11,7 +11,7 @@ from v2t_jax.bench import peaks
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(peaks, "MATRIX", 128)
-    monkeypatch.setattr(peaks, "COPIED", 2**20)
+    monkeypatch.setattr(peaks, "READ", 2**20)
     peaks._measured.cache_clear()
     yield
     peaks._measured.cache_clear()

@@ -7,10 +7,12 @@ Beside the original (hypotheses, correct), theirs runs in a process of its own (
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -44,7 +46,7 @@ from v2t_jax.models.layers import Params
 from v2t_jax.models.t5 import unstack_decoder
 from v2t_jax.vec2text.convert import build
 
-T5_SMALL, T5_BASE = sized("t5-small"), sized("t5-base")
+T5_SMALL, T5_BASE = dataclasses.replace(sized("t5-small"), scan_unroll=6), sized("t5-base")  # unrolled as torch's
 LOSS_TOLERANCE = 1e-4
 VECTOR_TOLERANCE = 1e-5  # of vectors of length 1
 # The pair of serve.py: T5-small's sizes, and GTR-base's as its embedder.
@@ -325,6 +327,7 @@ def main() -> None:
     if options.json:
         where = {"date": datetime.date.today().isoformat(), "processor": processor(), "cores": num_cores()}
         where["device"] = jax.devices()[0].device_kind
+        where["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
         print(json.dumps({**where, **versions, "results": results}, indent=1))
 
 

@@ -18,6 +18,8 @@ def command(threads: int, script: str, *arguments: str) -> tuple[list[str], dict
     """A script of this folder as a command, and its environment: the rest of ours is none of the original's."""
     assert PYTHON.exists(), f"{PYTHON} is missing: `make oracle` makes it"
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": str(threads)}
+    # `make benchvs` sets these for both sides.
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     return [str(PYTHON), str(ROOT / "tests" / "oracle" / script), *arguments], environment
 
 
