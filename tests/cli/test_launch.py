@@ -108,7 +108,8 @@ def test_the_line_in_the_pod_fails_until_there_is_a_model(tmp_path):
     container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     line = container["args"][0].replace("runs/NAME", str(tmp_path))
     stand_in = tmp_path / "v2t"
-    stand_in.write_text("#!/bin/bash\ntrap 'exit 0' TERM\necho up\nsleep ${SECONDS_TO_RUN} & wait\n")
+    # It waits before it says so: the shell that started it must know its number by then, on a busy machine too.
+    stand_in.write_text("#!/bin/bash\ntrap 'exit 0' TERM\nsleep 0.5\necho up\nsleep ${SECONDS_TO_RUN} & wait\n")
     stand_in.chmod(0o755)
     environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SECONDS_TO_RUN": "20"}
     process = subprocess.Popen([*container["command"], line], env=environ, stdout=subprocess.PIPE, text=True)
