@@ -18,6 +18,8 @@ def command(threads: int, script: str, *arguments: str) -> tuple[list[str], dict
     """A script of this folder as a command, and its environment: the rest of ours is none of the original's."""
     assert PYTHON.exists(), f"{PYTHON} is missing: `make oracle` makes it"
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": str(threads)}
+    if threads == 1:  # of tests: MKL rounds alike in every process, wherever its arrays lie
+        environment["MKL_CBWR"] = "COMPATIBLE"
     # `make benchvs` sets these for both sides.
     environment |= {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     return [str(PYTHON), str(ROOT / "tests" / "oracle" / script), *arguments], environment
@@ -34,8 +36,9 @@ def run_upstream(*jobs: list[Any]) -> None:
 class Original:
     """serve.py at work on the pair of a folder, which it makes first if it's given a spec; used by `with`."""
 
-    def __init__(self, folder: Path, spec: dict[str, Any] | None = None) -> None:
-        line, environment = command(num_cores(), "serve.py", str(folder), *([json.dumps(spec)] if spec else []))
+    def __init__(self, folder: Path, spec: dict[str, Any] | None = None, threads: int | None = None) -> None:
+        arguments = [str(folder), *([json.dumps(spec)] if spec else [])]
+        line, environment = command(threads or num_cores(), "serve.py", *arguments)
         self.folder, self._log = folder, folder / "serve.log"
         with self._log.open("w") as log:
             pipe = subprocess.PIPE
