@@ -154,7 +154,7 @@ def test_each_text_is_embedded_once_on_a_device(rows, devices, run_for) -> None:
     def run(ids, place):
         return jax.pure_callback(host, jax.ShapeDtypeStruct((len(ids), LENGTH + 1), jnp.float32), ids, place)
 
-    found = jax.jit(partial(embed_once, run, rows, devices))(ids, jnp.arange(8))
+    found = jax.jit(partial(embed_once, run, width=LENGTH + 1, rows=rows, devices=devices))(ids, jnp.arange(8))
     np.testing.assert_array_equal(found, np.concatenate([ids, np.array(first)[:, None]], axis=1))
     assert sorted(seen) == list(run_for)
 
@@ -162,7 +162,7 @@ def test_each_text_is_embedded_once_on_a_device(rows, devices, run_for) -> None:
 def test_texts_on_several_devices_stay_there() -> None:
     place = batch_sharding(make_mesh(MeshConfig(), jax.devices()))
     ids = jax.device_put(jnp.asarray(toy_texts(0, 64) % 3), place)
-    run = jax.jit(partial(embed_once, lambda ids: ids.astype(jnp.float32), 2, 8))
+    run = jax.jit(partial(embed_once, lambda ids: ids.astype(jnp.float32), width=LENGTH, rows=2, devices=8))
     np.testing.assert_array_equal(run(ids), ids)
     assert "all-gather" not in run.lower(ids).compile().as_text()
 
@@ -174,7 +174,7 @@ def test_a_search_finds_the_same_where_texts_are_embedded_once(params, targets, 
         once = CorrectionLoop(
             hypothesize,
             (propose_greedy,),
-            lambda p, ids, rows=rows: embed_once(partial(embed, p), rows, 1, ids),
+            lambda p, ids, rows=rows: embed_once(partial(embed, p), ids, width=WIDTH, rows=rows, devices=1),
             CorrectionSettings(**settings),
             rank=topk_order,
         )

@@ -14,12 +14,16 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-upstream" / "bin" / "python"
 
 
-def command(threads: int, script: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """A script of this folder as a command, and its environment: the rest of ours is none of the original's."""
+def command(reproducible: bool, script: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """A script of this folder as a command, and its environment: the rest of ours is none of the original's.
+
+    Reproducible: with one thread, far quicker than two for the small jobs of tests, and with an MKL that rounds
+    alike in every process, wherever its arrays lie.
+    """
     assert PYTHON.exists(), f"{PYTHON} is missing: `make oracle` makes it"
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": str(threads)}
-    if threads == 1:  # of tests: MKL rounds alike in every process, wherever its arrays lie
-        environment["MKL_CBWR"] = "COMPATIBLE"
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": str(num_cores())}
+    if reproducible:
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
     # `make benchvs` sets these for both sides.
     environment |= {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     return [str(PYTHON), str(ROOT / "tests" / "oracle" / script), *arguments], environment
@@ -27,8 +31,7 @@ def command(threads: int, script: str, *arguments: str) -> tuple[list[str], dict
 
 def run_upstream(*jobs: list[Any]) -> None:
     """Jobs of upstream.py."""
-    # One thread is far quicker than two at this size.
-    line, environment = command(1, "upstream.py", json.dumps(jobs))
+    line, environment = command(True, "upstream.py", json.dumps(jobs))
     done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -36,9 +39,9 @@ def run_upstream(*jobs: list[Any]) -> None:
 class Original:
     """serve.py at work on the pair of a folder, which it makes first if it's given a spec; used by `with`."""
 
-    def __init__(self, folder: Path, spec: dict[str, Any] | None = None, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, spec: dict[str, Any] | None = None, reproducible: bool = False) -> None:
         arguments = [str(folder), *([json.dumps(spec)] if spec else [])]
-        line, environment = command(threads or num_cores(), "serve.py", *arguments)
+        line, environment = command(reproducible, "serve.py", *arguments)
         self.folder, self._log = folder, folder / "serve.log"
         with self._log.open("w") as log:
             pipe = subprocess.PIPE

@@ -113,7 +113,7 @@ def test_equal_scores_are_ranked_as_torch_does(size: int) -> None:
 def test_a_pair_is_searched_as_it_is_recorded(root: Path) -> None:
     """By the process that `compare` takes turns with; it ends with its input."""
     record = read_recorded(root / "fresh")
-    with Original(root / "fresh", threads=1) as original:  # as where it was recorded: two may round otherwise
+    with Original(root / "fresh", reproducible=True) as original:  # as where it was recorded
         for num_steps, width in ((None, 0), (3, 2)):
             took, texts = original.invert(record["e"], num_steps, width, 128)
             assert took.wall > 0

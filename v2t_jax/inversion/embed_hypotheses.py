@@ -21,7 +21,7 @@ from v2t_jax.models.embedder import EmbedderConfig, TokenMap, embed, embed_model
 
 
 def embed_hypotheses(
-    config: ModelConfig, embedder: TextEmbedder, vocabulary: Vocabulary, shares_vocabulary: bool, devices: int = 1
+    config: ModelConfig, embedder: TextEmbedder, vocabulary: Vocabulary, shares_vocabulary: bool, devices: int
 ) -> tuple[Embed, Callable[[], None]]:
     """From model ids to embeddings, on the device if both share a vocabulary, else as text; and the loop's `check`.
 
@@ -31,24 +31,23 @@ def embed_hypotheses(
     if not isinstance(embedder, JaxEmbedder):
         vectors = host.vectors(lambda ids: embed_texts(embedder, vocabulary.decode(ids)), embedder.width)
         return lambda params, ids: vectors(ids), host.check
-    rows = EMBEDDED.rows(1)
+    once = functools.partial(embed_once, width=embedder.width, rows=EMBEDDED.rows(1), devices=devices)
     if shares_vocabulary:
         shared = shared_embedder(embedder.config, embedder.token_map())
-        return lambda params, ids: embed_once(functools.partial(shared, params), rows, devices, ids), host.check
+        return lambda params, ids: once(functools.partial(shared, params), ids), host.check
     tokens = host.tokens(*retokenizer(vocabulary, embedder, config.max_length))
 
     def embed_text(params: Any, ids: Array) -> Array:
         token_ids, mask = tokens(ids)
         # There is room for texts of twice as many tokens as the model's; the longest decides how many are embedded.
-        each_once = functools.partial(embed, embedder.config, params["embedder"])
-        run = functools.partial(embed_once, each_once, rows, devices)
+        run = functools.partial(once, functools.partial(embed, embedder.config, params["embedder"]))
         return jnp.where(mask[:, :1] < 0, jnp.nan, at_longest(run, mask > 0, token_ids, mask))
 
     return embed_text, host.check
 
 
-def embed_once(run: Callable[..., Array], rows: int, devices: int, *tokens: Array) -> Array:
-    """`run(*tokens)`, embeddings [R, E] of token ids [R, M] and whatever else; on each device, equal ids are run once.
+def embed_once(run: Callable[..., Array], *tokens: Array, width: int, rows: int, devices: int) -> Array:
+    """`run(*tokens)`, embeddings [R, width] of token ids [R, M] and their mask; on each device, equal ids are run once.
 
     Equal are those that the embedder reads, not the model's: spellings of one text get the very same vector, as in the
     original, which keeps their order. Repetitions come last, in parts of `rows` that are left out (`by_parts`).
@@ -57,9 +56,9 @@ def embed_once(run: Callable[..., Array], rows: int, devices: int, *tokens: Arra
     ids = tokens[0].reshape(devices, -1, tokens[0].shape[1])
     first = first_equals(ids, jnp.ones(ids.shape[:2], bool))
     repeated = (first != jnp.arange(ids.shape[1])[None]).reshape(-1)
-    none = jnp.zeros_like(jax.eval_shape(run, *tokens))
+    none = jnp.zeros((len(repeated), width), jnp.float32)
     e = by_parts(lambda given, _: run(*given), rows, devices, repeated, tokens, none)
-    return jnp.take_along_axis(e.reshape(devices, -1, e.shape[1]), first[..., None], axis=1).reshape(e.shape)
+    return jnp.take_along_axis(e.reshape(devices, -1, width), first[..., None], axis=1).reshape(e.shape)
 
 
 def shared_embedder(config: EmbedderConfig, token_map: TokenMap) -> Embed:
