@@ -62,13 +62,16 @@ oracle: $(ORACLE)/.installed $(UPSTREAM)/.installed ## compare with torch, trans
 	$(ORACLE)/bin/pytest -m oracle -n 2 --dist loadfile
 	$(ORACLE)/bin/python -m tests.oracle.table 2> /dev/null
 
-# A process keeps the memory it frees: else new pages take up to a quarter of a training step, of either side's.
+# With KEEP_MEMORY=1 both sides' processes keep what they free, else new pages take up to a quarter of a training step.
+ifdef KEEP_MEMORY
 benchvs: export MALLOC_ARENA_MAX = 1
 benchvs: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 benchvs: export MALLOC_TRIM_THRESHOLD_ = 34359738368
+endif
 benchvs: $(ORACLE)/.installed $(UPSTREAM)/.installed ## time ours beside torch and vec2text, into outputs/ (half an hour; keep the machine idle)
 	@mkdir -p outputs
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(ORACLE)/bin/python -m tests.oracle.compare all --json > outputs/benchvs-$$(date +%F).json
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(ORACLE)/bin/python -m tests.oracle.compare all --json \
+	    > outputs/benchvs-$$(date +%F)$(if $(KEEP_MEMORY),-kept-memory).json
 
 aot: install $(LIBTPU)/.installed ## compile for TPUs that aren't here (installs libtpu, for Linux on x86-64)
 	PYTHONPATH=$(LIBTPU) $(VENV)/bin/pytest -m tpu

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v2t_jax.decode.beam import beam_search
+from v2t_jax.decode.beam import CHUNK, beam_search, top_k
 from v2t_jax.decode.sample import first_argmax, greedy, keep_top_k, keep_top_p, sample
 from v2t_jax.decode.state import EOS, PAD, START, TokensToLogits, count_tokens, truncate_after_eos
 from v2t_jax.errors import InputError
@@ -351,3 +351,16 @@ def test_first_argmax_is_argmax_and_takes_the_first_of_equals() -> None:
     assert (first_argmax(logits) == jnp.argmax(logits, axis=-1)).all()
     assert (first_argmax(jnp.full((2, 4), -jnp.inf)) == 0).all()
     assert (first_argmax(jnp.full((2, 4), jnp.nan)) < 4).all()
+
+
+@pytest.mark.parametrize("size", [5, CHUNK * 9, CHUNK * 40 + 3])
+@pytest.mark.parametrize("levels", [2, 1000])
+def test_top_k_by_chunks_is_a_stable_sort(size: int, levels: int) -> None:
+    rng = np.random.default_rng(size)
+    logits = rng.integers(0, levels, (6, size)).astype(np.float32)
+    logits[1, rng.permutation(size)[3:]] = -np.inf  # fewer than k are left
+    k = min(8, size)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    best, ids = top_k(jnp.asarray(logits), k)
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(best, np.take_along_axis(logits, order, axis=1))

@@ -28,6 +28,7 @@ from v2t_jax.decode.state import (
 from v2t_jax.errors import InputError
 
 DEAD = -1e9  # the score of an empty slot and of a beam that must not go on: finite, as theirs is
+CHUNK = 128  # of a vocabulary
 
 
 class _Loop(NamedTuple):
@@ -124,11 +125,28 @@ def _grow(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array
     """
     batch_size, num_beams = log_probs.shape
     width = min(2 * num_beams, logits.shape[-1])
-    best_logits, best_ids = jax.lax.top_k(logits, width)
+    best_logits, best_ids = top_k(logits, width)
     log_p = jnp.where(jnp.isneginf(best_logits), -jnp.inf, log_softmax_at(logits, best_ids))
     totals = log_p.reshape(batch_size, num_beams, width) + log_probs[:, :, None]
     grown, flat = jax.lax.top_k(totals.reshape(batch_size, -1), 2 * num_beams)
     return grown, flat // width, _take(best_ids.reshape(batch_size, -1), flat)
+
+
+def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` of logits [R, V], in its order; looks into the k chunks of the vocabulary with the best maxima only.
+
+    A logit in any other chunk has k before it, one in each of these.
+    """
+    rows, size = logits.shape
+    chunks = -(-size // CHUNK)
+    if chunks <= k:
+        return jax.lax.top_k(logits, k)
+    padded = jnp.pad(logits, ((0, 0), (0, chunks * CHUNK - size)), constant_values=-jnp.inf)
+    maxima = jnp.max(padded.reshape(rows, chunks, CHUNK), axis=2)
+    chosen = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=1)  # lowest ids first, for ties
+    ids = (chosen[:, :, None] * CHUNK + jnp.arange(CHUNK)[None, None]).reshape(rows, -1)
+    best, index = jax.lax.top_k(jnp.take_along_axis(logits, ids, axis=1, mode="fill", fill_value=-jnp.inf), k)
+    return best, jnp.take_along_axis(ids, index, axis=1)
 
 
 def _take(values: jax.Array, indices: jax.Array) -> jax.Array:
