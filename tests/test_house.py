@@ -23,7 +23,7 @@ BUDGETS = {
     "bench": 1492,
     "cli": 1301,
     "data": 2520,
-    "decode": 360,
+    "decode": 378,
     "defences": 572,
     "embedders": 1367,
     "eval": 505,

@@ -128,7 +128,7 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         measure.largest_batch(broken, 2)
     limit.clear()
-    with pytest.raises(InputError, match="kind toaster doesn't tell its memory's limit; give batch_size without fill"):
+    with pytest.raises(InputError, match="kind toaster doesn't tell its memory's limit: give the batch size yourself"):
         measure.largest_batch(compiled, 2)
 
 

@@ -241,6 +241,8 @@ def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder, a pipe or a device"):
         (tmp_path / "x.npy").mkdir()
         open_vectors(str(tmp_path / "x.npy"))
+    with pytest.raises(InputError, match=r"/store' doesn't exist; give a file whose name ends in .npy"):
+        open_vectors(str(tmp_path / "store"))
     with pytest.raises(OSError, match="No such file"):
         open_vectors(str(tmp_path / "none.npy"))
     widths = VectorFile("two kinds", None, lambda start: iter([Rows(np.ones((1, 2))), Rows(np.ones((1, 3)))]))

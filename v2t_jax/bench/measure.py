@@ -107,7 +107,7 @@ def largest_batch(compiled: Callable[[int], Program], size: int) -> tuple[int, P
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         kind = jax.devices()[0].device_kind
-        raise InputError(f"A device of kind {kind} doesn't tell its memory's limit; give batch_size without fill.")
+        raise InputError(f"A device of kind {kind} doesn't tell its memory's limit: give the batch size yourself.")
     fitting: tuple[int, Program] | None = None
     while True:
         try:

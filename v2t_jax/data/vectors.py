@@ -47,8 +47,8 @@ def open_vectors(name: str) -> VectorFile:
     kind = path.lower()
     opener = next((opener for ending, opener in _OPENERS.items() if kind.removesuffix(".gz").endswith(ending)), None)
     if opener is None or (kind.endswith(".gz") and opener not in (_open_lines, _open_csv)):
-        kinds = ", ".join(_OPENERS)
-        raise InputError(f"{name!r} is of no known kind; give a file whose name ends in {kinds}, or FILE:FIELD.")
+        kinds, what = ", ".join(_OPENERS), "is of no known kind" if os.path.exists(path) else "doesn't exist"
+        raise InputError(f"{name!r} {what}; give a file whose name ends in {kinds}, or FILE:FIELD.")
     if os.path.getsize(path) == 0:
         raise InputError(f"{path} is empty; give a file with vectors in it.")
     with damage_named(path):
