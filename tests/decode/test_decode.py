@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -89,20 +90,21 @@ def padded(tokens: Prefix, length: int) -> list[int]:
     return [*tokens, *[PAD] * (length - len(tokens))]
 
 
-@partial(jax.jit, static_argnames=("beams", "num_return", "stop_rule"))
+@partial(jax.jit, static_argnames=("beams", "num_return", "stop_rule", "chunk"))
 def run_beam(
-    tables: jax.Array, *, beams: int, num_return: int, stop_rule: StopRule = "running"
+    tables: jax.Array, *, beams: int, num_return: int, stop_rule: StopRule = "running", chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     items, length = tables.shape[:2]
-    decoded, scores = beam_search(
-        toy(tables),
-        make_cache(items, beams, length),
-        batch_size=items,
-        num_beams=beams,
-        num_return=num_return,
-        max_length=length,
-        stop_rule=stop_rule,
-    )
+    with mock.patch("v2t_jax.decode.beam.CHUNK", chunk):
+        decoded, scores = beam_search(
+            toy(tables),
+            make_cache(items, beams, length),
+            batch_size=items,
+            num_beams=beams,
+            num_return=num_return,
+            max_length=length,
+            stop_rule=stop_rule,
+        )
     return decoded.ids, decoded.log_probs, scores
 
 
@@ -131,10 +133,12 @@ def test_greedy_is_the_loop_of_its_definition() -> None:
 
 @pytest.mark.parametrize(("beams", "stop_rule"), [(2, "running"), (3, "running"), (4, "running"), (3, "any")])
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), eos_bias=st.sampled_from([-1.0, 0.5, 2.0]))
-def test_beam_search_is_the_loop_of_its_definition(beams: int, stop_rule: StopRule, seed: int, eos_bias: float) -> None:
+@given(seed=st.integers(0, 2**31 - 1), eos_bias=st.sampled_from([-1.0, 0.5, 2.0]), chunk=st.sampled_from([1, CHUNK]))
+def test_beam_search_is_the_loop_of_its_definition(
+    beams: int, stop_rule: StopRule, seed: int, eos_bias: float, chunk: int
+) -> None:
     tables = make_tables(seed, items=4, length=7, vocab=12, eos_bias=eos_bias)
-    ids, log_probs, scores = run_beam(tables, beams=beams, num_return=beams, stop_rule=stop_rule)
+    ids, log_probs, scores = run_beam(tables, beams=beams, num_return=beams, stop_rule=stop_rule, chunk=chunk)
     for item, table in enumerate(tables):
         expected = reference_beam(table, beams, stop_rule)
         assert ids[item].tolist() == [padded(tokens, 7) for _, _, tokens in expected]

@@ -147,16 +147,23 @@ def test_each_text_is_embedded_once_on_a_device(rows, devices, run_for) -> None:
     first = [0, 1, 2, 0, 4, 5, 6, 4] if devices == 2 else [0, 1, 2, 0, 1, 5, 2, 1]
     seen = []
 
-    def host(ids, place):
-        seen.extend(place.tolist())
-        return np.concatenate([ids, place[:, None]], axis=1).astype(np.float32)
+    def host(ids, mask):
+        seen.extend((mask[:, 0] - 1).tolist())
+        return np.concatenate([ids, mask[:, :1] - 1], axis=1).astype(np.float32)
 
-    def run(ids, place):
-        return jax.pure_callback(host, jax.ShapeDtypeStruct((len(ids), LENGTH + 1), jnp.float32), ids, place)
+    def run(ids, mask):
+        return jax.pure_callback(host, jax.ShapeDtypeStruct((len(ids), LENGTH + 1), jnp.float32), ids, mask)
 
-    found = jax.jit(partial(embed_once, run, width=LENGTH + 1, rows=rows, devices=devices))(ids, jnp.arange(8))
+    mask = jnp.repeat(jnp.arange(1, 9)[:, None], LENGTH, axis=1)  # whole texts, which are known by it
+    found = jax.jit(partial(embed_once, run, width=LENGTH + 1, rows=rows, devices=devices))(ids, mask)
     np.testing.assert_array_equal(found, np.concatenate([ids, np.array(first)[:, None]], axis=1))
     assert sorted(seen) == list(run_for)
+
+
+def test_texts_that_differ_in_their_length_alone_are_two() -> None:
+    ids, mask = jnp.asarray([[5, 0, 0], [5, 0, 0], [5, 7, 0], [5, 0, 0]]), jnp.asarray([[1, 0, 0], [1, 1, 0]] * 2)
+    found = embed_once(lambda ids, mask: (mask * (ids + 1)).astype(jnp.float32), ids, mask, width=3, rows=1, devices=1)
+    np.testing.assert_array_equal(found, mask * (ids + 1))
 
 
 def test_texts_on_several_devices_stay_there() -> None:

@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
@@ -33,6 +34,7 @@ from tests.oracle.original import Original
 from v2t_jax.bench.decode import Decode, generate, sized, source_ids
 from v2t_jax.bench.embed import long_texts
 from v2t_jax.bench.measure import Turn, num_cores, processor, turn
+from v2t_jax.bench.peaks import peak_of
 from v2t_jax.bench.train import OPTIMIZER, Network, Step, Train
 from v2t_jax.config import ModelConfig, T5Config
 from v2t_jax.data.split import read_texts
@@ -228,6 +230,8 @@ def random_pair(spec: dict[str, Any]) -> Iterator[tuple[InversionPipeline, Origi
     """A pair that the original made and loaded, and ours converted from it. Both write texts of the same length."""
     length = mock.patch.object(upstream, "UPSTREAM_LENGTH", spec["max_seq_length"] - 1)  # without the start id
     with tempfile.TemporaryDirectory() as folder, Original(Path(folder), spec) as original, length:
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        assert original.about["device"] == device, f"vec2text runs on {original.about['device']}, and ours on {device}"
         parts = ("inverter", "corrector", "t5-base", "sentence-transformers/gtr-t5-base")
         model, _ = build(*(f"{folder}/{part}" for part in parts))
         model.embedding_norm = None  # that of texts of which this tokenizer knows no word
@@ -260,7 +264,7 @@ def compare_hypotheses(count: int = 16, repeats: int = 5, spec: dict[str, Any] =
             return original.invert(e, None, 0, ids)
 
         check_texts(ours(), theirs()[1], ids - 1)
-        name = f"hypotheses of {ids - 1} tokens for {count} vectors, beside vec2text {original.versions['vec2text']}"
+        name = f"hypotheses of {ids - 1} tokens for {count} vectors, beside vec2text {original.about['vec2text']}"
         yield take_turns(name, ours, theirs, repeats, clock=lambda run: run()[0])
 
 
@@ -286,7 +290,7 @@ def compare_correction(
 
             check_texts(ours(), theirs()[1], ids - 1)
             name = f"{num_steps} correction steps, beam {width}, {count} texts of {ids - 1} tokens"
-            name += f", beside vec2text {original.versions['vec2text']}"
+            name += f", beside vec2text {original.about['vec2text']}"
             yield take_turns(name, ours, theirs, repeats, clock=lambda run: run()[0])
 
 
@@ -310,7 +314,7 @@ def main() -> None:
         "hypotheses": compare_hypotheses,
         "correct": lambda: compare_correction(options.texts, searches),
     }
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {name: version(name) for name in ("jax", "torch", "transformers", "sentence-transformers")}
     lines = sys.stderr if options.json else sys.stdout
     print(f"{num_cores()} cores, float32, " + ", ".join(f"{name} {v}" for name, v in versions.items()), file=lines)
     results = []
@@ -325,8 +329,12 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        where = {"date": datetime.date.today().isoformat(), "processor": processor(), "cores": num_cores()}
-        where["device"] = jax.devices()[0].device_kind
+        where: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "processor": processor(),
+            "cores": num_cores(),
+        }
+        where |= {"device": jax.devices()[0].device_kind, "peak": peak_of(jax.devices()[0], "float32")._asdict()}
         where["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
         print(json.dumps({**where, **versions, "results": results}, indent=1))
 

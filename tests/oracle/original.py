@@ -24,8 +24,9 @@ def command(reproducible: bool, script: str, *arguments: str) -> tuple[list[str]
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": str(num_cores())}
     if reproducible:
         environment |= {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
-    # `make benchvs` sets these for both sides.
-    environment |= {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    # The allocator of both sides is the same (`make benchvs`), and so is the GPU.
+    both = ("MALLOC_", "CUDA_", "LD_LIBRARY_PATH")
+    environment |= {name: value for name, value in os.environ.items() if name.startswith(both)}
     return [str(PYTHON), str(ROOT / "tests" / "oracle" / script), *arguments], environment
 
 
@@ -46,7 +47,7 @@ class Original:
         with self._log.open("w") as log:
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(line, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=log)
-        self.versions: dict[str, str] = self._answer()
+        self.about: dict[str, str] = self._answer()
 
     def invert(self, e: np.ndarray, num_steps: int | None, width: int, max_length: int) -> tuple[Turn, list[str]]:
         """Its seconds for one search for the texts of e [n, E], and the texts. See serve.py for the settings."""

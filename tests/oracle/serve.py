@@ -3,7 +3,7 @@
     python tests/oracle/serve.py FOLDER [SPEC]        (in the environment of tests/oracle/upstream.txt, nothing else)
 
 With SPEC, JSON as compare.PAIR, a pair with random weights is made in FOLDER; without, one that upstream.py made lies
-there. Once it's loaded, a line of JSON on stdout tells versions. Then each line of stdin,
+there. Once it's loaded, a line of JSON on stdout tells versions and the device. Then each line of stdin,
 
     {"vectors": FILE.npy, "num_steps": N or null, "sequence_beam_width": W, "max_length": ids, the start id included}
 
@@ -81,8 +81,8 @@ def main() -> None:
     if spec:
         make(json.loads(spec[0]))
     corrector = load_pair()
-    versions = {name: importlib.metadata.version(name) for name in ("vec2text", "torch", "transformers")}
-    print(json.dumps(versions), file=answers, flush=True)
+    about = {name: importlib.metadata.version(name) for name in ("vec2text", "torch", "transformers")}
+    print(json.dumps(about | {"device": corrector.model.device.type}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(search(corrector, **json.loads(line))), file=answers, flush=True)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v2t_jax.decode.beam import beam_search
+from v2t_jax.decode.beam import CHUNK, beam_search
 from v2t_jax.decode.sample import greedy
 from v2t_jax.decode.state import EOS, PAD, START, TokensToLogits
 
@@ -102,8 +102,9 @@ def test_greedy(oracle: Oracle) -> None:
     assert len({len(row) for row in found}) > 1  # or it would prove little
 
 
-@pytest.mark.parametrize("beams", [2, 3, 4, 8])
-def test_beam_search(oracle: Oracle, beams: int) -> None:
+@pytest.mark.parametrize(("beams", "chunk"), [(2, CHUNK), (3, 2), (4, 2), (8, 1), (8, CHUNK)])
+def test_beam_search(oracle: Oracle, beams: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("v2t_jax.decode.beam.CHUNK", chunk)
     search = partial(
         beam_search,
         oracle.step_function(),

@@ -67,9 +67,11 @@ class Row:
         tokens = "" if self.tokens_per_second is None else f", {self.tokens_per_second:,.0f} tokens/s"
         times = f"{self.seconds:.3f} s (median of {len(self.turns)}, quartiles {self.spread:.3f} s apart{compiled})"
         lines = [f"{self.name}:", f"{times}, {self.sequences_per_second:,.1f} sequences/s{tokens}"]
-        if self.flops is not None and self.peak is not None:
+        if self.flops is not None and self.moved is not None and self.peak is not None:
             done = f"{self.flops / 1e9:,.1f} GFLOP a call, {self.tflops_per_second:.4g} TFLOP/s"
             lines.append(f"{done}, {self.mfu:.1%} of {self.peak.flops / 1e12:.4g} ({self.peak.source})")
+            read = f"operands and results: {self.moved / 1e9:.3g} GB a call, {self.moved / self.seconds / 1e9:.3g} GB/s"
+            lines.append(f"{read}, {self.moved / self.seconds / self.peak.bandwidth:.1%} of the memory's peak")
         if self.needed is not None:
             lines.append(f"device memory: the program needs {self.needed / 1e9:.2f} GB")
         if self.peak_bytes is not None:

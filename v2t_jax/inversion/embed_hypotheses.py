@@ -47,13 +47,14 @@ def embed_hypotheses(
 
 
 def embed_once(run: Callable[..., Array], *tokens: Array, width: int, rows: int, devices: int) -> Array:
-    """`run(*tokens)`, embeddings [R, width] of token ids [R, M] and their mask; on each device, equal ids are run once.
+    """`run(*tokens)`, embeddings [R, width] of token ids [R, M], or ids and mask; on each device, equals are run once.
 
     Equal are those that the embedder reads, not the model's: spellings of one text get the very same vector, as in the
     original, which keeps their order. Repetitions come last, in parts of `rows` that are left out (`by_parts`).
     """
     devices = 1 if len(tokens[0]) % devices else devices
-    ids = tokens[0].reshape(devices, -1, tokens[0].shape[1])
+    read = tokens[0] if len(tokens) == 1 else jnp.where(tokens[1] > 0, tokens[0], -1)  # 0, the padding, may be a token
+    ids = read.reshape(devices, -1, read.shape[1])
     first = first_equals(ids, jnp.ones(ids.shape[:2], bool))
     repeated = (first != jnp.arange(ids.shape[1])[None]).reshape(-1)
     none = jnp.zeros((len(repeated), width), jnp.float32)
