@@ -398,7 +398,8 @@ def test_the_first_dimensions(folder):
 def test_matrices_are_kept_in_the_arithmetics_dtype(folder):
     exact, rounded = load_embedder(str(folder)), load_embedder(str(folder), "bfloat16")
     layers = rounded.params["encoder"]["layers"]
-    assert (layers["query"]["kernel"].dtype, layers["query"]["bias"].dtype) == ("bfloat16", "float32")
+    layer = layers[0] if isinstance(layers, list) else layers
+    assert (layer["query"]["kernel"].dtype, layer["query"]["bias"].dtype) == ("bfloat16", "float32")
     np.testing.assert_allclose(rounded.embed(["a dog"]), exact.embed(["a dog"]), atol=0.05)
     with pytest.raises(InputError, match="dtype is 'float99'; choose float32 or bfloat16"):
         load_embedder(str(folder), "float99")

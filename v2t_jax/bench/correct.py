@@ -18,7 +18,7 @@ from v2t_jax.eval.evaluate import evaluation_texts
 from v2t_jax.inversion.correction import TRACE_STEPS, CorrectionLoop
 from v2t_jax.inversion.parts import CORRECTED
 from v2t_jax.inversion.pipeline import load
-from v2t_jax.models.embedder import EmbedderConfig
+from v2t_jax.models.embedder import EmbedderConfig, unstacked_on_cpu
 from v2t_jax.models.encoders import encoder_network
 from v2t_jax.models.layers import Params
 from v2t_jax.models.ranker import NETWORKS
@@ -100,4 +100,4 @@ def embedder_params(config: EmbedderConfig) -> Params:
     """Random weights of an embedder, matrices in the arithmetic's dtype, as where one is loaded."""
     dense = [{"kernel": jnp.eye(config.width)} for _ in config.dense]
     params: Params = {"encoder": encoder_network(config.encoder).init_params(jax.random.key(2)), "dense": dense}
-    return jax.tree.map(lambda x: x.astype(config.encoder.dtype) if x.ndim > 1 else x, params)
+    return unstacked_on_cpu(jax.tree.map(lambda x: x.astype(config.encoder.dtype) if x.ndim > 1 else x, params))

@@ -18,7 +18,7 @@ from v2t_jax import progress
 from v2t_jax.config import Dtype
 from v2t_jax.data.vector_file import whole_numbers
 from v2t_jax.errors import InputError, as_numpy, check_texts, check_whole
-from v2t_jax.models.embedder import EmbedderConfig, Layer, Pooling, TokenMap, embed
+from v2t_jax.models.embedder import EmbedderConfig, Layer, Pooling, TokenMap, embed, unstacked_on_cpu
 from v2t_jax.models.layers import Params
 
 Precision = Literal["float32", "int8", "binary"]
@@ -170,6 +170,7 @@ class JaxEmbedder:
     weights_sha256: str = ""
 
     def __post_init__(self) -> None:
+        self.params = unstacked_on_cpu(self.params)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.config.max_length)
 

@@ -256,9 +256,16 @@ class TextEncoder(Network):
             tables = jax.tree.map(lambda *both: jnp.stack(both), tables, _tables(c, length, local=True))
         axes: Any = {"variable_axes": {"params": 0}, "in_axes": (nn.broadcast, nn.broadcast, 0, 0)}
         axes["check_constancy_invariants"] = False  # would trace the layer twice
-        layers = nn.scan(EncoderLayer, **axes, split_rngs={"params": True}, length=c.num_layers)(c, name="layers")
         is_local = jnp.asarray(c.local, jnp.int32) if c.local else None
-        x, _ = layers(x, bias, tables, is_local, jnp.arange(c.num_layers) == 0 if c.bare_first else None)
+        bare = jnp.arange(c.num_layers) == 0 if c.bare_first else None
+        unstacked: Any = None if self.is_initializing() else self.get_variable("params", "layers")
+        if isinstance(unstacked, list):  # see `unstack_layers`
+            for i, params in enumerate(unstacked):
+                of_layer = (None if a is None else a[i] for a in (is_local, bare))
+                x, _ = EncoderLayer(c, parent=None).apply({"params": params}, x, bias, tables, *of_layer)
+        else:
+            layers = nn.scan(EncoderLayer, **axes, split_rngs={"params": True}, length=c.num_layers)(c, name="layers")
+            x, _ = layers(x, bias, tables, is_local, bare)
         x = x if c.norm_behind else norm(name="final_norm")(x)
         first = jnp.tanh(Dense(c.hidden_size, name="pooler")(x[:, 0])) if c.pooler else x[:, 0]
         return first if pooled else x

@@ -48,6 +48,15 @@ class Network(nn.Module):
         return jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
 
 
+def unstack_layers(stack: Params) -> Params:
+    """A stack's parameters with a list of its layers', each with arrays of its own; a scan copies them at each use."""
+    stacked = stack["layers"]
+    if isinstance(stacked, list):
+        return stack
+    count = len(jax.tree.leaves(stacked)[0])
+    return {**stack, "layers": [jax.tree.map(lambda p, i=i: p[i], stacked) for i in range(count)]}
+
+
 def precision(dtype: Any) -> jax.lax.Precision | None:
     """HIGHEST for float32: the default is bfloat16 products on TPUs and TF32 on GPUs."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

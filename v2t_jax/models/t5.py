@@ -2,7 +2,7 @@
 
 The layers of a stack are stored stacked (a leading axis) and scanned, so that a deep model compiles as fast as a
 shallow one. Decoding unrolls them, with one cache entry a layer: inside a token loop a scan would copy every layer's
-weights at every token.
+weights at every token. An encoder whose parameters are a list of layers (`unstack_layers`) is unrolled too.
 
 Public T5 has ONE relative-position table per stack, shared by its layers, and none for cross-attention.
 """
@@ -34,6 +34,7 @@ from v2t_jax.models.layers import (
     mask_bias,
     matmul_float32,
     relative_bias,
+    unstack_layers,
     window_bias,
 )
 
@@ -151,10 +152,14 @@ class T5Stack(nn.Module):
         x = self.dropout(embeds.astype(jnp.dtype(self.config.dtype)))
         x = nn.with_logical_constraint(x, ("batch", None, None))
         bias = self.position_bias(x.shape[1])
-        if self.is_decoder:
-            x, _ = self.layers(x, bias, encoded, mask_bias(mask))
+        given = (bias, encoded, mask_bias(mask)) if self.is_decoder else (bias + mask_bias(mask),)
+        layers: Any = None if self.is_initializing() else self.get_variable("params", "layers")
+        if isinstance(layers, list):
+            layer = T5Layer(self.config, self.is_decoder, parent=None)
+            for params in layers:
+                x, _ = layer.apply({"params": params}, x, *given)
         else:
-            x, _ = self.layers(x, bias + mask_bias(mask))
+            x, _ = self.layers(x, *given)
         return self.dropout(self.final_norm(x))
 
 
@@ -269,11 +274,7 @@ def unstack_decoder(params: Params) -> Params:
 
     Callers that decode often keep the result; else `start_decoding` does it, and copies the weights, at every call.
     """
-    stacked = params["decoder"]["layers"]
-    if isinstance(stacked, list):
-        return params
-    layers = [jax.tree.map(lambda p, i=i: p[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0]))]
-    return {**params, "decoder": {**params["decoder"], "layers": layers}}
+    return {**params, "decoder": unstack_layers(params["decoder"])}
 
 
 def stack_decoder(params: Params) -> Params:
