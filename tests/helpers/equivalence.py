@@ -23,7 +23,7 @@ from v2t_jax.interop.files import complete_config
 from v2t_jax.interop.hf_encoders import encoder_config, encoder_from_huggingface
 from v2t_jax.interop.hf_t5 import t5_config_from_huggingface, t5_from_huggingface
 from v2t_jax.models.corrector import Corrector
-from v2t_jax.models.embedder import EmbedderConfig, Pooling, embed
+from v2t_jax.models.embedder import EmbedderConfig, Pooling, embed, unstacked_on_cpu
 from v2t_jax.models.encoders import EncoderConfig, encoder_network
 from v2t_jax.models.inverter import EmbeddingToText, Inverter
 from v2t_jax.models.layers import Params, mask_bias, relative_buckets
@@ -184,7 +184,7 @@ def run_encoder(case: Case) -> tuple[np.ndarray, np.ndarray]:
     whole = EmbedderConfig(config, pooling, ("identity",) * (dense is not None), normalize=False, width=width)
     kept = case["mask"][:, :, None] != 0  # what stands at padding is nobody's business
     hidden = np.where(kept, encode(config, params["encoder"], case["ids"], case["mask"]), 0)
-    return hidden, np.asarray(_embed(whole, params, case["ids"], case["mask"]))
+    return hidden, np.asarray(_embed(whole, unstacked_on_cpu(params), case["ids"], case["mask"]))  # scanned, and not
 
 
 def check_encoder(case: Case) -> None:
