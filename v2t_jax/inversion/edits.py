@@ -23,7 +23,6 @@ from v2t_jax.models.corrector import Corrector
 from v2t_jax.models.embedder import EmbedderConfig, TokenMap, token_gradient
 from v2t_jax.models.inverter import Inverter
 from v2t_jax.models.ranker import Ranker
-from v2t_jax.models.t5 import stack_decoder
 
 GRADIENT_CALLS = 3  # what a gradient costs, in calls of the embedder: forward, and backward twice that
 TOKENS_A_PLACE = 64  # that a ranking offers at most
@@ -209,8 +208,7 @@ def token_log_probabilities(config: ModelConfig, params: Params, given: Hypothes
     """[R, L, V]: log p of each token behind the first t tokens of a hypothesis, of inverter and corrector, summed."""
 
     def log_p(network: type[Inverter] | type[Corrector], stage: str, *inputs: Array) -> Array:
-        weights = {**params[stage], "t5": stack_decoder(params[stage]["t5"])}
-        return jax.nn.log_softmax(network(config).apply({"params": weights}, *inputs, given.ids))
+        return jax.nn.log_softmax(network(config).apply({"params": params[stage]}, *inputs, given.ids))
 
     total = log_p(Inverter, "inverter", given.e)
     if "corrector" in params:

@@ -2,7 +2,7 @@
 
 The layers of a stack are stored stacked (a leading axis) and scanned, so that a deep model compiles as fast as a
 shallow one. Decoding unrolls them, with one cache entry a layer: inside a token loop a scan would copy every layer's
-weights at every token. An encoder whose parameters are a list of layers (`unstack_layers`) is unrolled too.
+weights at every token. A stack whose parameters are a list of layers (`unstack_layers`) is unrolled everywhere.
 
 Public T5 has ONE relative-position table per stack, shared by its layers, and none for cross-attention.
 """
@@ -270,18 +270,11 @@ def shift_right(labels: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def unstack_decoder(params: Params) -> Params:
-    """The same parameters with a list of the decoder's layers, for `encode` and `start_decoding` only.
+    """The same parameters with a list of the decoder's layers, as `start_decoding` wants them.
 
     Callers that decode often keep the result; else `start_decoding` does it, and copies the weights, at every call.
     """
     return {**params, "decoder": unstack_layers(params["decoder"])}
-
-
-def stack_decoder(params: Params) -> Params:
-    """What `unstack_decoder` undoes, for teacher forcing."""
-    layers = params["decoder"]["layers"]
-    stacked = jax.tree.map(lambda *ps: jnp.stack(ps), *layers) if isinstance(layers, list) else layers
-    return {**params, "decoder": {**params["decoder"], "layers": stacked}}
 
 
 def round_weights(config: T5Config, params: Params) -> Params:
