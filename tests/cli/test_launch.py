@@ -112,11 +112,10 @@ def test_the_line_in_the_pod_fails_until_there_is_a_model(tmp_path):
     stand_in.write_text("#!/bin/bash\ntrap 'exit 0' TERM\nsleep 0.5\necho up\nsleep ${SECONDS_TO_RUN} & wait\n")
     stand_in.chmod(0o755)
     environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SECONDS_TO_RUN": "20"}
-    process = subprocess.Popen([*container["command"], line], env=environ, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "up\n"
-    process.terminate()
-    assert process.wait(10) == 75
-    process.stdout.close()
+    with subprocess.Popen([*container["command"], line], env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.wait(10) == 75
     (tmp_path / "evaluation.json").write_text("{}")
     done = subprocess.run([*container["command"], line], env=environ | {"SECONDS_TO_RUN": "0"}, timeout=10)
     assert done.returncode == 0
