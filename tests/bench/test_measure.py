@@ -141,7 +141,7 @@ def test_parts_of_an_embedders_batch_are_a_cpus_alone() -> None:
     """Compared with the count of the network, which is that of TPUs: its weights are read once."""
     config = EmbedderConfig(BertConfig(100, 32, 1, 2, 64, 128), width=32)
     params = {"encoder": encoder_network(config.encoder).init_params(jax.random.key(0)), "dense": []}
-    ids = jnp.ones((64, 128), jnp.int32)
+    ids = jnp.ones((64, 64), jnp.int32)
     whole = jax.make_jaxpr(lambda *given: EmbedderNetwork(config).apply({"params": given[0]}, *given[1:]))
     parts = jax.make_jaxpr(functools.partial(embed, config))
     assert "platform_index" in str(parts(params, ids, ids))

@@ -11,8 +11,8 @@ import pytest
 
 from v2t_jax.config import T5Config
 from v2t_jax.decode.state import Cache
-from v2t_jax.models.layers import Params
-from v2t_jax.models.t5 import T5, shift_right
+from v2t_jax.models.layers import TRANSPOSED, Params
+from v2t_jax.models.t5 import T5, shift_right, unstack_decoder
 
 V1_0 = T5Config(
     vocab_size=20,
@@ -84,6 +84,12 @@ def test_prefill_and_steps_equal_the_full_forward_pass(config: T5Config) -> None
         return jnp.swapaxes(logits, 0, 1)
 
     same(stepwise(params), full(params))
+    unstacked = unstack_decoder(params)
+    names = set(unstacked["decoder"]["layers"][0]["feed_forward"])
+    assert {name.removesuffix(TRANSPOSED) for name in names} == set(params["decoder"]["layers"]["feed_forward"])
+    assert jax.default_backend() != "cpu" or "wo" + TRANSPOSED in names
+    assert unstack_decoder(unstacked)["decoder"]["layers"] is unstacked["decoder"]["layers"]
+    same(stepwise(unstacked), full(params))
 
 
 @both

@@ -11,6 +11,7 @@ from v2t_jax.data.vocabulary import Vocabulary
 from v2t_jax.embedders.load import load_embedder
 from v2t_jax.inversion.api import invert_strings
 from v2t_jax.inversion.pipeline import InversionPipeline
+from v2t_jax.models.layers import TRANSPOSED
 from v2t_jax.models.ranker import NETWORKS
 from v2t_jax.parallel import processes
 from v2t_jax.parallel.mesh import decoding_on, decoding_rows, make_mesh
@@ -37,7 +38,7 @@ def cut(tmp_path_factory):
 def test_no_weights_are_gathered(cut):
     weights = cut.loop_params()
     layer = weights["corrector"]["t5"]["decoder"]["layers"][0]
-    assert layer["feed_forward"]["wi"].addressable_shards[0].data.shape == (208, 368)
+    assert layer["feed_forward"]["wi" + TRANSPOSED].addressable_shards[0].data.shape == (368, 208)
     loop = cut.correction_loop(WIDTH, "best")
     e = processes.put(np.ones((ROWS, 16), np.float32), decoding_rows(cut.mesh, "model"))
     with decoding_on(cut.mesh, "model"):

@@ -5,6 +5,7 @@ Float32 products are computed in full float32 on accelerators too, where JAX's d
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ Params = dict[str, Any]
 Tokens = Int[Array, "B L"] | Float[Array, "B L D"]  # ids, or what stands in a table of embeddings at them
 AxesTable = tuple[tuple[str, tuple[str | None, ...]], ...]  # parameter path, a regex -> logical axis names
 MATMUL_OUTPUT = "matmul output"
+TRANSPOSED = "_transposed"  # behind the name of a kernel that is kept [out, in]
 MASKED = -1e9  # added to masked attention scores: finite, so a fully masked row stays finite (and is ignored)
 
 
@@ -48,13 +50,27 @@ class Network(nn.Module):
         return jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
 
 
-def unstack_layers(stack: Params) -> Params:
-    """A stack's parameters with a list of its layers', each with arrays of its own; a scan copies them at each use."""
+def unstack_layers(stack: Params, for_inference: bool = False) -> Params:
+    """A stack's parameters with a list of its layers', each with arrays of its own; a scan copies them at each use.
+
+    For inference on a CPU, kernels that aren't square are kept [out, in]: of few rows, their products are faster so.
+    """
     stacked = stack["layers"]
     if isinstance(stacked, list):
         return stack
+    kept = _transposed if for_inference and jax.default_backend() == "cpu" else dict
     count = len(jax.tree.leaves(stacked)[0])
-    return {**stack, "layers": [jax.tree.map(lambda p, i=i: p[i], stacked) for i in range(count)]}
+    return {**stack, "layers": [kept(jax.tree.map(lambda p, i=i: p[i], stacked)) for i in range(count)]}
+
+
+def _transposed(params: Params) -> Params:
+    def item(name: str, p: Any) -> tuple[str, Any]:
+        if isinstance(p, dict):
+            return name, _transposed(p)
+        wide = p.ndim == 2 and p.shape[0] != p.shape[1]
+        return (name + TRANSPOSED, jnp.transpose(p)) if wide else (name, p)
+
+    return dict(itertools.starmap(item, params.items()))
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
@@ -106,7 +122,7 @@ class Dense(nn.Module):
     """A linear layer with operands and result in `dtype`, sums in float32 and the gradient of `matmul_float32`.
 
     With a `flat_name`, the kernel is a parameter of this name in the parent, as T5's parameter trees have it; see
-    `inline`.
+    `inline`. It may be kept transposed, under its name and `TRANSPOSED`.
     """
 
     features: int
@@ -117,9 +133,14 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param(self.flat_name or "kernel", self.kernel_init, (x.shape[-1], self.features))
+        name, shape = self.flat_name or "kernel", (x.shape[-1], self.features)
+        transposed = self.has_variable("params", name + TRANSPOSED)
+        if transposed:
+            name, shape = name + TRANSPOSED, shape[::-1]
+        kernel = self.param(name, self.kernel_init, shape)
+        x = matmul_float32(x.astype(self.dtype), kernel, self.dtype, transposed).astype(self.dtype)
         # By this name rematerialization knows what to keep: its policies don't see products inside a custom gradient.
-        x = checkpoint_name(matmul_float32(x.astype(self.dtype), kernel, self.dtype).astype(self.dtype), MATMUL_OUTPUT)
+        x = checkpoint_name(x, MATMUL_OUTPUT)
         if not self.use_bias:
             return x
         return x + for_axes(self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype), x)

@@ -237,7 +237,7 @@ class T5(Network):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         # Unstack and cast once, outside the token loop: inside it every layer is its own array.
-        params = round_weights(c, unstack_decoder(params))
+        params = round_weights(c, {**params, "decoder": unstack_layers(params["decoder"])})
         layers: Any = [functools.partial(T5Layer(c, True).apply, {"params": p}) for p in params["decoder"]["layers"]]
         apply = functools.partial(self.apply, {"params": params})
         cross = [layer(encoded.astype(dtype), method="cross_key_value") for layer in layers]
@@ -270,11 +270,12 @@ def shift_right(labels: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def unstack_decoder(params: Params) -> Params:
-    """The same parameters with a list of the decoder's layers, as `start_decoding` wants them.
+    """The same parameters with a list of the decoder's layers, as `start_decoding` wants; on a CPU also the encoder's.
 
-    Callers that decode often keep the result; else `start_decoding` does it, and copies the weights, at every call.
+    Callers that decode often keep the result; else `start_decoding` unstacks, and copies the weights, at every call.
     """
-    return {**params, "decoder": unstack_layers(params["decoder"])}
+    stacks = ("encoder", "decoder") if jax.default_backend() == "cpu" else ("decoder",)
+    return params | {name: unstack_layers(params[name], for_inference=True) for name in stacks}
 
 
 def round_weights(config: T5Config, params: Params) -> Params:
