@@ -29,7 +29,7 @@ BUDGETS = {
     "eval": 505,
     "interop": 894,
     "inversion": 2103,
-    "models": 1500,
+    "models": 1501,
     "parallel": 549,
     "stores": 1096,
     "train": 1702,

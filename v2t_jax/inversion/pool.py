@@ -24,8 +24,8 @@ def nothing_ranked(pool: Pool) -> Array:
 def keep_distinct(pool: Pool, width: int) -> Pool:
     """The `width` best distinct hypotheses of each pool, the first among equals; then fillers: the best, with -inf."""
     present = pool.similarity > -jnp.inf
-    size = min(width, pool.ids.shape[1])
     duplicate = repeats(pool.ids, present)
+    size = min(width, pool.ids.shape[1])
     top, index = lax.top_k(jnp.where(present & ~duplicate, pool.similarity, -jnp.inf), size)
     missing = ((0, 0), (0, width - size))
     top, index = jnp.pad(top, missing, constant_values=-jnp.inf), jnp.pad(index, missing)

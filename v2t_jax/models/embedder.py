@@ -148,8 +148,8 @@ def unstacked_on_cpu(params: Params) -> Params:
     if jax.default_backend() != "cpu":
         return params
     if "encoder" in encoder:  # T5's
-        return {**params, "encoder": {**encoder, "encoder": unstack_layers(encoder["encoder"], True)}}
-    return {**params, "encoder": unstack_layers(encoder, True)} if "layers" in encoder else params
+        return {**params, "encoder": {**encoder, "encoder": unstack_layers(encoder["encoder"], transposed=True)}}
+    return {**params, "encoder": unstack_layers(encoder, transposed=True)} if "layers" in encoder else params
 
 
 @dataclass(frozen=True)

@@ -50,15 +50,15 @@ class Network(nn.Module):
         return jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
 
 
-def unstack_layers(stack: Params, for_inference: bool = False) -> Params:
+def unstack_layers(stack: Params, transposed: bool = False) -> Params:
     """A stack's parameters with a list of its layers', each with arrays of its own; a scan copies them at each use.
 
-    For inference on a CPU, kernels that aren't square are kept [out, in]: of few rows, their products are faster so.
+    If `transposed`, kernels that aren't square are kept [out, in]: a CPU multiplies few rows with those faster.
     """
     stacked = stack["layers"]
     if isinstance(stacked, list):
         return stack
-    kept = _transposed if for_inference and jax.default_backend() == "cpu" else dict
+    kept = _transposed if transposed else dict
     count = len(jax.tree.leaves(stacked)[0])
     return {**stack, "layers": [kept(jax.tree.map(lambda p, i=i: p[i], stacked)) for i in range(count)]}
 

@@ -274,8 +274,9 @@ def unstack_decoder(params: Params) -> Params:
 
     Callers that decode often keep the result; else `start_decoding` unstacks, and copies the weights, at every call.
     """
-    stacks = ("encoder", "decoder") if jax.default_backend() == "cpu" else ("decoder",)
-    return params | {name: unstack_layers(params[name], for_inference=True) for name in stacks}
+    on_cpu = jax.default_backend() == "cpu"
+    stacks = ("encoder", "decoder") if on_cpu else ("decoder",)
+    return params | {name: unstack_layers(params[name], transposed=on_cpu) for name in stacks}
 
 
 def round_weights(config: T5Config, params: Params) -> Params:
